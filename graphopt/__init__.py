@@ -1,0 +1,1 @@
+"""Prune, quantize, compile and check any ONNX model."""

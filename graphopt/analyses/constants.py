@@ -1,0 +1,62 @@
+"""Values known before the model runs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+import onnx_ir as ir
+
+from graphopt.pass_base import Analysis, Context
+
+__all__ = ["CONSTANTS", "Constants", "ConstantsAnalysis"]
+
+
+@dataclass(frozen=True)
+class Constants:
+    """Constant tensors by value name: initializers that no caller can replace, and outputs of Constant nodes."""
+
+    tensors: Mapping[str, ir.TensorProtocol]
+
+    def of(self, value: ir.Value | None) -> ir.TensorProtocol | None:
+        """The tensor behind a value, None if it is computed or fed."""
+        return None if value is None else self.tensors.get(value.name or "")
+
+
+@dataclass(frozen=True)
+class ConstantsAnalysis(Analysis[Constants]):
+    """Collect initializers and Constant nodes of all graphs, without reading their data."""
+
+    name: ClassVar[str] = "constants"
+
+    def compute(self, model: ir.Model, ctx: Context) -> Constants:  # noqa: ARG002
+        """Collect the constants."""
+        found: dict[str, ir.TensorProtocol] = {}
+        for graph in model.graphs():
+            fed = {value.name for value in graph.inputs}
+            for name, value in graph.initializers.items():
+                if value.const_value is not None and name not in fed:
+                    found[name] = value.const_value
+            for node in graph:
+                if node.op_type == "Constant" and node.domain == "" and node.outputs[0].name:
+                    tensor = _constant(node)
+                    if tensor is not None:
+                        found[node.outputs[0].name] = tensor
+        return Constants(found)
+
+
+def _constant(node: ir.Node) -> ir.TensorProtocol | None:
+    attribute = next(iter(node.attributes.values()), None)
+    if attribute is None or attribute.is_ref():
+        return None
+    if attribute.name == "value":
+        return attribute.as_tensor()
+    if attribute.name in ("value_float", "value_floats"):
+        return ir.tensor(attribute.value, dtype=ir.DataType.FLOAT)
+    if attribute.name in ("value_int", "value_ints"):
+        return ir.tensor(attribute.value, dtype=ir.DataType.INT64)
+    return None
+
+
+CONSTANTS = ConstantsAnalysis()

@@ -1,0 +1,131 @@
+"""The contract between the host and a backend, which turns a model into what a target runs."""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import ClassVar, Literal
+
+import onnx_ir as ir
+
+from graphopt.model_io import ShapeBinding
+from graphopt.reference import Feed
+from graphopt.targets import Target
+
+__all__ = ["Backend", "Build", "BuildOptions", "Finding", "Obtained", "Runnable", "Unsupported"]
+
+Obtained = Literal["executed", "emulated", "compiled only", "estimated"]
+"""How a figure was obtained. Emulated time is never a speed."""
+
+Runnable = Callable[[Feed], Feed]
+"""A compiled model: inputs by name in, outputs by name out."""
+
+
+@dataclass(frozen=True)
+class Unsupported:
+    """An operator that a backend cannot take."""
+
+    site: str
+    operator: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line of `graphopt doctor`.
+
+    Attributes:
+        subject: What was looked for: a compiler, an emulator, a runtime.
+        state: What was found: a version, a path, or that it is missing.
+        ok: False if something cannot be done without it.
+        hint: How to get it.
+    """
+
+    subject: str
+    state: str
+    ok: bool = True
+    hint: str = ""
+
+
+@dataclass(frozen=True)
+class BuildOptions:
+    """What the user asked of a build.
+
+    Attributes:
+        binding: Sizes for dynamic dimensions.
+        cc: C++ compiler that links for the target (`--cc`, `$GRAPHOPT_CC`); None: the first that is found.
+        fallback: `ort`: ONNX Runtime runs what the backend cannot; None: that is an error.
+        emit: Further outputs: `source`, `asm`.
+        cache: The user's cache folder, where fetched runtimes lie.
+        threads: Threads that kernels are made for; 0: as many as the target has cores.
+    """
+
+    binding: ShapeBinding = field(default_factory=ShapeBinding)
+    cc: str | None = None
+    fallback: Literal["ort"] | None = None
+    emit: tuple[str, ...] = ()
+    cache: Path = Path()
+    threads: int = 0
+
+
+@dataclass(frozen=True)
+class Build:
+    """What a backend made.
+
+    Attributes:
+        kernel: The main file, relative to the bundle; None where the ONNX model itself ships.
+        files: Everything written, relative to the bundle.
+        facts: Figures and statements for the report, the same on every run: engine, ISA, compiler, sizes, parts.
+        fallbacks: Operators that ONNX Runtime runs.
+    """
+
+    kernel: str | None = None
+    files: tuple[str, ...] = ()
+    facts: Mapping[str, str | int | float | bool] = field(default_factory=dict[str, "str | int | float | bool"])
+    fallbacks: tuple[Unsupported, ...] = ()
+
+
+class Backend(abc.ABC):
+    """Base of all backends; stateless, one instance serves every call."""
+
+    name: ClassVar[str]
+
+    @abc.abstractmethod
+    def unsupported(self, model: ir.Model, target: Target, options: BuildOptions) -> Sequence[Unsupported]:
+        """Name the operators that this backend cannot take, before anything is built.
+
+        Raises:
+            BackendError: A tool or runtime that the build needs is missing on this machine.
+            UsageError: A dynamic dimension must be fixed first; the message names it and the flag.
+        """
+
+    @abc.abstractmethod
+    def build(self, model: ir.Model, target: Target, folder: Path, options: BuildOptions) -> Build:
+        """Compile `model` into `folder`, which exists and already holds `model.onnx`. Never touches the network."""
+
+    @abc.abstractmethod
+    def how(self, target: Target) -> Obtained:
+        """How results for this target are obtained on this machine; `compiled only` if they cannot be run."""
+
+    @abc.abstractmethod
+    def load(self, folder: Path, target: Target, threads: int) -> Runnable:
+        """Load what `build` made, from a finished bundle.
+
+        Raises:
+            BackendError: This machine cannot run it.
+        """
+
+    def run_all(self, folder: Path, target: Target, feeds: Sequence[Feed], threads: int) -> Sequence[Feed]:
+        """Run many feeds; a backend whose start is dear (an emulator) overrides it to start once."""
+        run = self.load(folder, target, threads)
+        return [run(feed) for feed in feeds]
+
+    def doctor(self, cache: Path) -> Sequence[Finding]:  # noqa: ARG002
+        """Say what this machine can build and run, and how to get what is missing."""
+        return ()
+
+    def fetch(self, target: Target, cache: Path) -> Sequence[Path]:  # noqa: ARG002
+        """Download the target's runtime into the cache; the only call that may use the network."""
+        return ()

@@ -1,0 +1,151 @@
+"""What a model is made for: a named device with what passes and backends must both know of it.
+
+A target is written NAME or NAME:DEVICE. Targets come from plugins through the hook `graphopt_targets`; the records
+here say what one is, and the CPU descriptions (`Isa`) that several of them share.
+"""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from graphopt.errors import PluginError, UsageError, nearest
+
+__all__ = ["INTEGER_OPERATORS", "IntegerRules", "Isa", "Target", "TargetTable", "host_features", "host_machine"]
+
+INTEGER_OPERATORS = frozenset(
+    {
+        "Add", "AveragePool", "Concat", "Conv", "Flatten", "Gemm", "GlobalAveragePool", "MatMul", "MaxPool", "Mul",
+        "Pad", "Relu", "Reshape", "Resize", "Slice", "Split", "Squeeze", "Transpose", "Unsqueeze",
+    }
+)  # fmt: skip
+"""Operators that runtimes with QDQ fusion execute on integers, or that move integers without arithmetic."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Isa:
+    """A CPU as a kernel generator sees it.
+
+    Attributes:
+        name: Name of the device, as in `arm:cortex-a76`.
+        triple: LLVM target triple; its first part is the machine that `uname -m` prints.
+        cpu: LLVM's name of the CPU, or None for the baseline of the architecture.
+        features: LLVM feature flags, each with its sign.
+        vector_bits: Width of a vector register.
+        registers: Number of vector registers.
+        dot: Integer dot-product instruction.
+        cores: Cores that kernels are split for.
+    """
+
+    name: str
+    triple: str
+    cpu: str | None = None
+    features: tuple[str, ...] = ()
+    vector_bits: int = 128
+    registers: int = 32
+    dot: Literal["none", "sdot", "usdot", "vnni", "avx-vnni"] = "none"
+    cores: int = 1
+
+    @property
+    def machine(self) -> str:
+        """Architecture as `uname -m` prints it."""
+        return self.triple.partition("-")[0]
+
+
+@dataclass(frozen=True, kw_only=True)
+class IntegerRules:
+    """How a target computes on integers.
+
+    Attributes:
+        operators: ONNX operators that may stay in integers.
+        activation: Element type of quantized activations.
+        symmetric_activations: True: the zero point of activations is 0 (int8) or 128 (uint8).
+        weight_bits: 7 where u8 x s8 products saturate without a dot-product instruction, else 8.
+        per_channel: One scale per output channel of a weight.
+        static_only: Activation ranges must be known before; dynamic and weight-only forms do not run.
+    """
+
+    operators: frozenset[str] = INTEGER_OPERATORS
+    activation: Literal["uint8", "int8"] = "uint8"
+    symmetric_activations: bool = False
+    weight_bits: Literal[7, 8] = 8
+    per_channel: bool = True
+    static_only: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Target:
+    """A device to compile for.
+
+    Attributes:
+        name: Family, as in `arm`.
+        device: Member of the family, as in `cortex-a76`; empty where the family has one member.
+        backend: Name of the backend that compiles for it; None: the ONNX model itself is what ships.
+        summary: One line for `graphopt list`.
+        default: True: NAME alone means this device.
+        round_to: Channel counts that kernels like are multiples of this.
+        isa: The CPU, where there is one.
+        integers: How it computes on integers.
+    """
+
+    name: str
+    device: str = ""
+    backend: str | None = None
+    summary: str = ""
+    default: bool = False
+    round_to: int = 1
+    isa: Isa | None = None
+    integers: IntegerRules = field(default_factory=IntegerRules)
+
+    def __str__(self) -> str:
+        return f"{self.name}:{self.device}" if self.device else self.name
+
+
+class TargetTable:
+    """All known targets, looked up by what the user writes."""
+
+    def __init__(self, targets: Iterable[Target]) -> None:
+        self._targets: dict[str, Target] = {}
+        for target in targets:
+            if str(target) in self._targets:
+                raise PluginError(f"target {target}", "registered twice", "remove one of the plugins: --no-plugin NAME")
+            self._targets[str(target)] = target
+
+    def __iter__(self) -> Iterable[Target]:
+        return iter(sorted(self._targets.values(), key=str))
+
+    def devices(self, name: str) -> Sequence[Target]:
+        """All devices of a family, the default first."""
+        return sorted((t for t in self._targets.values() if t.name == name), key=lambda t: (not t.default, str(t)))
+
+    def resolve(self, text: str) -> Target:
+        """Find the target written NAME or NAME:DEVICE.
+
+        Raises:
+            UsageError: There is no such target.
+        """
+        if text in self._targets:
+            return self._targets[text]
+        devices = self.devices(text)
+        if devices and (devices[0].default or len(devices) == 1):
+            return devices[0]
+        names = {*self._targets, *(t.name for t in self._targets.values() if t.default)}
+        raise UsageError(f"--target {text}", "no such target", nearest(text, names))
+
+
+def host_machine() -> str:
+    """Architecture of this machine as `uname -m` prints it."""
+    return platform.machine()
+
+
+def host_features() -> frozenset[str]:
+    """CPU feature flags of this machine as Linux names them; empty elsewhere."""
+    try:
+        text = Path("/proc/cpuinfo").read_text("utf8")
+    except OSError:
+        return frozenset()
+    lines = (line.partition(":") for line in text.splitlines())
+    return next((frozenset(v.split()) for k, _, v in lines if k.strip().lower() in ("flags", "features")), frozenset())

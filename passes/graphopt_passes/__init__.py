@@ -1,0 +1,14 @@
+"""The built-in passes, registered the way any plugin registers its own."""
+
+from __future__ import annotations
+
+from graphopt.markers import hookimpl
+from graphopt.pass_base import Pass
+
+__all__ = ["graphopt_passes"]
+
+
+@hookimpl
+def graphopt_passes() -> list[type[Pass]]:
+    """Return the built-in passes."""
+    return []
