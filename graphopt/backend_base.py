@@ -122,10 +122,10 @@ class Backend(abc.ABC):
         run = self.load(folder, target, threads)
         return [run(feed) for feed in feeds]
 
-    def doctor(self, cache: Path) -> Sequence[Finding]:  # noqa: ARG002
+    def doctor(self, cache: Path) -> Sequence[Finding]:
         """Say what this machine can build and run, and how to get what is missing."""
         return ()
 
-    def fetch(self, target: Target, cache: Path) -> Sequence[Path]:  # noqa: ARG002
+    def fetch(self, target: Target, cache: Path) -> Sequence[Path]:
         """Download the target's runtime into the cache; the only call that may use the network."""
         return ()

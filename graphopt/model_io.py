@@ -36,6 +36,7 @@ __all__ = [
 EMBED_LIMIT = 1 << 30
 """Weights above this many bytes in all are written beside the model, in `model.onnx.data`."""
 
+_IR_WITH_HIDDEN_INITIALIZERS = 4
 _NAN_CHUNK = 1 << 22
 _FLOATS = frozenset({ir.DataType.FLOAT, ir.DataType.DOUBLE, ir.DataType.FLOAT16, ir.DataType.BFLOAT16})
 
@@ -103,6 +104,8 @@ def load_model(path: str | Path) -> ir.Model:
     del proto
     for graph in model.graphs():
         ir.external_data.set_base_dir(graph, path.parent)
+    if (model.ir_version or 0) < _IR_WITH_HIDDEN_INITIALIZERS:
+        _hide_initializers(model)
     _check_values(model, path)
     return model
 
@@ -205,6 +208,18 @@ def _refuse_lossy(proto: onnx.ModelProto, path: Path) -> None:
         raise ModelError(str(path), "holds training_info, which would be lost", "export it for inference")
     if any(graph.sparse_initializer for graph in _all_graphs(proto.graph)):
         raise ModelError(str(path), "holds sparse_initializer tensors, which would be lost", "export dense weights")
+
+
+def _hide_initializers(model: ir.Model) -> None:
+    """Take weights out of the graph inputs, where IR versions before 4 had to list them.
+
+    There no caller means to replace a weight, and a weight that could be replaced is not a constant.
+    """
+    fed = [value for value in model.graph.inputs if value.name not in model.graph.initializers]
+    if len(fed) < len(model.graph.inputs):
+        model.graph.inputs.clear()
+        model.graph.inputs.extend(fed)
+        model.ir_version = _IR_WITH_HIDDEN_INITIALIZERS
 
 
 def _check_values(model: ir.Model, path: Path) -> None:

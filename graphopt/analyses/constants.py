@@ -30,7 +30,7 @@ class ConstantsAnalysis(Analysis[Constants]):
 
     name: ClassVar[str] = "constants"
 
-    def compute(self, model: ir.Model, ctx: Context) -> Constants:  # noqa: ARG002
+    def compute(self, model: ir.Model, ctx: Context) -> Constants:
         """Collect the constants."""
         found: dict[str, ir.TensorProtocol] = {}
         for graph in model.graphs():

@@ -1,19 +1,22 @@
-"""Types and shapes of all values, as ONNX shape inference gives them."""
+"""Types and shapes of all values: inferred by ONNX, and observed in ONNX Runtime where inference gives up."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
+import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes.common import ShapeInferencePass
 
+from graphopt.errors import GraphoptError
 from graphopt.model_io import input_specs
 from graphopt.pass_base import Analysis, Context
+from graphopt.reference import Reference, random_feed
 
-__all__ = ["SHAPES", "Shapes", "ShapesAnalysis"]
+__all__ = ["CONCRETE_SHAPES", "SHAPES", "Shapes", "ShapesAnalysis"]
 
 Dims = tuple[int | str | None, ...]
 _log = logging.getLogger(__name__)
@@ -33,7 +36,10 @@ class Shapes:
     def static(self, value: ir.Value | None) -> tuple[int, ...] | None:
         """Shape of a value if every dimension is a number."""
         dims = self.of(value)
-        return None if dims is None or not all(isinstance(d, int) for d in dims) else tuple(map(int, dims))  # type: ignore[arg-type]
+        if dims is None:
+            return None
+        sizes = tuple(d for d in dims if isinstance(d, int))
+        return sizes if len(sizes) == len(dims) else None
 
     def rank(self, value: ir.Value | None) -> int | None:
         """Rank of a value."""
@@ -51,7 +57,8 @@ class ShapesAnalysis(Analysis[Shapes]):
 
     Attributes:
         concrete: True: inputs take the sizes the user fixed, and 1 where a dimension stays open, so that costs are
-            numbers. False: dynamic dimensions keep their names.
+            numbers; what inference cannot follow (shapes computed by the graph) is observed by running the model
+            once on random values. False: dynamic dimensions keep their names.
     """
 
     name: ClassVar[str] = "shapes"
@@ -61,22 +68,15 @@ class ShapesAnalysis(Analysis[Shapes]):
         """Infer shapes and types of all values, subgraphs included."""
         copy = model.clone()
         if self.concrete:
-            for spec in input_specs(copy):
-                value = next(v for v in copy.graph.inputs if v.name == spec.name)
-                if value.shape is not None:
-                    value.shape = ir.Shape(spec.concrete(ctx.binding))
-            for graph in copy.graphs():
-                for node in graph:
-                    for output in node.outputs:
-                        output.shape = None
-        try:
-            ShapeInferencePass()(copy)
-        except Exception as e:  # the C++ checker raises its own types; what it cannot infer stays unknown
-            _log.warning("shape inference stopped early: %s", e)
+            _fix_inputs(copy, ctx)
+        _infer(copy)
+        if self.concrete and (open_values := [v for v in _computed(copy.graph) if not _is_static(v)]):
+            _observe(model, copy, open_values, ctx)
+            _infer(copy)
         shapes: dict[str, Dims] = {}
         types: dict[str, ir.DataType] = {}
         for graph in copy.graphs():
-            for value in _values(graph):
+            for value in (*graph.inputs, *graph.initializers.values(), *_computed(graph)):
                 if value.name and value.shape is not None:
                     shapes[value.name] = tuple(d if isinstance(d, int) else d.value for d in value.shape)
                 if value.name and value.dtype is not None:
@@ -84,12 +84,48 @@ class ShapesAnalysis(Analysis[Shapes]):
         return Shapes(shapes, types)
 
 
-def _values(graph: ir.Graph) -> list[ir.Value]:
-    for value in graph.initializers.values():
-        if value.const_value is not None:
-            value.shape, value.dtype = ir.Shape(value.const_value.shape), value.const_value.dtype
-    outputs = [output for node in graph for output in node.outputs]
-    return [*graph.inputs, *graph.initializers.values(), *outputs]
+def _fix_inputs(model: ir.Model, ctx: Context) -> None:
+    concrete = {spec.name: spec.concrete(ctx.binding) for spec in input_specs(model) if spec.shape is not None}
+    for value in model.graph.inputs:
+        if value.name in concrete:
+            value.shape = ir.Shape(concrete[value.name])
+    for graph in model.graphs():
+        for value in _computed(graph):
+            value.shape = None
+
+
+def _infer(model: ir.Model) -> None:
+    for graph in model.graphs():
+        for value in graph.initializers.values():
+            if value.const_value is not None:
+                value.shape, value.dtype = ir.Shape(value.const_value.shape), value.const_value.dtype
+    ShapeInferencePass()(model)
+
+
+def _observe(model: ir.Model, copy: ir.Model, values: list[ir.Value], ctx: Context) -> None:
+    """Run once with `values` as further outputs and write down their shapes; a model that cannot run tells nothing."""
+    probe = model.clone()
+    wanted = {value.name for value in values}
+    taken = {value.name for value in probe.graph.outputs}
+    probe.graph.outputs.extend(v for v in _computed(probe.graph) if v.name in wanted - taken)
+    feed = random_feed(input_specs(model), ctx.binding, np.random.default_rng(0))
+    names = sorted(name for name in wanted if name)
+    try:
+        seen = Reference(probe, threads=ctx.threads, optimize=False, extensions=ctx.extensions).run(feed, names)
+    except GraphoptError as e:
+        _log.info("shapes of %d values stay unknown: %s", len(values), e)
+        return
+    for value in _computed(copy.graph):
+        if value.name in seen and hasattr(seen[value.name], "shape"):
+            value.shape = ir.Shape(seen[value.name].shape)
+
+
+def _is_static(value: ir.Value) -> bool:
+    return value.shape is not None and value.shape.is_static()
+
+
+def _computed(graph: ir.Graph) -> Iterator[ir.Value]:
+    return (output for node in graph for output in node.outputs if output.name)
 
 
 SHAPES = ShapesAnalysis()

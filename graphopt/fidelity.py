@@ -1,0 +1,205 @@
+"""How far a rewritten model is from the original, measured in ONNX Runtime.
+
+Each model runs in a child process of its own, one after the other, so that two large models never share memory and a
+crash of the runtime is a line in the report. Feeds and outputs pass through files, batch by batch.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from graphopt.errors import GraphoptError, ModelError
+from graphopt.reference import Feed, Reference
+
+__all__ = ["Distance", "FeedFolder", "compare", "free_memory", "needed_memory", "run_apart"]
+
+Array = np.ndarray[Any, np.dtype[Any]]
+_MEMORY_FACTOR = 2.5  # ONNX Runtime holds a model about twice while it loads, plus activations
+
+
+@dataclass(frozen=True)
+class Distance:
+    """How one output of the result differs from the original's.
+
+    Attributes:
+        output: Name of the output.
+        max_abs: Largest difference.
+        mean_abs: Mean difference.
+        scale: Largest magnitude in the original's output.
+        sqnr_db: Signal to noise ratio in decibels; infinite where the outputs are equal.
+        cosine: Cosine of the angle between both, all samples taken as one vector.
+        top1_agreement: Percent of rows with the same largest entry; None where the output has no class axis.
+        finite: False if the result holds NaN or infinities that the original does not.
+    """
+
+    output: str
+    max_abs: float
+    mean_abs: float
+    scale: float
+    sqnr_db: float
+    cosine: float
+    top1_agreement: float | None
+    finite: bool
+
+
+class FeedFolder:
+    """Arrays of many runs, inputs or outputs, in one file a run, so that child processes can share them."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def __len__(self) -> int:
+        return len(list(self.folder.iterdir()))
+
+    def __iter__(self) -> Iterator[Feed]:
+        return (_load(path) for path in sorted(self.folder.iterdir()))
+
+    def write(self, index: int, feed: Feed) -> None:
+        """Write one run."""
+        names = np.array(list(feed), dtype=np.str_)
+        np.savez(self.folder / f"{index:07}.npz", names=names, **{f"a{i}": v for i, v in enumerate(feed.values())})
+
+    @classmethod
+    @contextmanager
+    def temporary(cls, feeds: Iterable[Feed] = ()) -> Iterator[FeedFolder]:
+        """Make a folder that is removed at the end, and write `feeds` to it."""
+        with tempfile.TemporaryDirectory(prefix="graphopt-") as name:
+            folder = cls(Path(name))
+            for i, feed in enumerate(feeds):
+                folder.write(i, feed)
+            yield folder
+
+
+def run_apart(
+    model: Path,
+    feeds: FeedFolder,
+    outputs: FeedFolder,
+    *,
+    threads: int = 1,
+    optimize: bool = True,
+    extensions: Sequence[str] = (),
+) -> None:
+    """Run a model on all feeds in a child process and write its outputs.
+
+    Raises:
+        ModelError: ONNX Runtime cannot load or run it, or the child died.
+    """
+    job = {
+        "model": str(model),
+        "feeds": str(feeds.folder),
+        "outputs": str(outputs.folder),
+        "threads": threads,
+        "optimize": optimize,
+        "extensions": list(extensions),
+    }
+    command = [sys.executable, "-m", "graphopt.fidelity", json.dumps(job)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode < 0:
+        raise ModelError(model.name, f"ONNX Runtime died with signal {-done.returncode} on it")
+    if done.returncode:
+        lines = [line for line in done.stderr.splitlines() if line.strip()]
+        raise ModelError(model.name, lines[-1] if lines else "ONNX Runtime cannot run it")
+
+
+def compare(expected: Iterable[Feed], got: Iterable[Feed]) -> tuple[Distance, ...]:
+    """Compare the numeric outputs of two models on the same feeds, run by run.
+
+    Raises:
+        ModelError: An output changed its shape.
+    """
+    sums: dict[str, _Sums] = {}
+    for before, after in zip(expected, got, strict=True):
+        for name, value in before.items():
+            if value.dtype.kind in "fiub":
+                sums.setdefault(name, _Sums(name)).add(value, after[name])
+    return tuple(total.distance() for total in sums.values())
+
+
+def free_memory() -> int:
+    """Bytes of memory that a new process can have."""
+    try:
+        lines = Path("/proc/meminfo").read_text("ascii").splitlines()
+    except OSError:
+        return 1 << 62
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable")), 1 << 62)
+
+
+def needed_memory(weight_bytes: int) -> int:
+    """Bytes of memory that running a model with so many bytes of weights takes, roughly."""
+    return int(_MEMORY_FACTOR * weight_bytes)
+
+
+class _Sums:
+    """Running totals for one output."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.worst = self.total = self.scale = self.signal = self.noise = self.norm = self.dot = 0.0
+        self.count = self.same = self.rows = 0
+        self.finite = self.classes = True
+
+    def add(self, expected: Array, got: Array) -> None:
+        if expected.shape != got.shape:
+            raise ModelError("model", f"output {self.name!r} has shape {got.shape}, was {expected.shape}")
+        a, b = expected.astype(np.float64), got.astype(np.float64)
+        self.classes = self.classes and a.ndim >= 2 and a.shape[-1] > 1 and expected.dtype.kind == "f"
+        if self.classes and a.size:
+            self.same += int((a.argmax(-1) == b.argmax(-1)).sum())
+            self.rows += a[..., 0].size
+        usable = np.isfinite(a) & np.isfinite(b)
+        self.finite = self.finite and bool((np.isfinite(b) | ~np.isfinite(a)).all())
+        a, b = a[usable], b[usable]
+        difference = np.abs(a - b)
+        self.worst = max(self.worst, float(difference.max(initial=0)))
+        self.scale = max(self.scale, float(np.abs(a).max(initial=0)))
+        self.total += float(difference.sum())
+        self.noise += float((difference**2).sum())
+        self.signal += float((a**2).sum())
+        self.norm += float((b**2).sum())
+        self.dot += float((a * b).sum())
+        self.count += a.size
+
+    def distance(self) -> Distance:
+        length = float(np.sqrt(self.signal * self.norm))
+        equal = self.noise == 0
+        return Distance(
+            output=self.name,
+            max_abs=self.worst,
+            mean_abs=self.total / max(self.count, 1),
+            scale=self.scale,
+            sqnr_db=float("inf") if equal else 10 * float(np.log10(max(self.signal, 1e-300) / self.noise)),
+            cosine=1.0 if equal else self.dot / length if length else 0.0,
+            top1_agreement=100 * self.same / self.rows if self.classes and self.rows else None,
+            finite=self.finite,
+        )
+
+
+def _load(path: Path) -> Feed:
+    with np.load(path, allow_pickle=False) as npz:
+        return {str(name): npz[f"a{i}"] for i, name in enumerate(npz["names"])}
+
+
+def _child(job: dict[str, Any]) -> None:
+    model = Reference(
+        Path(job["model"]), threads=job["threads"], optimize=job["optimize"], extensions=job["extensions"]
+    )
+    outputs = FeedFolder(Path(job["outputs"]))
+    for i, feed in enumerate(FeedFolder(Path(job["feeds"]))):
+        outputs.write(i, model.run(feed))
+
+
+if __name__ == "__main__":
+    try:
+        _child(json.loads(sys.argv[1]))
+    except GraphoptError as e:
+        sys.exit(f"{e.fact}")

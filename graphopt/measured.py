@@ -1,0 +1,136 @@
+"""What a clock said: timings of models on this machine, kept in `measured/`, outside the digests.
+
+Only what was executed here may carry a time. An emulator's time says nothing about the device, so a row that was
+emulated, or only compiled, has none.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+from graphopt.backend_base import Obtained
+from graphopt.errors import UsageError
+from graphopt.records import from_text, to_text
+
+__all__ = ["Machine", "Measured", "Measurement", "Side", "Times"]
+
+Side = Literal["original", "result"]
+"""Which model a row is about; what stands alone is `original`."""
+
+
+@dataclass(frozen=True)
+class Times:
+    """Latency of one run, in milliseconds, over all rounds.
+
+    Attributes:
+        median: Median of the rounds' medians.
+        minimum: Fastest run.
+        low: First quartile of all runs.
+        high: Third quartile of all runs.
+        maximum: Slowest run.
+    """
+
+    median: float
+    minimum: float
+    low: float
+    high: float
+    maximum: float
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """One subject on one engine.
+
+    Attributes:
+        engine: `onnxruntime`, or the name of a backend.
+        subject: Name of the file or bundle.
+        side: Original or result.
+        how: How the row was obtained.
+        threads: Threads the engine was given.
+        samples: Different feeds that were run.
+        warmup: Runs before the clock started, each round.
+        repeats: Timed runs of a round.
+        rounds: Rounds, interleaved with those of the other rows.
+        times: Latency; None unless executed.
+        peak_memory_mb: Largest resident memory of its process; None unless executed.
+        file_bytes: Bytes of what is deployed.
+        agrees: Largest absolute difference from the bundle's `model.onnx` in ONNX Runtime; None where not compared.
+        not_run: Why there is no result.
+
+    Raises:
+        ValueError: A row that was not executed carries a time or a memory figure.
+    """
+
+    engine: str
+    subject: str
+    side: Side
+    how: Obtained
+    threads: int
+    file_bytes: int
+    samples: int = 1
+    warmup: int = 0
+    repeats: int = 0
+    rounds: int = 0
+    times: Times | None = None
+    peak_memory_mb: float | None = None
+    agrees: float | None = None
+    not_run: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.how != "executed" and (self.times is not None or self.peak_memory_mb is not None):
+            raise ValueError(f"{self.engine} on {self.subject}: {self.how}, and such a row carries no time or memory")
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Where the times were taken.
+
+    Attributes:
+        cpu: Name of the processor.
+        cores: Cores this process may use.
+        system: Operating system and architecture.
+        memory_mb: Memory of the machine.
+        versions: Versions of Python and of the engines.
+        date: When, as `2026-01-31 12:00 UTC`.
+    """
+
+    cpu: str
+    cores: int
+    system: str
+    memory_mb: int
+    versions: Mapping[str, str] = field(default_factory=dict[str, str])
+    date: str = ""
+
+
+@dataclass(frozen=True)
+class Measured:
+    """All rows of one benchmark, and the machine they were taken on."""
+
+    rows: tuple[Measurement, ...]
+    machine: Machine
+    schema: int = 1
+
+    def find(self, side: Side, engine: str = "onnxruntime", threads: int | None = None) -> Measurement | None:
+        """The first timed row of an engine, None if there is none."""
+        for row in self.rows:
+            if row.side == side and row.engine == engine and row.times and threads in (None, row.threads):
+                return row
+        return None
+
+    def to_json(self) -> str:
+        """Write as JSON."""
+        return to_text(self)
+
+    @classmethod
+    def from_json(cls, text: str) -> Measured:
+        """Read what `to_json` wrote.
+
+        Raises:
+            UsageError: The text is no benchmark.
+        """
+        try:
+            return from_text(cls, text)
+        except ValueError as e:
+            raise UsageError("bench.json", f"not a benchmark: {e}", "measure again with graphopt bench") from e

@@ -1,0 +1,387 @@
+"""Plugins: found through the entry-point group `graphopt`, loaded in a fixed order, and named when they break.
+
+The built-in passes and backends enter the same way. A plugin that is broken, or that clashes with another, is an error
+with its way out; nothing is renamed and nothing wins over anything else. `$GRAPHOPT_PLUGINS` makes builds hermetic:
+
+    GRAPHOPT_PLUGINS=none     only what graphopt itself brings
+    GRAPHOPT_PLUGINS=a,b      that, and the distributions a and b
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import importlib.resources
+import inspect
+import os
+import re
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib.metadata import EntryPoint, entry_points
+from importlib.resources.abc import Traversable
+from typing import TYPE_CHECKING, Any, TypeVar, cast
+
+import pluggy
+
+from graphopt import hookspecs
+from graphopt.backend_base import Backend
+from graphopt.calibration import Dataset
+from graphopt.errors import GraphoptError, OptionError, PluginError, UsageError, nearest
+from graphopt.options import build, specs
+from graphopt.pass_base import Pass
+from graphopt.pipeline_text import Step, parse_pipeline
+from graphopt.targets import Target, TargetTable
+
+if TYPE_CHECKING:
+    from graphopt.instruments import Instrument
+
+__all__ = ["PluginInfo", "Registry", "load_plugins"]
+
+_GROUP = "graphopt"
+_BUILTIN = "graphopt"
+_ENVIRONMENT = "GRAPHOPT_PLUGINS"
+_PASS_NAME = re.compile(r"[a-z][a-z0-9]*(-[a-z0-9]+)*")
+_T = TypeVar("_T")
+
+
+@dataclass(frozen=True)
+class PluginInfo:
+    """One loaded entry point.
+
+    Attributes:
+        name: Name of the distribution, which is what `--no-plugin` takes.
+        version: Version of the distribution.
+        entry_point: Name of the entry point.
+        module: Module that the entry point names.
+        hooks: Hooks that it implements, sorted.
+        builtin: True for what graphopt itself brings.
+    """
+
+    name: str
+    version: str
+    entry_point: str
+    module: str
+    hooks: tuple[str, ...] = ()
+    builtin: bool = False
+
+    def broken(self, fact: str) -> PluginError:
+        """Build the error to raise about this plugin."""
+        return PluginError(f"plugin {self.name}", fact, _way_out(self))
+
+
+@dataclass(frozen=True)
+class Registry:
+    """Everything that plugins bring, by name; nothing clashes and everything keeps its contract.
+
+    Attributes:
+        passes: Pass classes by their spelling.
+        backends: Backends by name.
+        targets: All targets.
+        plugins: The loaded entry points, in the order in which hooks are called.
+    """
+
+    passes: Mapping[str, type[Pass]]
+    backends: Mapping[str, Backend]
+    targets: TargetTable
+    plugins: tuple[PluginInfo, ...]
+    _hooks: _Hooks = field(repr=False)
+
+    def pass_from_step(self, step: Step) -> Pass:
+        """Build the pass that a pipeline step names.
+
+        Raises:
+            OptionError: There is no such pass, or an option does not fit it.
+        """
+        if step.name not in self.passes:
+            raise OptionError("--passes", f"no pass called {step.name!r}", nearest(step.name, self.passes))
+        return build(self.passes[step.name], step.values, step.name)
+
+    def passes_from_text(self, text: str) -> tuple[Pass, ...]:
+        """Build the passes of a pipeline.
+
+        Raises:
+            OptionError: The text does not parse, names an unknown pass, or an option does not fit.
+        """
+        return tuple(self.pass_from_step(step) for step in parse_pipeline(text))
+
+    def backend_of(self, target: Target) -> Backend | None:
+        """The backend that compiles for a target; None where the ONNX model itself ships.
+
+        Raises:
+            PluginError: No loaded plugin brings the backend.
+        """
+        if target.backend is None:
+            return None
+        if target.backend not in self.backends:
+            fact = f"needs the backend {target.backend!r}, which no loaded plugin brings"
+            raise PluginError(f"target {target}", fact, nearest(target.backend, self.backends))
+        return self.backends[target.backend]
+
+    def calibration(self, uri: str) -> Iterable[Dataset]:
+        """Ask plugins for the data behind a uri; empty if it is none of theirs.
+
+        Raises:
+            PluginError: A reader fails, or two plugins claim the uri.
+        """
+        answers = self._hooks.call("graphopt_calibration", uri=uri)
+        return _at_most_one(answers, Dataset, f"data {uri!r}", "graphopt_calibration")
+
+    def default_pipeline(self, target: Target) -> str | None:
+        """Pipeline text for a target when the user names no passes; None if nobody has one.
+
+        Raises:
+            PluginError: The hook fails, or two plugins answer.
+        """
+        answers = self._hooks.call("graphopt_default_pipeline", target=target)
+        return next(iter(_at_most_one(answers, str, f"target {target}", "graphopt_default_pipeline")), None)
+
+    def instruments(self, config: Mapping[str, Any]) -> tuple[Instrument, ...]:
+        """Instruments that plugins bring for a run with this configuration, in plugin order."""
+        found: list[Instrument] = []
+        for plugin, items in self._hooks.lists("graphopt_instruments", config=config):
+            for item in items:
+                lacking = [n for n in ("before_pass", "after_pass", "failed") if not callable(getattr(item, n, None))]
+                if lacking:
+                    raise plugin.broken(f"graphopt_instruments: {item!r} has no method {lacking[0]}")
+                found.append(item)
+        return tuple(found)
+
+    def recipes(self) -> Mapping[str, Traversable]:
+        """Recipes by name: files `recipes/NAME.toml` in the packages that entry points name.
+
+        Raises:
+            PluginError: Two plugins bring recipes of one name.
+        """
+        found: dict[str, tuple[PluginInfo, Traversable]] = {}
+        for plugin in self.plugins:
+            for file in _recipe_files(plugin):
+                _claim(found, file.name.removesuffix(".toml"), plugin, file, "recipe")
+        return {name: file for name, (_, file) in sorted(found.items())}
+
+
+def load_plugins(*, disable: Collection[str] = (), only: Collection[str] | None = None) -> Registry:
+    """Load the installed plugins and collect what they bring.
+
+    Args:
+        disable: Distributions to leave out (`--no-plugin`).
+        only: The distributions to load besides graphopt itself; None: what `$GRAPHOPT_PLUGINS` says, else all.
+
+    Raises:
+        PluginError: A plugin cannot be imported, breaks its contract, or clashes with another.
+        UsageError: A named distribution is not an installed plugin.
+    """
+    hooks = _Hooks(_chosen(disable, only))
+    passes: dict[str, tuple[PluginInfo, type[Pass]]] = {}
+    backends: dict[str, tuple[PluginInfo, Backend]] = {}
+    targets: dict[str, tuple[PluginInfo, Target]] = {}
+    for plugin, items in hooks.lists("graphopt_passes"):
+        for item in items:
+            _claim(passes, *_checked_pass(plugin, item), "pass")
+    for plugin, items in hooks.lists("graphopt_backends"):
+        for item in items:
+            if not isinstance(item, Backend) or not isinstance(getattr(item, "name", None), str):
+                raise plugin.broken(f"graphopt_backends: {item!r} is not an instance of Backend with a name")
+            _claim(backends, item.name, plugin, item, "backend")
+    for plugin, items in hooks.lists("graphopt_targets"):
+        for item in items:
+            if not isinstance(item, Target):
+                raise plugin.broken(f"graphopt_targets: {item!r} is not a Target")
+            _claim(targets, str(item), plugin, item, "target")
+    return Registry(
+        passes={name: found for name, (_, found) in sorted(passes.items())},
+        backends={name: found for name, (_, found) in sorted(backends.items())},
+        targets=TargetTable(target for _, target in targets.values()),
+        plugins=hooks.plugins,
+        _hooks=hooks,
+    )
+
+
+# ---------------------------------------------------------------- hooks
+
+
+class _Hooks:
+    """Loaded plugins; calls each hook plugin by plugin, so that a failure has a name."""
+
+    def __init__(self, chosen: Iterable[EntryPoint]) -> None:
+        self._manager = pluggy.PluginManager(_GROUP)
+        self._manager.add_hookspecs(hookspecs)
+        self._loaded: list[tuple[PluginInfo, Any]] = [self._load(entry) for entry in chosen]
+
+    @property
+    def plugins(self) -> tuple[PluginInfo, ...]:
+        return tuple(info for info, _ in self._loaded)
+
+    def call(self, hook: str, **arguments: Any) -> list[tuple[PluginInfo, Any]]:
+        """What each plugin that implements the hook answers; None is no answer."""
+        answers: list[tuple[PluginInfo, Any]] = []
+        for info, plugin in self._loaded:
+            if hook not in info.hooks:
+                continue
+            others = [other for _, other in self._loaded if other is not plugin]
+            try:
+                results = self._manager.subset_hook_caller(hook, others)(**arguments)
+            except GraphoptError:
+                raise
+            except Exception as e:
+                raise info.broken(f"fails in {hook}: {_reason(e)}") from e
+            answers += [(info, result) for result in results]
+        return answers
+
+    def lists(self, hook: str, **arguments: Any) -> list[tuple[PluginInfo, Sequence[Any]]]:
+        """As `call`, for hooks that return sequences."""
+        answers = self.call(hook, **arguments)
+        for info, answer in answers:
+            if not isinstance(answer, (list, tuple)):
+                raise info.broken(f"{hook} returns {type(answer).__name__}, not a list or tuple")
+        return answers
+
+    def _load(self, entry: EntryPoint) -> tuple[PluginInfo, Any]:
+        info = _info(entry)
+        try:
+            plugin = entry.load()
+        except (Exception, SystemExit) as e:
+            raise info.broken(f"fails on import: {_reason(e)}") from e
+        hooks = self._hooks_of(info, plugin)
+        try:
+            self._manager.register(plugin, f"{info.name}:{info.entry_point}")
+        except ValueError as e:
+            raise info.broken(f"entry point {info.entry_point!r} names an object that is already loaded") from e
+        except pluggy.PluginValidationError as e:
+            raise info.broken(f"entry point {info.entry_point!r} is not accepted: {_reason(e)}") from e
+        return dataclasses.replace(info, hooks=hooks), plugin
+
+    def _hooks_of(self, info: PluginInfo, plugin: Any) -> tuple[str, ...]:
+        """Names of the hooks that a plugin implements; refuses misspelled, unmarked and wrongly declared ones."""
+        found: set[str] = set()
+        known = {name: member for name, member in vars(hookspecs).items() if name.startswith(f"{_GROUP}_")}
+        for attribute in dir(plugin):
+            options = self._manager.parse_hookimpl_opts(plugin, attribute)
+            member = getattr(plugin, attribute, None)
+            if options is None:
+                if attribute in known and inspect.isroutine(member):
+                    raise info.broken(f"{attribute} is not marked with @hookimpl, so it would never be called")
+                continue
+            name = options.get("specname") or attribute
+            if name not in known:
+                raise info.broken(f"implements the unknown hook {name!r} ({nearest(name, known)})")
+            offered = inspect.signature(known[name]).parameters
+            wanted = inspect.signature(cast("Any", member)).parameters.values()
+            for parameter in wanted:
+                if parameter.default is parameter.empty and parameter.name not in offered:
+                    fact = f"{name} takes the argument {parameter.name!r}, which the hook does not have"
+                    raise info.broken(f"{fact} ({nearest(parameter.name, offered)})")
+            found.add(name)
+        return tuple(sorted(found))
+
+
+# ---------------------------------------------------------------- which plugins
+
+
+def _chosen(disable: Collection[str], only: Collection[str] | None) -> list[EntryPoint]:
+    """Entry points to load, sorted by distribution and name."""
+    found = sorted(entry_points(group=_GROUP), key=lambda entry: (_canonical(_distribution(entry)), entry.name))
+    names = {_canonical(_distribution(entry)): _distribution(entry) for entry in found}
+    subject = "plugins"
+    if only is None:
+        subject, only = _ENVIRONMENT, _from_environment()
+    kept = set(names) if only is None else {_known(name, names, subject) for name in only} | {_BUILTIN}
+    for name in disable:
+        canonical = _known(name, names, "--no-plugin")
+        if canonical == _BUILTIN:
+            raise UsageError(f"--no-plugin {name}", "what graphopt itself brings is always loaded")
+        kept.discard(canonical)
+    return [entry for entry in found if _canonical(_distribution(entry)) in kept]
+
+
+def _from_environment() -> tuple[str, ...] | None:
+    text = os.environ.get(_ENVIRONMENT, "").strip()
+    if not text:
+        return None
+    return () if text == "none" else tuple(name.strip() for name in text.split(",") if name.strip())
+
+
+def _known(name: str, names: Mapping[str, str], subject: str) -> str:
+    if _canonical(name) not in names:
+        third_party = [shown for canonical, shown in names.items() if canonical != _BUILTIN]
+        raise UsageError(subject, f"no installed plugin is called {name!r}", nearest(name, third_party))
+    return _canonical(name)
+
+
+def _info(entry: EntryPoint) -> PluginInfo:
+    version = entry.dist.version if entry.dist else ""
+    name = _distribution(entry)
+    return PluginInfo(name, version, entry.name, entry.module, builtin=_canonical(name) == _BUILTIN)
+
+
+def _distribution(entry: EntryPoint) -> str:
+    return entry.dist.name if entry.dist else entry.module
+
+
+def _canonical(name: str) -> str:
+    """Normal form of a distribution's name (PEP 503)."""
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+
+# ---------------------------------------------------------------- contracts
+
+
+def _checked_pass(plugin: PluginInfo, cls: Any) -> tuple[str, PluginInfo, type[Pass]]:
+    if not (isinstance(cls, type) and issubclass(cls, Pass)):
+        raise plugin.broken(f"graphopt_passes: {cls!r} is not a subclass of Pass")
+    where = f"pass class {cls.__name__}"
+    name, lossy = getattr(cls, "name", None), getattr(cls, "lossy", None)
+    if not isinstance(name, str) or not _PASS_NAME.fullmatch(name):
+        raise plugin.broken(f"{where} needs a name of lower-case letters, digits and dashes, not {name!r}")
+    if not isinstance(lossy, bool):
+        raise plugin.broken(f"{where} needs lossy = True or lossy = False")
+    parameters = vars(cls).get("__dataclass_params__")
+    if parameters is None or not parameters.frozen:
+        raise plugin.broken(f"{where} needs the decorator @dataclass(frozen=True, kw_only=True)")
+    if inspect.isabstract(cls):
+        raise plugin.broken(f"{where} does not define {', '.join(sorted(cls.__abstractmethods__))}")
+    try:
+        options = {spec.name for spec in specs(cls)}
+    except (NameError, TypeError) as e:
+        raise plugin.broken(f"{where} has options whose types cannot be read: {_reason(e)}") from e
+    for item in dataclasses.fields(cast("Any", cls)):
+        if item.init and item.name not in options:
+            raise plugin.broken(f"{where}: field {item.name!r} is not declared with opt(...)")
+    return name, plugin, cls
+
+
+def _claim(table: dict[str, tuple[PluginInfo, _T]], name: str, plugin: PluginInfo, item: _T, what: str) -> None:
+    if name in table:
+        raise _clash(f"{what} {name}", table[name][0], plugin)
+    table[name] = (plugin, item)
+
+
+def _at_most_one(answers: Sequence[tuple[PluginInfo, Any]], kind: type[_T], what: str, hook: str) -> tuple[_T, ...]:
+    if len(answers) > 1:
+        raise _clash(what, answers[0][0], answers[1][0])
+    for plugin, answer in answers:
+        if not isinstance(answer, kind):
+            raise plugin.broken(f"{hook} returns {type(answer).__name__}, not {kind.__name__} or None")
+    return tuple(answer for _, answer in answers)
+
+
+def _clash(subject: str, first: PluginInfo, second: PluginInfo) -> PluginError:
+    if first.name == second.name:
+        return PluginError(subject, f"claimed twice by plugin {first.name}", _way_out(first))
+    fact = f"claimed by both {first.name} and {second.name}"
+    return PluginError(subject, fact, _way_out(first if second.builtin else second))
+
+
+def _way_out(plugin: PluginInfo) -> str:
+    return "reinstall graphopt" if plugin.builtin else f"disable it with --no-plugin {plugin.name}"
+
+
+def _recipe_files(plugin: PluginInfo) -> list[Traversable]:
+    if not hasattr(importlib.import_module(plugin.module), "__path__"):
+        return []
+    folder = importlib.resources.files(plugin.module) / "recipes"
+    return [file for file in folder.iterdir() if file.name.endswith(".toml")] if folder.is_dir() else []
+
+
+def _reason(e: BaseException) -> str:
+    lines = [line.strip() for line in str(e).splitlines() if line.strip()]
+    return f"{type(e).__name__}: {lines[0][:200]}" if lines else type(e).__name__

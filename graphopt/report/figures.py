@@ -1,0 +1,200 @@
+"""Figures as a person reads them, the same in the terminal and in HTML."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from graphopt.pass_base import Change, Scalar
+from graphopt.report.data import Accuracy, BackendReport, Fidelity, Limit, OutputFidelity, Report
+
+__all__ = [
+    "Reason",
+    "accuracy_change",
+    "agreement_text",
+    "clean",
+    "count",
+    "fidelity_text",
+    "limit_text",
+    "number",
+    "obtained",
+    "plural",
+    "quantity",
+    "ratio",
+    "reasons",
+    "scalar",
+    "score",
+    "size",
+    "speedup",
+    "worst",
+]
+
+_PERCENT_METRICS = ("top1", "top5")
+_SKIPPED = "skipped: "
+_UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
+@dataclass(frozen=True)
+class Reason:
+    """Why sites were left alone, and which."""
+
+    step: str
+    reason: str
+    sites: tuple[str, ...]
+
+
+def clean(text: str) -> str:
+    """Show control characters and changes of direction as escapes, so that no name can steer a terminal or a page."""
+    return _UNPRINTABLE.sub(lambda match: f"\\u{ord(match[0]):04x}", text)
+
+
+def plural(amount: int, noun: str) -> str:
+    """Write `1 layer`, `2 layers`."""
+    return f"{amount:,} {noun}{'' if amount == 1 else 's'}"
+
+
+def size(amount: int | None) -> str:
+    """Write a number of bytes in decimal units: `312 kB`."""
+    return "unknown" if amount is None else f"{_scaled(amount, ('', 'k', 'M', 'G', 'T'))}B"
+
+
+def quantity(amount: int | None) -> str:
+    """Write a large number: `40.8 M`."""
+    return "unknown" if amount is None else _scaled(amount, ("", "k", "M", "G", "T", "P")).rstrip()
+
+
+def count(amount: int | None) -> str:
+    """Write a whole number with every digit."""
+    return "unknown" if amount is None else f"{amount:,}"
+
+
+def number(value: float, digits: int = 3) -> str:
+    """Write a float with a few significant digits; never in a way that hides NaN or an infinity."""
+    if math.isnan(value):
+        return "NaN"
+    if math.isinf(value):
+        return "infinite" if value > 0 else "-infinite"
+    if value == int(value) and abs(value) < 1e6:
+        return f"{int(value):,}"
+    text = f"{value:.{digits}g}"
+    return text if "e" not in text or abs(value) < 1e-3 else f"{value:,.0f}"
+
+
+def scalar(value: Scalar) -> str:
+    """Write a figure of a pass or a backend."""
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, float):
+        return number(value, 4)
+    return count(value) if isinstance(value, int) else clean(value)
+
+
+def ratio(before: float | None, after: float | None) -> str:
+    """Write how much is left: `0.29x`; empty where there is nothing to divide."""
+    if before is None or after is None or not before:
+        return ""
+    value = after / before
+    return f"{value:.2f}x" if 0.01 <= value < 100 else f"{value:.3g}x"
+
+
+def speedup(before: float, after: float) -> str:
+    """Write a change of latency in words that cannot be read the wrong way round."""
+    if not before or not after:
+        return ""
+    faster = before / after
+    if 0.98 < faster < 1.02:
+        return "same"
+    return f"{faster:.2f}x faster" if faster > 1 else f"{1 / faster:.2f}x slower"
+
+
+def score(metric: str, value: float) -> str:
+    """Write a metric's value, in percent where it is one."""
+    if metric in _PERCENT_METRICS:
+        return f"{value:.2f} %" if math.isfinite(value) else number(value)
+    return number(value, 4)
+
+
+def accuracy_change(accuracy: Accuracy) -> str:
+    """Write the loss or gain of a metric: `-0.50 points`."""
+    unit = "points" if accuracy.higher_is_better else "% worse" if accuracy.drop > 0 else "% better"
+    if not math.isfinite(accuracy.drop):
+        return number(accuracy.drop)
+    if accuracy.higher_is_better:
+        return f"{-accuracy.drop + 0.0:+.2f} {unit}"
+    return f"{abs(accuracy.drop):.2f} {unit}"
+
+
+def worst(fidelity: Fidelity) -> OutputFidelity | None:
+    """The output that is furthest from the original's: NaN first, then the lowest SQNR."""
+    outputs = sorted(fidelity.outputs, key=lambda o: (not o.nan, not math.isnan(o.sqnr_db), _order(o.sqnr_db)))
+    return outputs[0] if outputs else None
+
+
+def fidelity_text(fidelity: Fidelity) -> str:
+    """Write the worst output's distance in one line."""
+    output = worst(fidelity)
+    if fidelity.not_run is not None or output is None:
+        return clean(fidelity.not_run or "not checked: the model has no outputs")
+    if output.nan:
+        return "the result holds NaN where the original does not"
+    if output.max_abs == 0:
+        return "equal, bit by bit" if len(fidelity.outputs) == 1 else "all outputs equal, bit by bit"
+    parts = [f"SQNR {number(output.sqnr_db)} dB", f"max diff {number(output.max_abs)}"]
+    if output.top1_agreement is not None:
+        parts.append(f"top-1 agreement {output.top1_agreement:.2f} %")
+    return ", ".join(parts)
+
+
+def agreement_text(backend: BackendReport) -> str:
+    """Write how well the target's file agrees with `model.onnx`."""
+    agreement = backend.agreement
+    if agreement is None:
+        return clean(backend.not_run or "not run")
+    parts = [f"max diff {number(agreement.max_abs)} (tolerance {number(agreement.tolerance)})"]
+    if agreement.top1_agreement is not None:
+        parts.insert(0, f"top-1 agreement {agreement.top1_agreement:.2f} %")
+    return f"{'agrees' if agreement.ok else 'DISAGREES'}: {', '.join(parts)}"
+
+
+def limit_text(limit: Limit) -> str:
+    """Write one limit with what was reached."""
+    unit = f" {limit.unit}" if limit.unit and limit.unit != "x" else limit.unit
+    got = "" if limit.got is None else f", got {number(limit.got)}{unit}"
+    return f"{clean(limit.name)} {limit.bound} {number(limit.wanted)}{unit}{got}: {'met' if limit.met else 'MISSED'}"
+
+
+def obtained(report: Report) -> str:
+    """How the backend's results were obtained, or that there is none."""
+    return report.backend.how if report.backend else "executed"
+
+
+def reasons(report: Report) -> tuple[Reason, ...]:
+    """Sites that were left alone, by step and reason, the most frequent first within a step."""
+    found: list[Reason] = []
+    for step in report.steps:
+        groups: dict[str, list[str]] = {}
+        for change in step.skipped:
+            groups.setdefault(_reason(change), []).append(change.site)
+        ordered = sorted(groups.items(), key=lambda item: (-len(item[1]), item[0]))
+        found.extend(Reason(step.name, reason, tuple(sites)) for reason, sites in ordered)
+    return tuple(found)
+
+
+def _reason(change: Change) -> str:
+    return change.action.removeprefix(_SKIPPED)
+
+
+def _order(value: float) -> float:
+    return 0.0 if math.isnan(value) else value
+
+
+def _scaled(amount: float, units: Sequence[str]) -> str:
+    value, unit = float(amount), units[0]
+    for larger in units[1:]:
+        if abs(value) < 999.5:
+            break
+        value, unit = value / 1000, larger
+    digits = 0 if unit == units[0] or value >= 99.95 else 1 if value >= 9.995 else 2
+    return f"{value:,.{digits}f} {unit}"
