@@ -92,6 +92,13 @@ class Backend(abc.ABC):
 
     name: ClassVar[str]
 
+    def ready(self, target: Target, options: BuildOptions) -> None:  # noqa: B027
+        """Check that this machine can build for the target, before any other work is done.
+
+        Raises:
+            BackendError: A tool or runtime is missing; the hint says how to get it.
+        """
+
     @abc.abstractmethod
     def unsupported(self, model: ir.Model, target: Target, options: BuildOptions) -> Sequence[Unsupported]:
         """Name the operators that this backend cannot take, before anything is built.

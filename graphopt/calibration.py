@@ -1,4 +1,4 @@
-"""Calibration and evaluation data: where samples come from, how they are checked, and how outputs are scored.
+"""Calibration and evaluation data: where samples come from, and how they are checked against the model.
 
     FILE.npz            arrays named after the model's inputs
     FOLDER              one FILE.npy per input, or sub-folders named after the inputs holding one .npy per sample
@@ -12,24 +12,25 @@ per entry. Evaluation data adds `labels`, or `reference.<output>` arrays.
 from __future__ import annotations
 
 import hashlib
-import importlib
-import inspect
-import sys
 import zipfile
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
+import onnx_ir as ir
 
-from graphopt.errors import DataError, nearest
+from graphopt.errors import DataError, GraphoptError, nearest
+from graphopt.metrics import Metric, Score, metric, open_function
 from graphopt.model_io import InputSpec, ShapeBinding
 from graphopt.reference import Feed, random_feed
 
 __all__ = ["Dataset", "Metric", "Score", "metric", "open_calibration", "open_evaluation", "open_function"]
 
 Array = np.ndarray[Any, np.dtype[Any]]
+Source = str | Path | Mapping[str, Array]
 _SYNTHETIC_SAMPLES = 64
 
 
@@ -74,41 +75,8 @@ class Dataset:
             yield _join(pending)
 
 
-@dataclass(frozen=True)
-class Score:
-    """A metric's value on the user's labelled data.
-
-    Attributes:
-        metric: Name of the metric.
-        value: Percent for top1 and top5; the metric's own unit otherwise.
-        samples: Number of samples scored.
-        higher_is_better: False for perplexity and errors.
-    """
-
-    metric: str
-    value: float
-    samples: int
-    higher_is_better: bool = True
-
-    def drop_from(self, before: Score) -> float:
-        """Loss against `before`: points where higher is better, else relative percent. Negative: a gain."""
-        if self.higher_is_better:
-            return before.value - self.value
-        return 100 * (self.value - before.value) / before.value if before.value else float(self.value > 0) * 100
-
-
-@dataclass(frozen=True)
-class Metric:
-    """How outputs are scored: `score(outputs, dataset)` on all outputs, stacked on the first axis."""
-
-    name: str
-    score: Callable[[Feed, Dataset], float]
-    higher_is_better: bool = True
-    digest: str | None = ""
-
-
 def open_calibration(
-    uri: str,
+    source: Source,
     inputs: Sequence[InputSpec],
     binding: ShapeBinding,
     readers: Callable[[str], Iterable[Dataset]] = lambda uri: (),  # noqa: ARG005
@@ -116,7 +84,7 @@ def open_calibration(
     """Open calibration data and check it against the model's inputs.
 
     Args:
-        uri: What the user gave.
+        source: What the user gave: text as above, or arrays as an .npz would hold them.
         inputs: The model's inputs.
         binding: Sizes fixed for dynamic dimensions.
         readers: Asks plugins; the first that knows the uri wins.
@@ -124,7 +92,7 @@ def open_calibration(
     Raises:
         DataError: The data is missing, empty, or does not fit the inputs.
     """
-    dataset = _open(uri, inputs, binding, readers)
+    dataset = _open(source, inputs, binding, readers)
     extra = [*dataset.references, *(["labels"] if dataset.labels is not None else [])]
     if extra:
         dataset = replace(dataset, labels=None, references={})
@@ -132,7 +100,7 @@ def open_calibration(
 
 
 def open_evaluation(
-    uri: str,
+    source: Source,
     inputs: Sequence[InputSpec],
     outputs: Sequence[str],
     binding: ShapeBinding,
@@ -143,7 +111,8 @@ def open_evaluation(
     Raises:
         DataError: As `open_calibration`; or there are neither labels nor references.
     """
-    dataset = _checked(_open(uri, inputs, binding, readers), inputs)
+    dataset = _checked(_open(source, inputs, binding, readers), inputs)
+    uri = dataset.origin
     if dataset.labels is None and not dataset.references:
         raise DataError(uri, "has neither labels nor reference.<output> arrays", "add one, or leave --eval out")
     for name in dataset.references:
@@ -152,58 +121,19 @@ def open_evaluation(
     return dataset
 
 
-def metric(name: str | None, dataset: Dataset) -> Metric:
-    """Find a metric by name, or the one that fits the data: top1 for labels, mse for references.
-
-    Raises:
-        DataError: There is no such metric, or it needs what the data lacks.
-    """
-    name = name or ("top1" if dataset.labels is not None else "mse")
-    if ":" in name:
-        function, digest = open_function(name, "--metric")
-        return Metric(name, function, getattr(function, "higher_is_better", True), digest)
-    if name not in _METRICS:
-        raise DataError(f"--metric {name}", "no such metric", nearest(name, _METRICS))
-    if name == "mse" and not dataset.references:
-        raise DataError("--metric mse", "needs reference.<output> arrays in the evaluation data")
-    if name != "mse" and dataset.labels is None:
-        raise DataError(f"--metric {name}", "needs labels in the evaluation data")
-    return _METRICS[name]
-
-
-def open_function(text: str, subject: str) -> tuple[Callable[..., Any], str | None]:
-    """Import `module:function`; returns it with the sha256 of its module's source (None if there is no source).
-
-    Raises:
-        DataError: The module or the function cannot be found.
-    """
-    module_name, _, function_name = text.partition(":")
-    if "" not in sys.path:
-        sys.path.insert(0, "")
-    try:
-        module = importlib.import_module(module_name)
-    except ImportError as e:
-        raise DataError(f"{subject} {text}", f"module cannot be imported: {e}", "run where it is importable") from e
-    function = getattr(module, function_name, None)
-    if not callable(function):
-        names = [name for name, value in inspect.getmembers(module, callable) if not name.startswith("_")]
-        raise DataError(f"{subject} {text}", "the module has no such function", nearest(function_name, names))
-    try:
-        source = inspect.getsource(module)
-    except (OSError, TypeError):
-        return function, None
-    return function, hashlib.sha256(source.encode()).hexdigest()
-
-
 # ---------------------------------------------------------------- reading
 
 
 def _open(
-    uri: str,
+    source: Source,
     inputs: Sequence[InputSpec],
     binding: ShapeBinding,
     readers: Callable[[str], Iterable[Dataset]],
 ) -> Dataset:
+    if isinstance(source, Mapping):
+        arrays = {name: np.asarray(value) for name, value in source.items()}
+        return _from_arrays("arrays", arrays, _arrays_digest(arrays), inputs, binding)
+    uri = str(source)
     for dataset in readers(uri):
         return dataset
     path = Path(uri)
@@ -218,9 +148,16 @@ def _open(
     raise DataError(uri, "no such file, folder or module:function", "give an .npz with arrays named after the inputs")
 
 
+def _arrays_digest(arrays: Mapping[str, Array]) -> str:
+    digest = hashlib.sha256()
+    for name, array in sorted(arrays.items()):
+        digest.update(f"{name} {array.dtype} {array.shape}".encode() + np.ascontiguousarray(array).tobytes())
+    return digest.hexdigest()
+
+
 def _synthetic(uri: str, inputs: Sequence[InputSpec], binding: ShapeBinding) -> Dataset:
     seed = uri.partition(":")[2]
-    if not seed.isdigit():
+    if not (seed.isascii() and seed.isdigit()):
         raise DataError(uri, f"{seed!r} is not a whole number", "write synthetic:0")
 
     def read() -> Iterator[Feed]:
@@ -234,10 +171,15 @@ def _from_function(uri: str) -> Dataset:
     function, digest = open_function(uri, "--calibration")
 
     def read() -> Iterator[Feed]:
-        for feed in function():
-            if not isinstance(feed, Mapping):
-                raise DataError(uri, f"yields {type(feed).__name__}, not dictionaries of arrays")
-            yield {str(k): np.asarray(v) for k, v in cast("Mapping[str, Any]", feed).items()}
+        try:
+            for feed in function():
+                if not isinstance(feed, Mapping):
+                    raise DataError(uri, f"yields {type(feed).__name__}, not dictionaries of arrays")
+                yield {str(k): np.asarray(v) for k, v in cast("Mapping[str, Any]", feed).items()}
+        except GraphoptError:
+            raise
+        except Exception as e:  # the function is the user's: it can raise anything
+            raise DataError(uri, f"raises {type(e).__name__}: {e}", "it takes no arguments and yields feeds") from e
 
     return Dataset(uri, digest, read)
 
@@ -248,7 +190,7 @@ def _read_npz(path: Path) -> tuple[dict[str, Array], str]:
     try:
         with np.load(path, allow_pickle=False) as npz:
             arrays = {name: npz[name] for name in npz.files}
-    except (ValueError, OSError, EOFError, AttributeError, zipfile.BadZipFile) as e:
+    except (ValueError, TypeError, OSError, EOFError, zipfile.BadZipFile, zlib.error) as e:
         raise DataError(str(path), "not an .npz file of plain arrays, or damaged", "write it with numpy.savez") from e
     with path.open("rb") as stream:
         return arrays, hashlib.file_digest(stream, "sha256").hexdigest()
@@ -272,9 +214,10 @@ def _read_folder(path: Path) -> tuple[dict[str, Array], str]:
 def _from_arrays(
     uri: str, arrays: dict[str, Array], digest: str, inputs: Sequence[InputSpec], binding: ShapeBinding
 ) -> Dataset:
-    labels = arrays.pop("labels", None)
-    references = {k.removeprefix("reference."): arrays.pop(k) for k in list(arrays) if k.startswith("reference.")}
     names = [spec.name for spec in inputs]
+    extra = {k: arrays.pop(k) for k in list(arrays) if k not in names and (k == "labels" or k.startswith("reference."))}
+    labels = extra.pop("labels", None)
+    references = {k.removeprefix("reference."): array for k, array in extra.items()}
     if not arrays:
         raise DataError(uri, "holds no arrays", f"needs: {', '.join(names)}")
     for name in arrays:
@@ -283,6 +226,9 @@ def _from_arrays(
     for name in names:
         if name not in arrays:
             raise DataError(uri, f"has no array for the input {name!r}", f"it holds: {', '.join(arrays)}")
+    for spec in inputs:  # an .npz holds text as numpy's own type, ONNX Runtime takes objects
+        if spec.dtype == ir.DataType.STRING and arrays[spec.name].dtype.kind == "U":
+            arrays[spec.name] = arrays[spec.name].astype(object)
     layout = {spec.name: _layout(uri, spec, arrays[spec.name], binding) for spec in inputs}
     counts = {name: len(arrays[name]) // step if step else len(arrays[name]) for name, step in layout.items()}
     if min(counts.values()) == 0:
@@ -307,9 +253,14 @@ def _layout(uri: str, spec: InputSpec, array: Array, binding: ShapeBinding) -> i
         return 0
     if array.ndim != spec.rank or array.ndim == 0:
         fact = f"array {spec.name!r} has rank {array.ndim}, the input has rank {spec.rank}"
-        raise DataError(uri, fact, f"stack samples on the first axis: {spec.shape}")
+        hint = f"stack samples on the first axis: {_text(spec.shape)}" if spec.rank else "give one value a sample"
+        raise DataError(uri, fact, hint)
     first = (spec.bound(binding) or (1,))[0]
-    return first if isinstance(first, int) else 1
+    rows = first if isinstance(first, int) else 1
+    if rows > 1 and len(array) % rows:
+        fact = f"array {spec.name!r} holds {len(array)} rows, the model takes {rows} at a time"
+        raise DataError(uri, fact, f"give a multiple of {rows}")
+    return rows
 
 
 def _open_batch(spec: InputSpec) -> bool:
@@ -336,7 +287,7 @@ def _checked(dataset: Dataset, inputs: Sequence[InputSpec]) -> Dataset:
             fits = array.ndim == len(spec.shape)
             fits = fits and all(not isinstance(d, int) or d == s for d, s in zip(spec.shape, array.shape, strict=True))
             if not fits:
-                fact = f"a sample of {spec.name!r} has shape {array.shape}, the input takes {spec.shape}"
+                fact = f"a sample of {spec.name!r} has shape {_text(array.shape)}, the input takes {_text(spec.shape)}"
                 raise DataError(dataset.origin, fact)
     return dataset
 
@@ -347,46 +298,5 @@ def _join(feeds: Sequence[Feed]) -> Feed:
     return {name: np.concatenate([feed[name] for feed in feeds]) for name in feeds[0]}
 
 
-# ---------------------------------------------------------------- metrics
-
-
-def _first(outputs: Feed) -> Array:
-    return next(iter(outputs.values()))
-
-
-def _labels(outputs: Feed, dataset: Dataset) -> tuple[Array, Array]:
-    scores, labels = _first(outputs), np.asarray(dataset.labels)
-    if scores.shape[:-1] != labels.shape:
-        fact = f"labels have shape {labels.shape}, the first output has {scores.shape}"
-        raise DataError(dataset.origin, fact, "one label for each row of the output")
-    return scores, labels
-
-
-def _topk(k: int) -> Callable[[Feed, Dataset], float]:
-    def score(outputs: Feed, dataset: Dataset) -> float:
-        scores, labels = _labels(outputs, dataset)
-        best = np.argsort(-scores, axis=-1, kind="stable")[..., :k]
-        return 100 * float((best == labels[..., None]).any(-1)[labels >= 0].mean())
-
-    return score
-
-
-def _perplexity(outputs: Feed, dataset: Dataset) -> float:
-    scores, labels = _labels(outputs, dataset)
-    logits = scores.astype(np.float64)
-    logits = logits - logits.max(-1, keepdims=True)
-    picked = np.take_along_axis(logits, labels.clip(0)[..., None], -1)[..., 0]
-    return float(np.exp((np.log(np.exp(logits).sum(-1)) - picked)[labels >= 0].mean()))
-
-
-def _mse(outputs: Feed, dataset: Dataset) -> float:
-    errors = [np.square(outputs[k].reshape(v.shape) - v.astype(np.float64)) for k, v in dataset.references.items()]
-    return float(np.mean([e.mean() for e in errors]))
-
-
-_METRICS = {
-    "top1": Metric("top1", _topk(1)),
-    "top5": Metric("top5", _topk(5)),
-    "perplexity": Metric("perplexity", _perplexity, higher_is_better=False),
-    "mse": Metric("mse", _mse, higher_is_better=False),
-}
+def _text(shape: Sequence[int | str | None] | None) -> str:
+    return "x".join("?" if size is None else str(size) for size in shape or ()) or "scalar"

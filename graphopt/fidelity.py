@@ -10,7 +10,7 @@ import json
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,35 +21,37 @@ import numpy as np
 from graphopt.errors import GraphoptError, ModelError
 from graphopt.reference import Feed, Reference
 
-__all__ = ["Distance", "FeedFolder", "compare", "free_memory", "needed_memory", "run_apart"]
+__all__ = ["FeedFolder", "OutputFidelity", "compare", "free_memory", "needed_memory", "run_apart"]
 
 Array = np.ndarray[Any, np.dtype[Any]]
 _MEMORY_FACTOR = 2.5  # ONNX Runtime holds a model about twice while it loads, plus activations
 
 
 @dataclass(frozen=True)
-class Distance:
-    """How one output of the result differs from the original's.
+class OutputFidelity:
+    """OutputFidelity of one output from the original's, over all samples.
 
     Attributes:
-        output: Name of the output.
-        max_abs: Largest difference.
-        mean_abs: Mean difference.
-        scale: Largest magnitude in the original's output.
-        sqnr_db: Signal to noise ratio in decibels; infinite where the outputs are equal.
-        cosine: Cosine of the angle between both, all samples taken as one vector.
-        top1_agreement: Percent of rows with the same largest entry; None where the output has no class axis.
-        finite: False if the result holds NaN or infinities that the original does not.
+        name: Name of the output.
+        max_abs: Largest absolute difference.
+        mean_abs: Mean absolute difference.
+        reference_min: Least value of the original's output, to judge the differences by.
+        reference_max: Greatest value of it.
+        sqnr_db: Signal to noise, 10 log10(sum reference^2 / sum difference^2); infinite where equal.
+        cosine: Cosine of the angle between both, all samples as one vector.
+        top1_agreement: Percent of rows with the same greatest element; None where the output holds no classes.
+        nan: The result holds NaN where the original does not.
     """
 
-    output: str
+    name: str
     max_abs: float
     mean_abs: float
-    scale: float
+    reference_min: float
+    reference_max: float
     sqnr_db: float
     cosine: float
-    top1_agreement: float | None
-    finite: bool
+    top1_agreement: float | None = None
+    nan: bool = False
 
 
 class FeedFolder:
@@ -66,12 +68,12 @@ class FeedFolder:
 
     def write(self, index: int, feed: Feed) -> None:
         """Write one run."""
-        names = np.array(list(feed), dtype=np.str_)
-        np.savez(self.folder / f"{index:07}.npz", names=names, **{f"a{i}": v for i, v in enumerate(feed.values())})
+        arrays: dict[str, Any] = {f"a{i}": value for i, value in enumerate(feed.values())}
+        np.savez(self.folder / f"{index:07}.npz", names=np.array(list(feed), dtype=np.str_), **arrays)
 
     @classmethod
     @contextmanager
-    def temporary(cls, feeds: Iterable[Feed] = ()) -> Iterator[FeedFolder]:
+    def temporary(cls, feeds: Iterable[Feed] = ()) -> Generator[FeedFolder]:
         """Make a folder that is removed at the end, and write `feeds` to it."""
         with tempfile.TemporaryDirectory(prefix="graphopt-") as name:
             folder = cls(Path(name))
@@ -111,7 +113,7 @@ def run_apart(
         raise ModelError(model.name, lines[-1] if lines else "ONNX Runtime cannot run it")
 
 
-def compare(expected: Iterable[Feed], got: Iterable[Feed]) -> tuple[Distance, ...]:
+def compare(expected: Iterable[Feed], got: Iterable[Feed]) -> tuple[OutputFidelity, ...]:
     """Compare the numeric outputs of two models on the same feeds, run by run.
 
     Raises:
@@ -144,9 +146,10 @@ class _Sums:
 
     def __init__(self, name: str) -> None:
         self.name = name
-        self.worst = self.total = self.scale = self.signal = self.noise = self.norm = self.dot = 0.0
+        self.worst = self.total = self.signal = self.noise = self.norm = self.dot = 0.0
+        self.low, self.high = float("inf"), float("-inf")
         self.count = self.same = self.rows = 0
-        self.finite = self.classes = True
+        self.nan, self.classes = False, True
 
     def add(self, expected: Array, got: Array) -> None:
         if expected.shape != got.shape:
@@ -157,11 +160,12 @@ class _Sums:
             self.same += int((a.argmax(-1) == b.argmax(-1)).sum())
             self.rows += a[..., 0].size
         usable = np.isfinite(a) & np.isfinite(b)
-        self.finite = self.finite and bool((np.isfinite(b) | ~np.isfinite(a)).all())
+        self.nan = self.nan or bool((np.isnan(b) & ~np.isnan(a)).any())
         a, b = a[usable], b[usable]
         difference = np.abs(a - b)
         self.worst = max(self.worst, float(difference.max(initial=0)))
-        self.scale = max(self.scale, float(np.abs(a).max(initial=0)))
+        self.low = min(self.low, float(a.min(initial=np.inf)))
+        self.high = max(self.high, float(a.max(initial=-np.inf)))
         self.total += float(difference.sum())
         self.noise += float((difference**2).sum())
         self.signal += float((a**2).sum())
@@ -169,18 +173,19 @@ class _Sums:
         self.dot += float((a * b).sum())
         self.count += a.size
 
-    def distance(self) -> Distance:
+    def distance(self) -> OutputFidelity:
         length = float(np.sqrt(self.signal * self.norm))
         equal = self.noise == 0
-        return Distance(
-            output=self.name,
+        return OutputFidelity(
+            name=self.name,
             max_abs=self.worst,
             mean_abs=self.total / max(self.count, 1),
-            scale=self.scale,
+            reference_min=self.low,
+            reference_max=self.high,
             sqnr_db=float("inf") if equal else 10 * float(np.log10(max(self.signal, 1e-300) / self.noise)),
             cosine=1.0 if equal else self.dot / length if length else 0.0,
             top1_agreement=100 * self.same / self.rows if self.classes and self.rows else None,
-            finite=self.finite,
+            nan=self.nan,
         )
 
 

@@ -51,10 +51,11 @@ class Measurement:
         threads: Threads the engine was given.
         samples: Different feeds that were run.
         warmup: Runs before the clock started, each round.
-        repeats: Timed runs of a round.
+        repeats: Timed runs of a round; fewer than asked for where a round would have taken too long.
         rounds: Rounds, interleaved with those of the other rows.
         times: Latency; None unless executed.
-        peak_memory_mb: Largest resident memory of its process; None unless executed.
+        peak_memory_mb: Largest resident memory of its process, libraries included; None unless executed.
+        base_memory_mb: What that process held before it loaded the model.
         file_bytes: Bytes of what is deployed.
         agrees: Largest absolute difference from the bundle's `model.onnx` in ONNX Runtime; None where not compared.
         not_run: Why there is no result.
@@ -75,11 +76,13 @@ class Measurement:
     rounds: int = 0
     times: Times | None = None
     peak_memory_mb: float | None = None
+    base_memory_mb: float | None = None
     agrees: float | None = None
     not_run: str | None = None
 
     def __post_init__(self) -> None:
-        if self.how != "executed" and (self.times is not None or self.peak_memory_mb is not None):
+        clocked = (self.times, self.peak_memory_mb, self.base_memory_mb)
+        if self.how != "executed" and any(figure is not None for figure in clocked):
             raise ValueError(f"{self.engine} on {self.subject}: {self.how}, and such a row carries no time or memory")
 
 

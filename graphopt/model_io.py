@@ -1,3 +1,5 @@
+# onnx and onnx_ir annotate paths as bare os.PathLike, which strict mode calls partially unknown
+# pyright: reportUnknownMemberType=false
 """Models on disk and in memory: reading, writing, and the only place where protobuf appears.
 
 Weights stay memory-mapped: nothing here reads more than one tensor at a time, except where a caller asks for a
@@ -28,6 +30,7 @@ __all__ = [
     "load_model",
     "model_bytes",
     "model_digest",
+    "model_files",
     "save_model",
     "to_proto",
     "weight_bytes",
@@ -54,7 +57,7 @@ class ShapeBinding:
 
 @dataclass(frozen=True)
 class InputSpec:
-    """An input of a model; `shape` holds sizes, names of dynamic dimensions, or None; None where the rank is unknown."""
+    """An input of a model; `shape` holds sizes, names of dynamic dimensions, or None; it is None without a rank."""
 
     name: str
     dtype: ir.DataType
@@ -159,12 +162,17 @@ def external_files(model: ir.Model) -> tuple[Path, ...]:
     return tuple(sorted({Path(t.path) for t in tensors if isinstance(t, ir.ExternalTensor)}))
 
 
-def model_digest(path: Path) -> str:
-    """sha256 over the model file and the weight files it names."""
+def model_files(path: Path) -> tuple[Path, ...]:
+    """The model file and the weight files it names, without reading them."""
     proto = onnx.load(path, load_external_data=False)
     names = {e.value for t in _all_tensors(proto.graph) for e in t.external_data if e.key == "location"}
+    return (path, *(path.parent / name for name in sorted(names)))
+
+
+def model_digest(path: Path) -> str:
+    """sha256 over the model file and the weight files it names."""
     digest = hashlib.sha256()
-    for part in (path, *(path.parent / name for name in sorted(names))):
+    for part in model_files(path):
         with part.open("rb") as stream:
             digest.update(hashlib.file_digest(stream, "sha256").digest())
     return digest.hexdigest()

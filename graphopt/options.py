@@ -6,6 +6,8 @@
     Literal[...]          one of the choices              the same
     tuple[T, ...]         values separated by commas      list or tuple of T
     T | None              none, or T                      None, or T
+
+A dash in an option's name is read as an underscore.
 """
 
 from __future__ import annotations
@@ -37,10 +39,10 @@ class Bounds:
     def violated_by(self, value: float) -> str | None:
         """Return the broken limit as text, or None."""
         checks = (
-            (self.ge, value < cast("float", self.ge) if self.ge is not None else False, "at least"),
-            (self.gt, value <= cast("float", self.gt) if self.gt is not None else False, "greater than"),
-            (self.le, value > cast("float", self.le) if self.le is not None else False, "at most"),
-            (self.lt, value >= cast("float", self.lt) if self.lt is not None else False, "less than"),
+            (self.ge, value < self.ge if self.ge is not None else False, "at least"),
+            (self.gt, value <= self.gt if self.gt is not None else False, "greater than"),
+            (self.le, value > self.le if self.le is not None else False, "at most"),
+            (self.lt, value >= self.lt if self.lt is not None else False, "less than"),
         )
         return next((f"{word} {limit:g}" for limit, broken, word in checks if limit is not None and broken), None)
 
@@ -72,7 +74,7 @@ def opt(
 ) -> _T:
     """Declare an option as a dataclass field with its help text and bounds."""
     metadata = {_KEY: (help, Bounds(ge, gt, le, lt))}
-    return cast("_T", dataclasses.field(default=default, metadata=metadata))
+    return dataclasses.field(default=default, metadata=metadata)
 
 
 def specs(cls: type) -> tuple[OptionSpec, ...]:
@@ -115,7 +117,7 @@ def build(cls: type[_T], values: Mapping[str, Any], subject: str) -> _T:
 def non_defaults(instance: Any) -> dict[str, tuple[str, ...]]:
     """Return the options that differ from their defaults, as words that `build` reads back."""
     found: dict[str, tuple[str, ...]] = {}
-    for spec in specs(type(instance)):
+    for spec in specs(instance.__class__):
         value = getattr(instance, spec.name)
         if value != spec.default or type(value) is not type(spec.default):
             found[spec.name] = () if value is True else _words(value)
@@ -179,9 +181,10 @@ def _scalar(hint: Any, value: Any, subject: str) -> Any:
     if hint in (int, float) and not isinstance(value, bool):
         try:
             number = hint(value)
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):  # int(inf), float(10**400)
             number = None
-        if number is not None and (isinstance(value, str) or number == value) and not math.isnan(number):
+        is_nan = isinstance(number, float) and math.isnan(number)
+        if number is not None and not is_nan and (isinstance(value, str) or number == value):
             return number
     raise OptionError(subject, f"{value!r} is not {_article(hint)}")
 

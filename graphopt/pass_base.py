@@ -138,10 +138,12 @@ class Pass(abc.ABC):
     Attributes:
         name: Spelling in pipelines: short, lower case, dashed.
         lossy: False promises equal outputs; the runner checks the promise in ONNX Runtime.
+        without_data: What the pass does less well without calibration data, in one line for the user.
     """
 
     name: ClassVar[str]
     lossy: ClassVar[bool]
+    without_data: ClassVar[str] = ""
 
     def requires(self, model: ir.Model, ctx: Context) -> None:  # noqa: B027
         """Check what must hold before `run`.

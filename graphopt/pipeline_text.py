@@ -85,9 +85,11 @@ class _Parser:
             while not self.take("}"):
                 if self.at >= len(self.text):
                     raise self.error("'{' is never closed", "add '}'")
+                begin = self.at
                 option = self.option()
                 if option[0] in (known for known, _ in options):
-                    raise self.error(f"option {option[0]!r} is given twice")
+                    self.at = begin
+                    raise self.error(f"option {option[0]!r} is given twice", "keep one")
                 options.append(option)
         return Step(name, tuple(options))
 

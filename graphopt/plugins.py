@@ -92,9 +92,17 @@ class Registry:
         Raises:
             OptionError: There is no such pass, or an option does not fit it.
         """
-        if step.name not in self.passes:
-            raise OptionError("--passes", f"no pass called {step.name!r}", nearest(step.name, self.passes))
-        return build(self.passes[step.name], step.values, step.name)
+        return self.build_pass(step.name, step.values)
+
+    def build_pass(self, name: str, values: Mapping[str, Any], subject: str = "--passes") -> Pass:
+        """Build a pass from its name and option values; `subject` is where the name was written.
+
+        Raises:
+            OptionError: There is no such pass, or an option does not fit it.
+        """
+        if name not in self.passes:
+            raise OptionError(subject, f"no pass called {name!r}", nearest(name, self.passes))
+        return build(self.passes[name], values, name)
 
     def passes_from_text(self, text: str) -> tuple[Pass, ...]:
         """Build the passes of a pipeline.
@@ -147,14 +155,15 @@ class Registry:
         return tuple(found)
 
     def recipes(self) -> Mapping[str, Traversable]:
-        """Recipes by name: files `recipes/NAME.toml` in the packages that entry points name.
+        """Recipes by name: files `recipes/NAME.toml` in the packages in which plugins lie.
 
         Raises:
             PluginError: Two plugins bring recipes of one name.
         """
         found: dict[str, tuple[PluginInfo, Traversable]] = {}
-        for plugin in self.plugins:
-            for file in _recipe_files(plugin):
+        packages = {importlib.import_module(p.module).__package__ or "": p for p in reversed(self.plugins)}
+        for package, plugin in sorted(packages.items()):
+            for file in _recipe_files(package):
                 _claim(found, file.name.removesuffix(".toml"), plugin, file, "recipe")
         return {name: file for name, (_, file) in sorted(found.items())}
 
@@ -375,10 +384,10 @@ def _way_out(plugin: PluginInfo) -> str:
     return "reinstall graphopt" if plugin.builtin else f"disable it with --no-plugin {plugin.name}"
 
 
-def _recipe_files(plugin: PluginInfo) -> list[Traversable]:
-    if not hasattr(importlib.import_module(plugin.module), "__path__"):
+def _recipe_files(package: str) -> list[Traversable]:
+    if not package:  # the plugin is a module on its own
         return []
-    folder = importlib.resources.files(plugin.module) / "recipes"
+    folder = importlib.resources.files(package) / "recipes"
     return [file for file in folder.iterdir() if file.name.endswith(".toml")] if folder.is_dir() else []
 
 

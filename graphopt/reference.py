@@ -8,7 +8,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -84,7 +84,7 @@ class Reference:
             values = self.session.run(names, {name: feed[name] for name in self.inputs})
         except Exception as e:
             raise ModelError("model", f"ONNX Runtime cannot run it: {_reason(e)}") from e
-        return {name: cast("Any", value) for name, value in zip(names, values, strict=True)}
+        return dict(zip(names, values, strict=True))
 
 
 def random_feed(specs: Sequence[InputSpec], binding: ShapeBinding, rng: np.random.Generator) -> Feed:

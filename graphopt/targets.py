@@ -7,7 +7,7 @@ here say what one is, and the CPU descriptions (`Isa`) that several of them shar
 from __future__ import annotations
 
 import platform
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -114,7 +114,7 @@ class TargetTable:
                 raise PluginError(f"target {target}", "registered twice", "remove one of the plugins: --no-plugin NAME")
             self._targets[str(target)] = target
 
-    def __iter__(self) -> Iterable[Target]:
+    def __iter__(self) -> Iterator[Target]:
         return iter(sorted(self._targets.values(), key=str))
 
     def devices(self, name: str) -> Sequence[Target]:
@@ -147,5 +147,8 @@ def host_features() -> frozenset[str]:
         text = Path("/proc/cpuinfo").read_text("utf8")
     except OSError:
         return frozenset()
-    lines = (line.partition(":") for line in text.splitlines())
-    return next((frozenset(v.split()) for k, _, v in lines if k.strip().lower() in ("flags", "features")), frozenset())
+    for line in text.splitlines():
+        name, _, value = line.partition(":")
+        if name.strip().lower() in ("flags", "features"):
+            return frozenset(value.split())
+    return frozenset()

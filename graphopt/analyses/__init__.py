@@ -1,7 +1,24 @@
 """Facts about a model that passes share; computed once, dropped when the model changes."""
 
+from graphopt.analyses.channels import CHANNEL_GROUPS, ChannelGroup, ChannelGroups
 from graphopt.analyses.constants import CONSTANTS, Constants
 from graphopt.analyses.cost import COST, Cost, NodeCost
+from graphopt.analyses.ranges import RANGES, Histogram, Ranges, RangesAnalysis
 from graphopt.analyses.shapes import SHAPES, Shapes
 
-__all__ = ["CONSTANTS", "COST", "SHAPES", "Constants", "Cost", "NodeCost", "Shapes"]
+__all__ = [
+    "CHANNEL_GROUPS",
+    "CONSTANTS",
+    "COST",
+    "RANGES",
+    "SHAPES",
+    "ChannelGroup",
+    "ChannelGroups",
+    "Constants",
+    "Cost",
+    "Histogram",
+    "NodeCost",
+    "Ranges",
+    "RangesAnalysis",
+    "Shapes",
+]

@@ -98,7 +98,7 @@ def _infer(model: ir.Model) -> None:
     for graph in model.graphs():
         for value in graph.initializers.values():
             if value.const_value is not None:
-                value.shape, value.dtype = ir.Shape(value.const_value.shape), value.const_value.dtype
+                value.shape, value.dtype = ir.Shape(value.const_value.shape.numpy()), value.const_value.dtype
     ShapeInferencePass()(model)
 
 

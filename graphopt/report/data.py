@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from graphopt.backend_base import Obtained, Unsupported
+from graphopt.fidelity import OutputFidelity
 from graphopt.pass_base import Change, Scalar
 
 __all__ = [
@@ -122,33 +123,6 @@ class StepReport:
     def skipped(self) -> tuple[Change, ...]:
         """Sites that were left alone, each with its reason."""
         return tuple(change for change in self.changes if not change.done)
-
-
-@dataclass(frozen=True)
-class OutputFidelity:
-    """Distance of one output from the original's, over all samples.
-
-    Attributes:
-        name: Name of the output.
-        max_abs: Largest absolute difference.
-        mean_abs: Mean absolute difference.
-        reference_min: Least value of the original's output, to judge the differences by.
-        reference_max: Greatest value of it.
-        sqnr_db: Signal to noise, 10 log10(sum reference^2 / sum difference^2); infinite where equal.
-        cosine: Cosine of the angle between both, all samples as one vector.
-        top1_agreement: Percent of rows with the same greatest element; None where the output holds no classes.
-        nan: The result holds NaN where the original does not.
-    """
-
-    name: str
-    max_abs: float
-    mean_abs: float
-    reference_min: float
-    reference_max: float
-    sqnr_db: float
-    cosine: float
-    top1_agreement: float | None = None
-    nan: bool = False
 
 
 @dataclass(frozen=True)

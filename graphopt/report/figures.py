@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from graphopt.pass_base import Change, Scalar
-from graphopt.report.data import Accuracy, BackendReport, Fidelity, Limit, OutputFidelity, Report
+from graphopt.report.data import Accuracy, BackendReport, Fidelity, Limit, ModelSummary, OutputFidelity, Report
 
 __all__ = [
     "Reason",
@@ -18,8 +18,9 @@ __all__ = [
     "count",
     "fidelity_text",
     "limit_text",
+    "macs_text",
+    "milliseconds",
     "number",
-    "obtained",
     "plural",
     "quantity",
     "ratio",
@@ -63,6 +64,19 @@ def size(amount: int | None) -> str:
 def quantity(amount: int | None) -> str:
     """Write a large number: `40.8 M`."""
     return "unknown" if amount is None else _scaled(amount, ("", "k", "M", "G", "T", "P")).rstrip()
+
+
+def macs_text(model: ModelSummary) -> str:
+    """Write a model's MACs; where some are unknown, that there are more."""
+    if model.totals.macs is None:
+        return "unknown"
+    return f"{'> ' if model.macs_unknown else ''}{quantity(model.totals.macs)}"
+
+
+def milliseconds(value: float) -> str:
+    """Write a time with three digits: `4.02 ms`, `31.5 ms`."""
+    digits = 0 if value >= 99.95 else 1 if value >= 9.995 else 2 if value >= 0.0995 else 4
+    return f"{value:,.{digits}f} ms"
 
 
 def count(amount: int | None) -> str:
@@ -158,16 +172,11 @@ def agreement_text(backend: BackendReport) -> str:
     return f"{'agrees' if agreement.ok else 'DISAGREES'}: {', '.join(parts)}"
 
 
-def limit_text(limit: Limit) -> str:
-    """Write one limit with what was reached."""
-    unit = f" {limit.unit}" if limit.unit and limit.unit != "x" else limit.unit
-    got = "" if limit.got is None else f", got {number(limit.got)}{unit}"
-    return f"{clean(limit.name)} {limit.bound} {number(limit.wanted)}{unit}{got}: {'met' if limit.met else 'MISSED'}"
-
-
-def obtained(report: Report) -> str:
-    """How the backend's results were obtained, or that there is none."""
-    return report.backend.how if report.backend else "executed"
+def limit_text(limit: Limit, *, verdict: bool = True) -> str:
+    """Write one limit with what was reached and, with `verdict`, whether that is enough."""
+    got = "" if limit.got is None else f", got {_with_unit(limit.got, limit.unit)}"
+    text = f"{clean(limit.name)} {limit.bound} {_with_unit(limit.wanted, limit.unit)}{got}"
+    return f"{text}: {'met' if limit.met else 'MISSED'}" if verdict else text
 
 
 def reasons(report: Report) -> tuple[Reason, ...]:
@@ -184,6 +193,11 @@ def reasons(report: Report) -> tuple[Reason, ...]:
 
 def _reason(change: Change) -> str:
     return change.action.removeprefix(_SKIPPED)
+
+
+def _with_unit(value: float, unit: str) -> str:
+    text = f"{value:.2f}" if unit in ("points", "%", "x") and math.isfinite(value) else number(value)
+    return text + (unit if unit in ("", "x") else f" {clean(unit)}")
 
 
 def _order(value: float) -> float:

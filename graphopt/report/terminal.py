@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import textwrap
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from graphopt.measured import Measured
 from graphopt.report.data import Report
 from graphopt.report.figures import (
-    Reason,
     accuracy_change,
     agreement_text,
     clean,
     fidelity_text,
     limit_text,
+    macs_text,
+    milliseconds,
     plural,
     quantity,
     ratio,
@@ -28,11 +30,17 @@ if TYPE_CHECKING:
 
 __all__ = ["render"]
 
+_WIDEST = 110
+_LABEL = 12
+_FIRST_COLUMN = 30
 _REASONS = 8
 _EXAMPLES = 3
 
 Row = tuple[str, str, str, str, str]
 """What, before, after, change, how it was obtained."""
+
+Line = Sequence[tuple[str, str]]
+"""Pieces of one line, each with its style."""
 
 
 def render(report: Report, measured: Measured | None, console: Console, *, verbose: bool = False) -> None:
@@ -42,41 +50,44 @@ def render(report: Report, measured: Measured | None, console: Console, *, verbo
         report: What follows from the input.
         measured: Timings of this machine, if they were taken.
         console: Where to print; without a terminal behind it there are no colours.
-        verbose: Name every layer that was left alone, and every operator's count.
+        verbose: Name every site that was left alone.
     """
-    _title(report, console)
-    _print_rows([*_counted(report), *_scored(report), *_timed(measured)], console)
-    for label, text, how in _checked(report):
-        _line(console, label, text, how)
-    _left_alone(reasons(report), console, verbose=verbose)
-    for note in report.notes:
-        _line(console, "note", clean(note), "", "yellow")
-    for limit in report.limits:
-        _line(console, "limit", limit_text(limit), "", "" if limit.met else "red")
-    _line(console, "verdict", clean(report.verdict), "", "green" if report.ok else "red")
-
-
-def _title(report: Report, console: Console) -> None:
     from rich.text import Text
 
-    parts = ((clean(report.model), "bold"), " -> ", (clean(report.target), "bold"), f"  {clean(report.pipeline)}")
-    console.print(Text.assemble(*parts), soft_wrap=False)
-    console.print()
+    width = max(40, min(console.width, _WIDEST))
+    for line in _lines(report, measured, width, verbose):
+        text = Text.assemble(*line)
+        text.rstrip()
+        console.print(text, soft_wrap=True)
+
+
+def _lines(report: Report, measured: Measured | None, width: int, verbose: bool) -> Iterator[Line]:
+    yield ((clean(report.model), "bold"), (" -> ", "dim"), (clean(report.target), "bold"))
+    yield from _wrapped("", clean(report.pipeline) or "no passes", "", width, style="dim", indent=0)
+    yield ()
+    yield from _table([*_counted(report), *_scored(report), *_timed(measured)])
+    yield ()
+    for label, text, how in _checked(report):
+        yield from _wrapped(label, text, how, width)
+    yield from _left_alone(report, width, verbose)
+    for note in report.notes:
+        yield from _wrapped("note", clean(note), "", width, style="yellow")
+    for limit in report.limits:
+        yield from _wrapped("limit", limit_text(limit), "", width, style="" if limit.met else "red")
+    yield from _wrapped("verdict", clean(report.verdict), "", width, style="bold green" if report.ok else "bold red")
 
 
 def _counted(report: Report) -> Iterator[Row]:
     before, after = report.before, report.after
-    yield _size_row("file size", before.file_bytes, after.file_bytes)
-    yield _size_row("weights", before.totals.weight_bytes, after.totals.weight_bytes)
-    macs = (before.totals.macs, after.totals.macs)
-    lower = "at least " if before.macs_unknown or after.macs_unknown else ""
-    yield "MACs", *(f"{lower}{quantity(m)}" for m in macs), ratio(*macs), "counted"  # type: ignore[misc]
-    params = (before.totals.params, after.totals.params)
-    yield "parameters", quantity(params[0]), quantity(params[1]), ratio(*params), "counted"
+    old, new = before.totals, after.totals
+    yield _counts("file size", before.file_bytes, after.file_bytes, size)
+    yield _counts("weights", old.weight_bytes, new.weight_bytes, size)
+    yield "MACs", macs_text(before), macs_text(after), ratio(old.macs, new.macs), "counted"
+    yield _counts("parameters", old.params, new.params, quantity)
 
 
-def _size_row(label: str, before: int, after: int) -> Row:
-    return label, size(before), size(after), ratio(before, after), "counted"
+def _counts(label: str, before: int, after: int, text: Callable[[int], str]) -> Row:
+    return label, text(before), text(after), ratio(before, after), "counted"
 
 
 def _scored(report: Report) -> Iterator[Row]:
@@ -88,27 +99,28 @@ def _scored(report: Report) -> Iterator[Row]:
 
 def _timed(measured: Measured | None) -> Iterator[Row]:
     """Latency in ONNX Runtime; only rows that were executed carry times."""
-    for threads in sorted({row.threads for row in measured.rows}) if measured else ():
-        before, after = (measured.find(side, threads=threads) for side in ("original", "result"))  # type: ignore[union-attr]
+    if measured is None:
+        return
+    for threads in sorted({row.threads for row in measured.rows}):
+        before, after = measured.find("original", threads=threads), measured.find("result", threads=threads)
         if before and after and before.times and after.times:
             label = f"latency ({plural(threads, 'thread')})"
-            values = (before.times.median, after.times.median)
-            yield label, f"{values[0]:.3g} ms", f"{values[1]:.3g} ms", speedup(*values), before.how
+            old, new = before.times.median, after.times.median
+            yield label, milliseconds(old), milliseconds(new), speedup(old, new), after.how
 
 
-def _print_rows(rows: list[Row], console: Console) -> None:
-    from rich.table import Table
-    from rich.text import Text
+def _table(rows: Sequence[Row]) -> Iterator[Line]:
+    rows = [(_cut(row[0]), *row[1:]) for row in rows]
+    head = ("", "before", "after", "change", "how")
+    widths = [max(len(row[i]) for row in (head, *rows)) for i in range(len(head))]
+    for row in (head, *rows):
+        cells = [row[0].ljust(widths[0]), *(row[i].rjust(widths[i]) for i in (1, 2, 3))]
+        styles = ("dim",) * 3 if row is head else ("bold", "", "dim")
+        yield (cells[0], styles[0]), ("  " + "  ".join(cells[1:]), styles[1]), ("  " + row[4], styles[2])
 
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
-    table.add_column("", no_wrap=True, style="bold")
-    for head in ("before", "after", "change"):
-        table.add_column(head, justify="right", no_wrap=True)
-    table.add_column("how", no_wrap=True, style="dim")
-    for row in rows:
-        table.add_row(*(Text(cell) for cell in row))
-    console.print(table)
-    console.print()
+
+def _cut(label: str) -> str:
+    return label if len(label) <= _FIRST_COLUMN else f"{label[: _FIRST_COLUMN - 3]}..."
 
 
 def _checked(report: Report) -> Iterator[tuple[str, str, str]]:
@@ -121,7 +133,11 @@ def _checked(report: Report) -> Iterator[tuple[str, str, str]]:
     if backend is None:
         return
     if backend.kernel is not None:
-        yield "kernel", f"{clean(backend.kernel)}, {size(backend.kernel_bytes)}, {clean(backend.target)}", backend.how
+        yield (
+            "kernel",
+            f"{clean(backend.kernel)}, {size(backend.kernel_bytes)}, for {clean(backend.target)}",
+            backend.how,
+        )
     else:
         yield "runs", f"model.onnx with {clean(backend.backend)}", backend.how
     agreement = backend.agreement
@@ -132,29 +148,31 @@ def _checked(report: Report) -> Iterator[tuple[str, str, str]]:
         yield "fallback", f"ONNX Runtime runs {plural(len(backend.fallbacks), 'node')}: {', '.join(names)}", ""
 
 
-def _line(console: Console, label: str, text: str, how: str = "", style: str = "") -> None:
-    from rich.table import Table
-    from rich.text import Text
-
-    grid = Table.grid(padding=(0, 1, 0, 0))
-    grid.add_column(width=10, no_wrap=True)
-    grid.add_column(overflow="fold")
-    body = Text(text, style=style)
-    if how:
-        body.append(f" ({how})", style="dim")
-    grid.add_row(Text(label, style="bold"), body)
-    console.print(grid)
-
-
-def _left_alone(found: tuple[Reason, ...], console: Console, *, verbose: bool) -> None:
-    """Print why sites were left alone, with counts; their names with `verbose`."""
+def _left_alone(report: Report, width: int, verbose: bool) -> Iterator[Line]:
+    """Why sites were left alone, with counts; some of their names, all with `verbose`."""
+    found = reasons(report)
     if not found:
         return
-    total = sum(len(reason.sites) for reason in found)
-    _line(console, "left alone", f"{plural(total, 'site')}, each pass on its own:")
+    label = "left alone"
     for reason in found if verbose else found[:_REASONS]:
         names = [clean(site) for site in (reason.sites if verbose else reason.sites[:_EXAMPLES])]
-        more = "" if len(names) == len(reason.sites) else ", ..."
-        _line(console, "", f"{len(reason.sites)} x {reason.step}: {clean(reason.reason)}", f"{', '.join(names)}{more}")
+        more = [] if len(names) == len(reason.sites) else ["..."]
+        text = f"{len(reason.sites)} x {clean(reason.step)}: {clean(reason.reason)}"
+        yield from _wrapped(label, text, ", ".join(names + more), width)
+        label = ""
     if not verbose and len(found) > _REASONS:
-        _line(console, "", f"and {plural(len(found) - _REASONS, 'reason')} more; -v and report.html name all")
+        yield from _wrapped(
+            "", f"{plural(len(found) - _REASONS, 'more reason')}; -v and report.html name all", "", width
+        )
+
+
+def _wrapped(label: str, text: str, how: str, width: int, *, style: str = "", indent: int = _LABEL) -> Iterator[Line]:
+    """A label and beside it the text, with how it was obtained in brackets after it."""
+    whole = f"{text} ({how})" if how else text
+    parts = textwrap.wrap(whole, width - indent, break_on_hyphens=False) or [""]
+    plain = len(text)
+    for i, part in enumerate(parts):
+        head = (label if i == 0 else "").ljust(indent)
+        cut = max(0, min(len(part), plain))
+        yield (head, "bold"), (part[:cut], style), (part[cut:], "dim")
+        plain -= len(part) + 1

@@ -1,0 +1,78 @@
+# make demo   run the whole thing on a small real model
+# make test   run the tests
+# make lint   style, types and the order of modules
+# make clean  remove what make made
+#
+# Each creates .venv by itself. PYTHON=... chooses the interpreter it is made from (3.11 or newer).
+
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DELETE_ON_ERROR:
+.PHONY: demo test lint format tools clean
+
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+FIXTURE := fixtures/digits_cnn
+
+demo: $(VENV)/.run tools
+	@$(BIN)/graphopt doctor --fetch arm || echo "make demo: the arm runtime was not fetched (no network?); what is in the cache is used" >&2
+	$(BIN)/graphopt $(FIXTURE)/model.onnx --passes prune,quant --target arm \
+	  --calibration $(FIXTURE)/calib.npz --eval $(FIXTURE)/eval.npz --measure -o demo/digits.arm
+
+test: $(VENV)/.dev tools
+	$(BIN)/python -m pytest -n 2 --dist loadfile
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright --pythonpath $(BIN)/python
+	$(BIN)/lint-imports --no-logo
+
+format: $(VENV)/.dev
+	$(BIN)/ruff check --fix-only .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf $(VENV) demo
+
+# ---- what they need
+
+$(BIN)/python:
+	@for python in $${PYTHON:-python3 python3.11 python3.12 python3.13 python}; do \
+	  if "$$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then found="$$python"; break; fi; \
+	done; \
+	if [ -z "$${found:-}" ]; then echo "make: no Python 3.11 or newer found; set PYTHON=/path/to/python3" >&2; exit 1; fi; \
+	"$$found" -m venv --clear $(VENV) || { rm -rf $(VENV); \
+	  echo "make: $$found cannot make a virtual environment; on Debian and Ubuntu: apt-get install python3-venv" >&2; exit 1; }
+
+# a stamp is newer than pyproject.toml once everything in it is installed, so a second run starts at once
+$(VENV)/.run: pyproject.toml | $(BIN)/python
+	$(PIP) --upgrade 'pip>=25.1'
+	$(PIP) -e .
+	@touch $@
+
+# the first call of pyright fetches it; afterwards lint needs no network
+$(VENV)/.dev: $(VENV)/.run
+	$(PIP) --group dev
+	@$(BIN)/pyright --version
+	@touch $@
+
+# cross compiler and emulator: from apt where that is possible, else a compiler from PyPI and no emulator
+tools: | $(VENV)/.run
+	@missing=(); \
+	if [ "$$(uname -m)" != aarch64 ]; then \
+	  command -v qemu-aarch64-static qemu-aarch64 >/dev/null || missing+=(qemu-user-static); \
+	  command -v aarch64-linux-gnu-g++ >/dev/null || missing+=(g++-aarch64-linux-gnu); \
+	fi; \
+	command -v c++ >/dev/null || missing+=(g++); \
+	if [ $${#missing[@]} -gt 0 ] && [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+	  echo "make: installing $${missing[*]}" >&2; \
+	  { apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -qq -y --no-install-recommends "$${missing[@]}"; } \
+	    >$(VENV)/apt.log 2>&1 && missing=() || echo "make: apt-get failed, see $(VENV)/apt.log" >&2; \
+	fi; \
+	if [ $${#missing[@]} -gt 0 ]; then \
+	  echo "make: not on this machine: $${missing[*]}; sudo apt-get install $${missing[*]}" >&2; \
+	  $(BIN)/python -c 'import ziglang' 2>/dev/null || $(PIP) -e '.[cross]' || \
+	    echo "make: no cross linker could be installed; the arm backend will say so" >&2; \
+	fi

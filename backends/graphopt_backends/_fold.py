@@ -1,0 +1,232 @@
+"""Evaluate what does not depend on the inputs: shapes of values, chains of constants, branches never taken.
+
+Weights stay as they are: nothing that would make a constant larger than what it is made of is evaluated, and a
+DequantizeLinear keeps its integers.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+
+import numpy as np
+import onnx_ir as ir
+from onnx_ir.passes import common as ir_passes
+
+from graphopt.errors import ModelError
+from graphopt.reference import Reference
+
+__all__ = ["add_constant", "fold", "infer_shapes", "is_constant", "static_shape"]
+
+_ROUNDS = 32
+_FREE_BYTES = 1 << 16
+_NEVER = frozenset(
+    {
+        "DequantizeLinear", "QuantizeLinear", "DynamicQuantizeLinear", "Dropout", "RandomNormal", "RandomNormalLike",
+        "RandomUniform", "RandomUniformLike", "Multinomial", "Bernoulli", "If", "Loop", "Scan", "SequenceEmpty",
+        "Optional", "SequenceConstruct",
+    }
+)  # fmt: skip
+_log = logging.getLogger(__name__)
+
+
+def fold(model: ir.Model) -> None:
+    """Fold constants in place until nothing changes; shapes of all values are inferred as far as they are known."""
+    for _ in range(_ROUNDS):
+        infer_shapes(model)
+        changed = _fold_shapes(model)
+        changed = _fold_constants(model) or changed
+        changed = _take_branches(model) or changed
+        if not changed:
+            break
+        ir_passes.RemoveUnusedNodesPass()(model)
+
+
+def infer_shapes(model: ir.Model) -> None:
+    """Infer types and shapes in place; what cannot be inferred stays unknown."""
+    ir_passes.ShapeInferencePass(check_type=False, strict_mode=False, data_prop=True)(model)
+
+
+def static_shape(value: ir.Value | None) -> tuple[int, ...] | None:
+    """Shape of a value if every dimension is known."""
+    if value is None:
+        return None
+    if value.const_value is not None:
+        return tuple(int(d) for d in value.const_value.shape)
+    if value.shape is None or not all(isinstance(d, int) for d in value.shape):
+        return None
+    return tuple(int(d) for d in value.shape)  # type: ignore[arg-type]
+
+
+def is_constant(value: ir.Value | None) -> bool:
+    """True for an initializer that no caller can replace."""
+    return value is not None and value.const_value is not None and value.is_initializer()
+
+
+def add_constant(graph: ir.Graph, name: str, array: np.ndarray, dtype: ir.DataType | None = None) -> ir.Value:
+    """Add an initializer under a free name."""
+    free, i = name, 0
+    while free in graph.initializers:
+        i += 1
+        free = f"{name}_{i}"
+    tensor = ir.Tensor(np.ascontiguousarray(array) if array.ndim else array, dtype=dtype, name=free)
+    value = ir.Value(name=free, const_value=tensor, type=ir.TensorType(tensor.dtype), shape=tensor.shape)
+    graph.register_initializer(value)
+    return value
+
+
+def _replace(graph: ir.Graph, node: ir.Node, arrays: list[np.ndarray]) -> None:
+    """Put constants in the place of a node's outputs; graph outputs keep their names."""
+    for output, array in zip(node.outputs, arrays, strict=False):
+        if output.is_graph_output():
+            constant = add_constant(graph, f"{output.name}_folded", array)
+            node_outputs = list(node.outputs)
+            identity = ir.Node("", "Identity", [constant], name=f"{node.name}_folded_{node_outputs.index(output)}")
+            graph.insert_before(node, identity)
+            new = identity.outputs[0]
+            new.type, new.shape = constant.type, constant.shape
+            ir.convenience.replace_all_uses_with(output, new, replace_graph_outputs=True)
+            name, output.name = output.name, f"{output.name}_unfolded"
+            new.name = name
+        else:
+            constant = add_constant(graph, f"{output.name}_folded", array)
+            ir.convenience.replace_all_uses_with(output, constant)
+    graph.remove(node, safe=True)
+
+
+def _fold_shapes(model: ir.Model) -> bool:
+    """Replace Shape and Size of values whose shape is known."""
+    changed = False
+    for graph in model.graphs():
+        for node in list(graph):
+            if node.domain not in ("", "ai.onnx") or node.op_type not in ("Shape", "Size"):
+                continue
+            shape = static_shape(node.inputs[0])
+            if shape is None:
+                continue
+            start, end = node.attributes.get_int("start", 0), node.attributes.get_int("end", len(shape))
+            part = np.asarray(shape[slice(start, end)], np.int64)
+            _replace(graph, node, [part if node.op_type == "Shape" else np.asarray(math.prod(shape), np.int64)])
+            changed = True
+    return changed
+
+
+def _fold_constants(model: ir.Model) -> bool:
+    """Evaluate, in one run of ONNX Runtime, every node of the main graph whose inputs are all constant."""
+    graph = model.graph
+    ready: list[ir.Node] = []
+    known: set[str] = set()
+    for node in graph:
+        if _foldable(node, known):
+            ready.append(node)
+            known.update(o.name for o in node.outputs if o.name)
+    if not ready:
+        return False
+    inside = set(ready)
+    wanted = [o for n in ready for o in n.outputs if o.is_graph_output() or any(u not in inside for u, _ in o.uses())]
+    arrays = _evaluate(model, ready, wanted) if wanted else {}
+    if arrays is None:
+        return _fold_one_by_one(model, ready)
+    for node in reversed(ready):
+        outputs = [o for o in node.outputs if o.name in arrays]
+        if len(outputs) == len(node.outputs):
+            _replace(graph, node, [arrays[str(o.name)] for o in outputs])
+        elif not any(o.uses() or o.is_graph_output() for o in node.outputs):
+            graph.remove(node, safe=True)
+    return True
+
+
+def _fold_one_by_one(model: ir.Model, nodes: list[ir.Node]) -> bool:
+    """Fold what can be folded where ONNX Runtime refuses one of the nodes; that one is left to the compiler."""
+    changed = False
+    for node in nodes:
+        if all(v is None or is_constant(v) for v in node.inputs):
+            arrays = _evaluate(model, [node], list(node.outputs))
+            if arrays is not None:
+                _replace(model.graph, node, [arrays[str(o.name)] for o in node.outputs])
+                changed = True
+    return changed
+
+
+def _foldable(node: ir.Node, known: set[str]) -> bool:
+    if node.domain not in ("", "ai.onnx") or node.op_type in _NEVER:
+        return False
+    if any(a.type in (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS) for a in node.attributes.values()):
+        return False
+    inputs = [value for value in node.inputs if value is not None]
+    if not all(is_constant(value) or (value.name or "") in known for value in inputs):
+        return False
+    if any(value.const_value is not None and value.const_value.dtype.bitwidth < 8 for value in inputs):
+        return False
+    read = sum(value.const_value.nbytes for value in inputs if value.const_value is not None)
+    written = 0
+    for output in node.outputs:
+        shape = static_shape(output)
+        if shape is None or output.dtype is None:
+            written += _FREE_BYTES if read <= _FREE_BYTES else read + 1
+        else:
+            written += math.ceil(math.prod(shape) * output.dtype.itemsize)
+    return written <= max(read, _FREE_BYTES)
+
+
+def _evaluate(model: ir.Model, nodes: list[ir.Node], wanted: list[ir.Value]) -> dict[str, np.ndarray] | None:
+    view = ir.GraphView(
+        [],
+        wanted,
+        nodes=nodes,
+        initializers=tuple({str(v.name): v for n in nodes for v in n.inputs if is_constant(v) and v}.values()),
+        opset_imports=model.graph.opset_imports,
+        name="constants",
+    )
+    part = ir.Model(view.clone(), ir_version=model.ir_version)
+    try:
+        return dict(Reference(part, optimize=False).run({}))
+    except ModelError as e:
+        _log.debug("constants not folded: %s", e)
+        return None
+
+
+def _take_branches(model: ir.Model) -> bool:
+    """Put the branch of an If in its place where the condition is a constant."""
+    changed = False
+    for graph in list(model.graphs()):
+        for node in list(graph):
+            if node.op_type != "If" or node.domain not in ("", "ai.onnx") or not is_constant(node.inputs[0]):
+                continue
+            condition = node.inputs[0].const_value if node.inputs[0] else None
+            if condition is None:
+                continue
+            taken = bool(condition.numpy().reshape(-1)[0])
+            branch = node.attributes["then_branch" if taken else "else_branch"].as_graph()
+            _inline(graph, node, branch)
+            changed = True
+    return changed
+
+
+def _inline(graph: ir.Graph, node: ir.Node, branch: ir.Graph) -> None:
+    prefix = f"{node.name}/"
+    for value in list(branch.initializers.values()):
+        branch.initializers.pop(str(value.name))
+        value.name = f"{prefix}{value.name}"
+        graph.register_initializer(value)
+    results = list(branch.outputs)
+    branch.outputs.clear()
+    inner = list(branch)
+    branch.remove(inner)
+    for part in inner:
+        part.name = f"{prefix}{part.name}"
+        for output in part.outputs:
+            output.name = f"{prefix}{output.name}"
+    graph.insert_before(node, inner)
+    for output, result in zip(node.outputs, results, strict=True):
+        if output.is_graph_output():
+            identity = ir.Node("", "Identity", [result], name=f"{prefix}{output.name}")
+            graph.insert_before(node, identity)
+            result = identity.outputs[0]
+            result.type, result.shape = output.type, output.shape
+            name, output.name = output.name, f"{prefix}{output.name}_untaken"
+            ir.convenience.replace_all_uses_with(output, result, replace_graph_outputs=True)
+            result.name = name
+        else:
+            ir.convenience.replace_all_uses_with(output, result)
+    graph.remove(node, safe=True)

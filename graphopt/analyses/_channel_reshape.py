@@ -1,0 +1,234 @@
+"""Reshape and Flatten: matching the axes of two shapes that hold the same elements in the same order.
+
+Both shapes are cut into the finest blocks of equal product, from the left and, where a size is open, from the right:
+
+    [N, 64, 7, 7] -> [N, 3136]     N | 64, 7, 7 merged: the channel is whichever of the three carries channels
+    [N, 64, 1, 1] -> [N, 64]       N | 64
+    [N, 64] -> [N, 8, 8]           N | 64 split: pinned
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import onnx_ir as ir
+
+from graphopt.analyses._axis_maps import NodeView
+from graphopt.analyses._shape_values import Entry
+
+__all__ = ["flatten", "match_blocks", "reshape"]
+
+Token = int | str | None
+"""Size of an axis: a number, a name that equal open sizes share, or None where nothing is known (written -1)."""
+Block = tuple[tuple[int, ...], tuple[int, ...]]
+
+
+@dataclass(frozen=True)
+class _Target:
+    """The requested shape, position by position: what is asked for, and the size that comes out."""
+
+    entries: tuple[Entry, ...]
+    tokens: tuple[Token, ...]
+
+
+def match_blocks(old: Sequence[Token], new: Sequence[Token]) -> list[Block]:
+    """Cut two shapes of the same elements into the finest blocks that surely correspond.
+
+    Returns:
+        Pairs of axes (of the old, of the new shape); axes in no block could not be matched.
+    """
+    left, i, j = _walk(old, new)
+    back, k, m = _walk(old[i:][::-1], new[j:][::-1])
+    ends = [(tuple(len(old) - 1 - a for a in x)[::-1], tuple(len(new) - 1 - b for b in y)[::-1]) for x, y in back]
+    rest: Block = (tuple(range(i, len(old) - k)), tuple(range(j, len(new) - m)))
+    return [*left, *([rest] if len(rest[0]) == len(rest[1]) == 1 else []), *reversed(ends)]
+
+
+def _walk(old: Sequence[Token], new: Sequence[Token]) -> tuple[list[Block], int, int]:
+    """Match from the front as far as sizes are certain; returns the blocks and where it stopped on either side."""
+    blocks: list[Block] = []
+    i = j = 0
+    while i < len(old) or j < len(new):
+        a, b = i, j
+        if i < len(old) and j < len(new) and old[i] == new[j] and old[i] is not None:
+            i, j = i + 1, j + 1
+        elif (end := _product_block(old, new, i, j)) is not None:
+            i, j = end
+        else:
+            break
+        blocks.append((tuple(range(a, i)), tuple(range(b, j))))
+    return blocks, i, j
+
+
+def _product_block(old: Sequence[Token], new: Sequence[Token], i: int, j: int) -> tuple[int, int] | None:
+    """Extend the side with the smaller product until both are equal; None where an open size is in the way."""
+    left = right = 1
+    while True:
+        grow_left = left <= right if i < len(old) and j < len(new) else i < len(old)
+        side, at = (old, i) if grow_left else (new, j)
+        if at >= len(side) or not isinstance(size := side[at], int):
+            return None
+        if grow_left:
+            left, i = left * size, i + 1
+        else:
+            right, j = right * size, j + 1
+        if left == right:
+            return i, j
+
+
+def flatten(view: NodeView) -> None:
+    """Merge the axes on either side of one."""
+    rank = view.rank(view.input(0))
+    if rank is None:
+        return
+    axis = view.node.attributes.get_int("axis", 1)
+    axis = axis + rank if axis < 0 else axis
+    for parts, to in ((range(axis), 0), (range(axis, rank), 1)):
+        _tie_block(view, tuple(parts), to)
+
+
+def reshape(view: NodeView) -> None:
+    """Match the blocks of both shapes; rewrite the requested shape where it states channels."""
+    source, output = view.input(0), view.node.outputs[0]
+    old = _tokens(view, source)
+    target = None if old is None else _target(view, source, old)
+    if source is None or old is None or target is None:
+        view.numbers(1)
+        return
+    linked: list[int] = []
+    for parts, made in match_blocks(old, target.tokens):
+        if len(made) > 1 and sum(target.tokens[axis] != 1 for axis in made) > 1:
+            continue  # a split
+        to = next((axis for axis in made if target.tokens[axis] != 1), made[0] if made else None)
+        if to is not None and parts and _tie_block(view, parts, to):
+            linked.append(to)
+    _state_target(view, source, target, linked)
+    for axis in set(range(view.rank(output) or 0)) - set(linked):
+        view.maps.pin(view.atoms(output, axis), view.reason)
+
+
+def _tokens(view: NodeView, value: ir.Value | None) -> list[Token] | None:
+    sizes, dims = view.sizes(value), view.maps.shapes.of(value)
+    if sizes is None:
+        return None
+    return [
+        size if size is not None else dims[i] if dims is not None and i < len(dims) else None
+        for i, size in enumerate(sizes)
+    ]
+
+
+def _target(view: NodeView, source: ir.Value | None, old: list[Token]) -> _Target | None:
+    """Read the requested shape; sizes that nothing states come from shape inference."""
+    content = view.content(1) if view.input(1) is not None else None
+    if view.input(1) is None:  # before opset 5
+        entries = tuple(Entry(number) for number in view.node.attributes.get_ints("shape", ()))
+    elif content is None or content.ndim != 1:
+        return None
+    else:
+        entries = tuple(content)
+    inferred = _tokens(view, view.node.outputs[0])
+    literal_zero = bool(view.node.attributes.get_int("allowzero", 0))
+    tokens: list[Token] = []
+    for i, entry in enumerate(entries):
+        token: Token = inferred[i] if inferred is not None and len(inferred) == len(entries) else None
+        if entry.number == 0 and not literal_zero and i < len(old):
+            token = old[i]
+        elif isinstance(entry.number, int) and entry.number > 0:
+            token = entry.number
+        elif entry.axis is not None and source is not None and entry.axis[0] == source.name:
+            token = old[entry.axis[1]]
+        tokens.append(token)
+    return _Target(entries, tuple(_resolve(old, tokens)))
+
+
+def _resolve(old: Sequence[Token], new: list[Token]) -> list[Token]:
+    """Work out the one size that is written -1, where open sizes cancel."""
+    if new.count(None) != 1:
+        return new
+    rest = list(old)
+    for token in new:
+        if isinstance(token, str):
+            if token not in rest:
+                return new
+            rest.remove(token)
+    if not all(isinstance(token, int) for token in rest):
+        return new
+    total = math.prod(token for token in rest if isinstance(token, int))
+    stated = math.prod(token for token in new if isinstance(token, int))
+    return [total // stated if token is None and stated else token for token in new]
+
+
+def _tie_block(view: NodeView, parts: tuple[int, ...], made: int) -> bool:
+    """Tie the merged axis to the one part that carries channels; the other parts stay."""
+    source, output = view.node.inputs[0], view.node.outputs[0]
+    if source is None:
+        return False
+    atoms = [view.atoms(source, axis) for axis in parts]
+    merged = view.atoms(output, made)
+    wide = [i for i, own in enumerate(atoms) if own is None or len(own) != 1]
+    if len(wide) == 1:
+        return view.link(source, parts[wide[0]], output, made)
+    if merged is None or any(own is None for own in atoms):
+        return False
+    carrying = [i for i in wide if view.maps.partition.marked(_some(atoms[i])).any()]
+    sizes = [len(_some(own)) for own in atoms]
+    if len(carrying) != 1 or math.prod(sizes) != len(merged):
+        return False
+    index = np.unravel_index(np.arange(len(merged)), sizes)[carrying[0]]
+    view.tie(_some(atoms[carrying[0]])[index], merged)
+    view.settle(source, parts[carrying[0]])
+    view.settle(output, made)
+    return True
+
+
+def _some(atoms: np.ndarray | None) -> np.ndarray:
+    return np.empty(0, dtype=np.int64) if atoms is None else atoms
+
+
+def _state_target(view: NodeView, source: ir.Value, target: _Target, linked: list[int]) -> None:
+    """See that the requested shape keeps up: sizes read from an axis are tied to it, stated ones are rewritten."""
+    output = view.node.outputs[0]
+    stated: list[int] = []
+    for axis, entry in enumerate(target.entries):
+        if entry.axis is not None and axis in linked and _same_size(view, entry.axis, output, axis):
+            continue
+        view.maps.pin_axes(entry.reads, view.reason)
+        if axis in linked and isinstance(entry.number, int) and entry.number > 1:
+            stated.append(axis)
+    if not stated:
+        return
+    shape = _as_numbers(view, source, target)
+    if shape is None:
+        for axis in stated:
+            view.maps.pin(view.atoms(output, axis), view.reason)
+        return
+    slot: str | int = 1 if view.input(1) is not None else "shape"
+    view.state_sizes(slot, shape, [(axis, view.span(output, axis)) for axis in stated])
+
+
+def _same_size(view: NodeView, name: tuple[str, int], output: ir.Value, axis: int) -> bool:
+    """Tie an axis to the one whose size is requested for it."""
+    read, made = view.maps.axes[name[0]][name[1]], view.atoms(output, axis)
+    if read is None or made is None:
+        return read is None and made is None
+    if len(read) != len(made):
+        return False
+    view.tie(read, made)
+    return True
+
+
+def _as_numbers(view: NodeView, source: ir.Value, target: _Target) -> list[int] | None:
+    """The request as constants: 0 copies an axis of the input, and one open size may be -1."""
+    if view.node.attributes.get_int("allowzero", 0):
+        entries_zero = any(entry.number == 0 or entry.axis is not None for entry in target.entries)
+        if entries_zero:
+            return None
+    shape: list[int] = []
+    for i, entry in enumerate(target.entries):
+        copies = entry.axis == (source.name, i)
+        plain = isinstance(entry.number, int) and (entry.axis is None or not entry.reads)
+        shape.append(0 if copies else int(entry.number or 0) if plain else -1)
+    return shape if shape.count(-1) <= 1 else None

@@ -1,0 +1,255 @@
+"""How channels pass through operators that compute: one rule per operator, all in the table `COMPUTE_RULES`.
+
+    operator                        what is tied                                               what is pinned
+    elementwise, PRelu              every axis, under broadcasting                             axes that are repeated
+    Conv                            in ~ weight in, weight out ~ bias ~ out                    space, kernel
+      one input channel per group   group ~ its output channels, whole groups go               weight in
+      other groups                  the same place in every group, so that groups stay equal   -
+    ConvTranspose                   like Conv, weight axes exchanged                           space, kernel
+    Gemm, MatMul                    contraction; rows and columns ~ out; batch axes            -
+    BatchNormalization, Instance-   channel ~ every parameter                                  space (Instance-)
+    LayerNormalization, Softmax     axes in front                                              axes normalized over
+    Lp-/MaxPool, AveragePool, ...   batch and channel                                          space
+    Reduce*, ArgMax, ArgMin         axes that stay                                             axes that go
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import onnx_ir as ir
+
+from graphopt.analyses._axis_maps import NodeView
+from graphopt.analyses._partition import Indices
+
+__all__ = ["COMPUTE_RULES", "Rule", "broadcast"]
+
+Rule = Callable[[NodeView], None]
+
+
+def broadcast(view: NodeView) -> None:
+    """Elementwise operators: axes are aligned from the right; an axis of size 1 that is repeated stays."""
+    output = view.node.outputs[0]
+    _broadcast(view, [value for value in view.node.inputs if value is not None], output, 0)
+    for extra in view.node.outputs[1:]:
+        for axis in range(view.rank(extra) or 0):
+            view.link(output, axis, extra, axis)
+
+
+def _first_only(view: NodeView) -> None:
+    """Operators with one tensor and scalar parameters."""
+    first = view.input(0)
+    if first is not None:
+        _broadcast(view, [first], view.node.outputs[0], 0)
+        for extra in view.node.outputs[1:]:
+            _broadcast(view, [first], extra, 0)
+
+
+def _broadcast(view: NodeView, inputs: list[ir.Value], output: ir.Value, keep: int) -> None:
+    """Tie axes of equal size aligned from the right, leaving out the last `keep` of each."""
+    rank = view.rank(output)
+    ranks = [view.rank(value) for value in inputs]
+    if rank is None or None in ranks:
+        return
+    for back in range(1 + keep, rank + 1):
+        aligned = [value for value, own in zip(inputs, ranks, strict=True) if own is not None and own >= back]
+        if any(view.atoms(value, -back) is None for value in (*aligned, output)):
+            continue  # a size that is open may turn out to be 1, and then the other is repeated
+        for value in aligned:
+            view.link(value, -back, output, -back)
+
+
+def _conv(view: NodeView) -> None:
+    source, weight, bias = view.input(0), view.input(1), view.input(2)
+    output, groups = view.node.outputs[0], view.node.attributes.get_int("group", 1)
+    if source is None or weight is None or source is weight:
+        return
+    view.link(source, 0, output, 0)
+    view.role(weight, 0, "output")
+    view.role(weight, 1, "input")
+    if not view.link(weight, 0, output, 1):
+        return
+    view.link(bias, 0, output, 1)
+    if groups == 1:
+        view.link(source, 1, weight, 1)
+    elif len(_known(view, weight, 1)) == 1:
+        _whole_groups(view, source, output, groups)
+    else:
+        _equal_groups(view, source, 1, groups)
+        _equal_groups(view, output, 1, groups)
+        within, inside = _known(view, weight, 1), _known(view, source, 1)
+        if len(inside) == groups * len(within):
+            view.tie(inside, np.tile(within, groups))
+            view.settle(source, 1)
+            view.settle(weight, 1)
+
+
+def _conv_transpose(view: NodeView) -> None:
+    source, weight, bias = view.input(0), view.input(1), view.input(2)
+    output, groups = view.node.outputs[0], view.node.attributes.get_int("group", 1)
+    if source is None or weight is None or source is weight:
+        return
+    view.link(source, 0, output, 0)
+    view.role(weight, 0, "input")
+    view.role(weight, 1, "output")
+    within, made = _known(view, weight, 1), _known(view, output, 1)
+    if len(made) != groups * len(within) or not view.link(source, 1, weight, 0):
+        return
+    view.link(bias, 0, output, 1)
+    if groups > 1 and len(_known(view, source, 1)) == groups:
+        _whole_groups(view, source, output, groups)
+        return
+    if groups > 1:
+        _equal_groups(view, source, 1, groups)
+    view.tie(made, np.tile(within, groups))
+    view.settle(output, 1)
+    view.settle(weight, 1)
+
+
+def _known(view: NodeView, value: ir.Value, axis: int) -> Indices:
+    atoms = view.atoms(value, axis)
+    return np.empty(0, dtype=np.int64) if atoms is None else atoms
+
+
+def _whole_groups(view: NodeView, source: ir.Value, output: ir.Value, groups: int) -> None:
+    """One input channel per group: it leaves together with the outputs of its group, and the group count drops."""
+    inside, made = _known(view, source, 1), _known(view, output, 1)
+    if len(inside) != groups or len(made) % groups:
+        view.maps.pin(made, view.reason)
+        return
+    view.tie(np.repeat(inside, len(made) // groups), made)
+    view.settle(source, 1)
+    view.settle(output, 1)
+    view.state_sizes("group", (groups,), [(0, view.span(source, 1))], scalar=True)
+
+
+def _equal_groups(view: NodeView, value: ir.Value, axis: int, groups: int) -> None:
+    """Several channels per group: the same place leaves in every group, and groups stay of one size."""
+    atoms = _known(view, value, axis)
+    if len(atoms) and len(atoms) % groups == 0:
+        table = atoms.reshape(groups, -1)
+        view.tie(np.broadcast_to(table[0], table.shape).reshape(-1), atoms)
+
+
+def _gemm(view: NodeView) -> None:
+    left, right, bias, output = view.input(0), view.input(1), view.input(2), view.node.outputs[0]
+    if left is None or right is None or left is right:
+        return
+    row, inner = (1, 0) if view.node.attributes.get_int("transA", 0) else (0, 1)
+    depth, column = (1, 0) if view.node.attributes.get_int("transB", 0) else (0, 1)
+    view.role(right, column, "output")
+    view.role(right, depth, "input")
+    view.link(left, inner, right, depth)
+    view.link(left, row, output, 0)
+    view.link(right, column, output, 1)
+    if bias is not None:
+        _broadcast(view, [bias], output, 0)
+
+
+def _matmul(view: NodeView) -> None:
+    left, right, output = view.input(0), view.input(1), view.node.outputs[0]
+    left_rank, right_rank = view.rank(left), view.rank(right)
+    if left is None or right is None or left is right or not left_rank or not right_rank:
+        return
+    if view.maps.origin(right) is not None:
+        view.role(right, -1 if right_rank > 1 else 0, "output")
+        view.role(right, -2 if right_rank > 1 else 0, "input")
+    view.link(left, -1, right, -2 if right_rank > 1 else 0)
+    if left_rank > 1:
+        view.link(left, -2, output, -2 if right_rank > 1 else -1)
+    if right_rank > 1:
+        view.link(right, -1, output, -1)
+    if left_rank > 1 and right_rank > 1:
+        _broadcast(view, [value for value in (left, right) if (view.rank(value) or 0) > 2], output, 2)
+
+
+def _normalization(view: NodeView) -> None:
+    """BatchNormalization and InstanceNormalization: parameters of one value per channel."""
+    source, output = view.input(0), view.node.outputs[0]
+    if len(view.node.outputs) > 1:
+        return  # training mode: running statistics leave through outputs of their own
+    instance = view.node.op_type == "InstanceNormalization"
+    view.link(source, 0, output, 0)
+    linked = view.link(source, 1, output, 1)
+    for index, value in enumerate(view.node.inputs[1:], start=1):
+        if value is not None and linked:
+            view.role(value, 0, "scale" if index == 1 else "variance" if index == 4 else "other")
+            view.link(value, 0, output, 1)
+    for axis in range(2, 0 if instance else view.rank(output) or 0):
+        view.link(source, axis, output, axis)
+
+
+def _last_axes(view: NodeView, default: int) -> None:
+    """Operators that normalize over an axis and, before opset 13, everything behind it."""
+    source, output = view.input(0), view.node.outputs[0]
+    rank = view.rank(source)
+    if rank is None:
+        return
+    axis = view.node.attributes.get_int("axis", default)
+    single = view.node.op_type != "LayerNormalization" and view.opset >= 13
+    for other in range(rank):
+        if other != axis % rank if single else other < axis % rank:
+            for made in view.node.outputs:
+                view.link(source, other, made, other)
+
+
+def _pool(view: NodeView) -> None:
+    if any(extra.uses() or extra.is_graph_output() for extra in view.node.outputs[1:]):
+        return  # MaxPool's indices count through all channels
+    for made in view.node.outputs:
+        view.link(view.input(0), 0, made, 0)
+        view.link(view.input(0), 1, made, 1)
+
+
+def _reduce(view: NodeView) -> None:
+    source, output = view.input(0), view.node.outputs[0]
+    rank = view.rank(source)
+    axes: tuple[int, ...] | None = tuple(view.node.attributes.get_ints("axes", ()))
+    if view.node.op_type in ("ArgMax", "ArgMin"):
+        axes = (view.node.attributes.get_int("axis", 0),)
+    elif view.input(1) is not None:
+        axes = view.numbers(1)
+    if rank is None or axes is None or not axes:
+        return  # over everything, or over what is not known yet
+    gone = {axis % rank for axis in axes}
+    kept_dims = view.node.attributes.get_int("keepdims", 1)
+    for axis in range(rank):
+        if axis not in gone:
+            view.link(source, axis, output, axis if kept_dims else axis - sum(other < axis for other in gone))
+
+
+_ELEMENTWISE = (
+    "Add", "And", "BitwiseAnd", "BitwiseOr", "BitwiseXor", "Div", "Equal", "Greater", "GreaterOrEqual", "Less",
+    "LessOrEqual", "Max", "Mean", "Min", "Mod", "Mul", "Or", "PRelu", "Pow", "Sub", "Sum", "Where", "Xor",
+)  # fmt: skip
+_UNARY = (
+    "Abs", "Acos", "Acosh", "Asin", "Asinh", "Atan", "Atanh", "BitwiseNot", "Cast", "CastLike", "Ceil", "Celu", "Clip",
+    "Cos", "Cosh", "Dropout", "Elu", "Erf", "Exp", "Floor", "Gelu", "HardSigmoid", "HardSwish", "Identity", "IsInf",
+    "IsNaN", "LeakyRelu", "Log", "Mish", "Neg", "Not", "Reciprocal", "Relu", "Round", "Selu", "Shrink", "Sigmoid",
+    "Sign", "Sin", "Sinh", "Softplus", "Softsign", "Sqrt", "Swish", "Tan", "Tanh", "ThresholdedRelu",
+)  # fmt: skip
+_POOLS = (
+    "AveragePool", "GlobalAveragePool", "GlobalLpPool", "GlobalMaxPool", "LpPool", "MaxPool",
+)  # fmt: skip
+_REDUCTIONS = (
+    "ArgMax", "ArgMin", "ReduceL1", "ReduceL2", "ReduceLogSum", "ReduceLogSumExp", "ReduceMax", "ReduceMean",
+    "ReduceMin", "ReduceProd", "ReduceSum", "ReduceSumSquare",
+)  # fmt: skip
+
+COMPUTE_RULES: dict[str, Rule] = {
+    **dict.fromkeys(_ELEMENTWISE, broadcast),
+    **dict.fromkeys(_UNARY, _first_only),
+    **dict.fromkeys(_POOLS, _pool),
+    **dict.fromkeys(_REDUCTIONS, _reduce),
+    "Conv": _conv,
+    "ConvTranspose": _conv_transpose,
+    "Gemm": _gemm,
+    "MatMul": _matmul,
+    "BatchNormalization": _normalization,
+    "InstanceNormalization": _normalization,
+    "LayerNormalization": lambda view: _last_axes(view, -1),
+    "Softmax": lambda view: _last_axes(view, -1 if view.opset >= 13 else 1),
+    "LogSoftmax": lambda view: _last_axes(view, -1 if view.opset >= 13 else 1),
+    "Hardmax": lambda view: _last_axes(view, -1 if view.opset >= 13 else 1),
+}

@@ -1,0 +1,274 @@
+"""Which channels of which tensors live or die together.
+
+Every axis of every value gets one atom per index. A table of rules, one per operator, says how indices of inputs and
+outputs correspond; union-find joins atoms that must be removed together (the dependency graph of DepGraph, Fang et al.
+2023, at the grain of single indices). Whatever no rule vouches for is pinned, with the operator that pinned it:
+unknown operators, graph inputs and outputs, values that subgraphs capture.
+
+Sets of atoms that occur on the same axes equally often form a group: the channels of one convolution, with the
+batch norms, residual partners, depthwise weights, flattened columns and padding that follow them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+import onnx_ir as ir
+
+from graphopt.analyses._axis_maps import AxisMaps, NodeView, Role, SizeTable, Span
+from graphopt.analyses._channel_moves import MOVE_RULES
+from graphopt.analyses._channel_rules import COMPUTE_RULES
+from graphopt.analyses._partition import Indices
+from graphopt.analyses._shape_values import AxisName, Entry, evaluate
+from graphopt.analyses.constants import CONSTANTS
+from graphopt.analyses.shapes import SHAPES
+from graphopt.pass_base import Analysis, Context
+
+__all__ = ["CHANNEL_GROUPS", "ChannelGroup", "ChannelGroups", "ChannelGroupsAnalysis", "Place", "SizeTable", "Span"]
+
+_RULES = {**COMPUTE_RULES, **MOVE_RULES}
+_FREE = np.iinfo(np.int64).max
+
+
+@dataclass(frozen=True, eq=False)
+class Place:
+    """Where the units of a group sit on one axis.
+
+    Attributes:
+        value: Name of the value.
+        axis: The axis.
+        size: Length of the axis.
+        positions: `[units, copies]` indices on the axis; a flattened channel has one copy per pixel.
+        constant: The value is a weight; its slices go. Otherwise it is an activation and shrinks by itself.
+        role: What the axis is to the node that reads the weight.
+    """
+
+    value: str
+    axis: int
+    size: int
+    positions: Indices
+    constant: bool
+    role: Role
+
+
+@dataclass(frozen=True, eq=False)
+class ChannelGroup:
+    """Units that occur on the same axes; each can be removed without the others.
+
+    Attributes:
+        name: Name of the first node that makes these channels.
+        units: How many there are, in the order of that node's channels.
+        places: Every axis they sit on; for a pinned group only those of its producers.
+        producers: Names of the nodes that make them, in the graph's order.
+        pin: Why they cannot be removed, or None.
+    """
+
+    name: str
+    units: int
+    places: tuple[Place, ...]
+    producers: tuple[str, ...]
+    pin: str | None
+
+
+@dataclass(frozen=True, eq=False)
+class ChannelGroups:
+    """All groups of the main graph.
+
+    Attributes:
+        groups: In the order of their first producers; pinned ones included.
+        tables: Numbers in the graph that state how many channels there are.
+        elsewhere: Layers that are not looked at, by name, with the reason: those inside subgraphs.
+    """
+
+    groups: tuple[ChannelGroup, ...]
+    tables: tuple[SizeTable, ...]
+    elsewhere: Mapping[str, str]
+
+    @property
+    def free(self) -> tuple[ChannelGroup, ...]:
+        """Groups whose units can be removed."""
+        return tuple(group for group in self.groups if group.pin is None)
+
+
+@dataclass(frozen=True)
+class ChannelGroupsAnalysis(Analysis[ChannelGroups]):
+    """Find the groups; weights are not read, only small constants that state shapes."""
+
+    name: ClassVar[str] = "channel groups"
+
+    def compute(self, model: ir.Model, ctx: Context) -> ChannelGroups:
+        """Apply the rules in the graph's order, then collect the sets."""
+        maps = AxisMaps(ctx.fact(SHAPES), ctx.fact(CONSTANTS))
+        opset = model.graph.opset_imports.get("", 1)
+        labels = {id(node): _label(node, i) for i, node in enumerate(model.graph)}
+        for value in model.graph.inputs:
+            maps.pin_value(value, f"reaches graph input {value.name!r}")
+        order = {label: i for i, label in enumerate(labels.values())}
+        for node in model.graph:
+            _visit(maps, node, labels[id(node)], opset)
+        for value in model.graph.outputs:
+            maps.pin_value(value, f"reaches graph output {value.name!r}")
+        return ChannelGroups(_collect(maps, order), tuple(maps.tables), _elsewhere(model, labels))
+
+
+def _label(node: ir.Node, index: int) -> str:
+    return node.name or f"{node.op_type}_{index}"
+
+
+def _visit(maps: AxisMaps, node: ir.Node, label: str, opset: int) -> None:
+    view = NodeView(maps, node, label, opset)
+    for value, graph in _captured(node):
+        maps.pin_value(value, f"captured by the subgraph {graph!r} of {node.op_type} {label!r}")
+    content = evaluate(node, [maps.content(value) for value in node.inputs])
+    if node.domain in ("", "ai.onnx") and (rule := _RULES.get(node.op_type)) is not None:
+        rule(view)
+    if node.op_type == "Shape":
+        content = _shape_content(view)
+    if content is not None:
+        maps.contents[node.outputs[0].name or ""] = content
+    view.finish(content_kept=content is not None)
+
+
+def _shape_content(view: NodeView) -> np.ndarray[Any, np.dtype[np.object_]] | None:
+    source = view.input(0)
+    sizes = view.sizes(source)
+    if source is None or sizes is None:
+        return None
+    entries = [_axis_entry((source.name or "", axis), size) for axis, size in enumerate(sizes)]
+    attributes = view.node.attributes
+    kept = entries[attributes.get_int("start", 0) : attributes.get_int("end", len(entries))]
+    content = np.empty(len(kept), dtype=object)
+    content[:] = kept
+    return content
+
+
+def _axis_entry(axis: AxisName, size: int | None) -> Entry:
+    return Entry(size, axis, (axis,))
+
+
+def _subgraphs(node: ir.Node) -> Iterator[ir.Graph]:
+    for attribute in node.attributes.values():
+        if attribute.type == ir.AttributeType.GRAPH:
+            yield attribute.as_graph()
+        elif attribute.type == ir.AttributeType.GRAPHS:
+            yield from attribute.as_graphs()
+
+
+def _captured(node: ir.Node) -> Iterator[tuple[ir.Value, str]]:
+    """Values that subgraphs of a node, at any depth, take from outside."""
+    for graph in _subgraphs(node):
+        inside: set[int] = {id(value) for value in (*graph.inputs, *graph.initializers.values())}
+        outer: list[ir.Value] = list(graph.outputs)
+        for inner in graph:
+            outer += [value for value in inner.inputs if value is not None]
+            outer += [value for value, _ in _captured(inner)]
+            inside.update(id(output) for output in inner.outputs)
+        for value in outer:
+            if id(value) not in inside:
+                yield value, graph.name or ""
+
+
+def _elsewhere(model: ir.Model, labels: Mapping[int, str]) -> dict[str, str]:
+    found: dict[str, str] = {}
+
+    def search(graph: ir.Graph, reason: str) -> None:
+        for i, node in enumerate(graph):
+            if node.op_type in ("Conv", "ConvTranspose", "Gemm", "MatMul"):
+                found[_label(node, i)] = reason
+            for inner in _subgraphs(node):
+                search(inner, reason)
+
+    for node in model.graph:
+        for inner in _subgraphs(node):
+            search(inner, f"inside the subgraph of {node.op_type} {labels[id(node)]!r}")
+    return found
+
+
+@dataclass(frozen=True, eq=False)
+class _Axis:
+    """An axis with the set of each of its indices."""
+
+    name: AxisName
+    roots: Indices
+    makes: tuple[str, ...]
+
+
+def _collect(maps: AxisMaps, order: Mapping[str, int]) -> tuple[ChannelGroup, ...]:
+    """Sort the sets that carry channels into groups by the axes they occur on."""
+    everything = np.arange(len(maps.partition), dtype=np.int64)
+    roots, carries = maps.partition.find(everything), maps.partition.marked(everything)
+    pins = np.full(len(everything), _FREE, dtype=np.int64)
+    for atoms, reason in maps.pinned:
+        np.minimum.at(pins, roots[atoms], reason)
+    axes: list[_Axis] = []
+    for name, value_axes in maps.axes.items():
+        for axis, atoms in enumerate(value_axes):
+            if atoms is not None and len(atoms) and carries[atoms].any():
+                makes = tuple(label for role, label in maps.roles.get((name, axis), ()) if role == "output")
+                axes.append(_Axis((name, axis), roots[atoms], makes))
+    groups = [
+        _group(maps, [axes[i] for i in indices], np.array(members, dtype=np.int64), pin, order)
+        for (indices, _, pin), members in _signatures(axes, carries, pins, maps.reasons).items()
+    ]
+    return tuple(group for _, group in sorted(groups, key=lambda pair: pair[0]))
+
+
+def _signatures(
+    axes: Sequence[_Axis], carries: np.ndarray[Any, Any], pins: Indices, reasons: Sequence[str]
+) -> dict[tuple[tuple[int, ...], tuple[int, ...], str | None], list[int]]:
+    """Sets by where they occur: axes, how often on each, and what pins them; a pinned set only by its producers."""
+    every = np.concatenate([axis.roots for axis in axes]) if axes else np.empty(0, dtype=np.int64)
+    where = np.repeat(np.arange(len(axes)), [len(axis.roots) for axis in axes])
+    kept = carries[every]
+    pairs, counts = np.unique(np.stack([every[kept], where[kept]]), axis=1, return_counts=True)
+    occurrences: dict[int, list[tuple[int, int]]] = {}
+    for root, axis, count in zip(*pairs.tolist(), counts.tolist(), strict=True):
+        if pins[root] == _FREE or axes[axis].makes:
+            occurrences.setdefault(root, []).append((axis, count))
+    found: dict[tuple[tuple[int, ...], tuple[int, ...], str | None], list[int]] = {}
+    for root, places in occurrences.items():
+        pin = None if pins[root] == _FREE else reasons[pins[root]]
+        key = tuple(axis for axis, _ in places), tuple(count for _, count in places), pin
+        found.setdefault(key, []).append(root)
+    return found
+
+
+def _group(
+    maps: AxisMaps, axes: Sequence[_Axis], members: Indices, pin: str | None, order: Mapping[str, int]
+) -> tuple[tuple[int, int], ChannelGroup]:
+    """Build a group; the key sorts groups by their first producer, then by their first channel there."""
+    producers = sorted({label for axis in axes for label in axis.makes}, key=lambda label: order[label])
+    first = next(axis for axis in axes if producers[0] in axis.makes)
+    units = members[np.argsort([int(np.argmax(first.roots == root)) for root in members])]
+    names = {axis.name for axis in axes}
+    places = tuple(
+        Place(*axis.name, len(axis.roots), _positions(axis.roots, units), *_kind(maps, axis.name, names))
+        for axis in axes
+    )
+    key = order[producers[0]], int(np.argmax(first.roots == units[0]))
+    return key, ChannelGroup(producers[0], len(units), places, tuple(producers), pin)
+
+
+def _positions(roots: Indices, units: Indices) -> Indices:
+    """`[units, copies]`: where each unit sits on an axis, in ascending order."""
+    by_name = np.argsort(units)
+    slot = np.minimum(np.searchsorted(units[by_name], roots), len(units) - 1)
+    at = np.nonzero(units[by_name][slot] == roots)[0]
+    unit = by_name[slot[at]]
+    return at[np.lexsort((at, unit))].reshape(len(units), -1)
+
+
+def _kind(maps: AxisMaps, name: AxisName, group: set[AxisName]) -> tuple[bool, Role]:
+    """Whether an axis belongs to a constant, and its role; a weight behind a Transpose has that of the result."""
+    constant = name[0] in maps.constants.tensors
+    found = [role for role, _ in maps.roles.get(name, ())]
+    if not found and constant:
+        behind = (other for other in maps.roles if other in group and maps.origins.get(other[0]) == name[0])
+        found = [role for other in behind for role, _ in maps.roles[other]]
+    return constant, "output" if "output" in found else found[0] if found else "other"
+
+
+CHANNEL_GROUPS = ChannelGroupsAnalysis()

@@ -1,0 +1,193 @@
+"""`report.html` and `measured/report.html`: one file each, no scripts, nothing fetched, the same bytes every time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from graphopt.measured import Measured, Measurement
+from graphopt.report.data import Report
+from graphopt.report.figures import (
+    accuracy_change,
+    fidelity_text,
+    limit_text,
+    macs_text,
+    milliseconds,
+    number,
+    plural,
+    quantity,
+    ratio,
+    score,
+    size,
+    speedup,
+    worst,
+)
+from graphopt.report.markup import EMPTY, Markup, join, page, tag
+from graphopt.report.plots import pair, time_bar
+from graphopt.report.sections import backend, fidelity, how_badge, layers, model, reproduce, section, steps, table
+
+__all__ = ["render_html", "render_measured_html"]
+
+
+def render_html(report: Report) -> str:
+    """Make the page of a run."""
+    body = (
+        _header(report),
+        tag("div", *_cards(report), cls="cards"),
+        _remarks(report),
+        layers(report),
+        steps(report),
+        fidelity(report),
+        backend(report),
+        model(report),
+        reproduce(report),
+        _footer(report.version, "Everything here follows from the input: the same input gives the same page."),
+    )
+    return page(f"{report.model} for {report.target}", *body)
+
+
+def render_measured_html(report: Report | None, measured: Measured) -> str:
+    """Make the page of a benchmark; `report` is the bundle's, None where plain models were measured."""
+    subjects = list(dict.fromkeys(row.subject for row in measured.rows))
+    title = f"{report.model} for {report.target}" if report else ", ".join(subjects)
+    body = (
+        tag("header", tag("div", "graphopt benchmark", cls="eyebrow"), tag("h1", title)),
+        *(_latency(measured, threads) for threads in sorted({row.threads for row in measured.rows})),
+        _unmeasured(measured),
+        _machine(measured),
+        _footer(report.version if report else None, "Times hold for this machine and this moment only."),
+    )
+    return page(f"Benchmark: {title}", *body)
+
+
+def _header(report: Report) -> Markup:
+    chips = [tag("span", step.step, cls="chip") for step in report.steps] or [tag("span", "no passes", cls="chip")]
+    word, mood = ("ok", "good") if report.ok else ("attention", "bad")
+    told = "all checks passed" if report.limits or report.backend else "finished"
+    verdict = tag("div", tag("span", word), tag("span", told if report.ok else report.verdict), cls=f"verdict {mood}")
+    title = tag("h1", report.model, " ", tag("span", "\u2192", cls="to"), " ", report.target)
+    return tag("header", tag("div", "graphopt report", cls="eyebrow"), title, tag("div", *chips, cls="chips"), verdict)
+
+
+def _cards(report: Report) -> Iterator[Markup]:
+    old, new = report.before, report.after
+    files = (size(old.file_bytes), size(new.file_bytes))
+    yield _card("File size", ratio(*_sizes(report)), "of the original", "counted", pair(*_sizes(report), *files))
+    macs = (old.totals.macs, new.totals.macs)
+    yield _card("MACs", ratio(*macs) or "unknown", "", "counted", pair(*macs, macs_text(old), macs_text(new)))
+    params = (old.totals.params, new.totals.params)
+    texts = (quantity(params[0]), quantity(params[1]))
+    yield _card("Parameters", ratio(*params) or "none", "", "counted", pair(*params, *texts))
+    if (got := report.accuracy) is not None:
+        bars = pair(got.before, got.after, score(got.metric, got.before), score(got.metric, got.after))
+        yield _card(f"Accuracy, {got.metric}", score(got.metric, got.after), accuracy_change(got), got.how, bars)
+    else:
+        yield _distance_card(report)
+
+
+def _sizes(report: Report) -> tuple[int, int]:
+    return report.before.file_bytes, report.after.file_bytes
+
+
+def _distance_card(report: Report) -> Markup:
+    """Without labels the distance from the original stands where accuracy would."""
+    output = worst(report.fidelity)
+    text = tag("div", fidelity_text(report.fidelity), cls="small soft")
+    if report.fidelity.not_run is not None or output is None:
+        return _card("Fidelity", "not checked", "", "", text)
+    return _card("Fidelity", f"{number(output.sqnr_db)} dB", "SQNR", report.fidelity.how, text)
+
+
+def _card(label: str, big: str, small: str, how: str, *body: str) -> Markup:
+    head = tag("div", tag("span", label), how_badge(how) if how else EMPTY, cls="label")
+    figure = tag("div", big, tag("small", small) if small else EMPTY, cls="big")
+    return tag("div", head, figure, *body, cls="card")
+
+
+def _remarks(report: Report) -> Markup:
+    """Limits and notes: what a reader must not miss."""
+    items = [tag("li", _met(limit.met), " ", limit_text(limit, verdict=False)) for limit in report.limits]
+    items += [tag("li", tag("span", "note", cls="badge warn"), " ", note) for note in report.notes]
+    return section("Limits and notes", "", tag("ul", *items, cls="notes")) if items else EMPTY
+
+
+def _met(met: bool) -> Markup:
+    return tag("span", "met" if met else "missed", cls=f"badge {'good' if met else 'bad'}")
+
+
+def _footer(version: str | None, text: str) -> Markup:
+    return tag("footer", f"Made by graphopt{f' {version}' if version else ''}. {text}")
+
+
+def _latency(measured: Measured, threads: int) -> Markup:
+    """Latency of all timed rows with one number of threads, as bars and as a table."""
+    rows = [row for row in measured.rows if row.threads == threads and row.times is not None]
+    if not rows:
+        return EMPTY
+    largest = max(row.times.maximum for row in rows if row.times)
+    first = measured.find("original", threads=threads)
+    head = ("", "latency", "median", "quartiles", "least", "against the original", "peak memory", "deployed", "how")
+    body = [_latency_row(row, largest, first) for row in rows]
+    lead = "Bars reach to the median; the box spans the quartiles, the line the fastest and the slowest run."
+    return section(f"Latency, {plural(threads, 'thread')}", lead, table(head, body, numbers=(2, 3, 4, 5, 6, 7)))
+
+
+def _latency_row(row: Measurement, largest: float, first: Measurement | None) -> tuple[str, ...]:
+    times = row.times
+    if times is None:
+        raise ValueError(f"{row.subject} was not timed")
+    label = f"{row.subject}, {row.engine}"
+    fill = "f-before" if row.side == "original" else "f-accent"
+    against = "" if row is first or first is None or first.times is None else speedup(first.times.median, times.median)
+    name = tag("div", tag("div", row.subject, cls="name"), tag("div", f"{row.engine}, {row.side}", cls="small soft"))
+    plot = tag("div", time_bar(times, largest, fill, f"{label}: {milliseconds(times.median)}"), style="min-width:150px")
+    quartiles = f"{milliseconds(times.low)} to {milliseconds(times.high)}"
+    memory = "" if row.peak_memory_mb is None else f"{row.peak_memory_mb:,.0f} MB"
+    figures = (
+        milliseconds(times.median),
+        quartiles,
+        milliseconds(times.minimum),
+        against,
+        memory,
+        size(row.file_bytes),
+    )
+    return name, plot, *figures, how_badge(row.how)
+
+
+def _unmeasured(measured: Measured) -> Markup:
+    """Rows without a time: emulated, only compiled, or not run."""
+    rows = [row for row in measured.rows if row.times is None]
+    if not rows:
+        return EMPTY
+    head = ("", "engine", "threads", "result", "deployed", "how")
+    body = [
+        (tag("span", row.subject, cls="name"), row.engine, str(row.threads), untimed(row), size(row.file_bytes),
+         how_badge(row.how)) for row in rows
+    ]  # fmt: skip
+    lead = "Checked for agreement or only compiled. An emulator's time says nothing about the device, so none is given."
+    return section("Without a time", lead, table(head, body, numbers=(2, 4)))
+
+
+def untimed(row: Measurement) -> str:
+    """Write what is known of a row without a time."""
+    if row.not_run is not None:
+        return row.not_run
+    if row.agrees is None:
+        return "ran; not compared"
+    return f"ran {plural(row.samples, 'sample')}, max diff {number(row.agrees)} from model.onnx in ONNX Runtime"
+
+
+def _machine(measured: Measured) -> Markup:
+    machine = measured.machine
+    row = measured.rows[0] if measured.rows else None
+    facts = [
+        ("Processor", machine.cpu),
+        ("Cores", str(machine.cores)),
+        ("Memory", f"{machine.memory_mb:,} MB"),
+        ("System", machine.system),
+        *sorted(machine.versions.items()),
+        ("Date", machine.date),
+    ]
+    if row:
+        runs = f"{plural(row.rounds, 'round')} of {plural(row.repeats, 'run')}, {row.warmup} before each to warm up"
+        facts.append(("Runs", runs))
+    return section("Machine", "", tag("dl", *(join((tag("dt", k), tag("dd", v))) for k, v in facts)))

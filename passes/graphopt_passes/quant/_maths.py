@@ -1,0 +1,129 @@
+"""Integer grids for activations, weights and biases; plain numpy.
+
+Scheme of Jacob et al., "Quantization and Training of Neural Networks for Efficient Integer-Arithmetic-Only Inference"
+(2018): real = scale * (integer - zero_point), with the real number zero always on the grid.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+
+__all__ = [
+    "Grid",
+    "activation_grid",
+    "bias_scale",
+    "decibel",
+    "dequantize",
+    "quantize",
+    "quantize_bias",
+    "quantize_weight",
+    "weight_scales",
+]
+
+Array = np.ndarray[Any, np.dtype[Any]]
+_LEAST_SCALE = 2.0**-100  # products of two scales stay normal in float32
+_BIAS_LIMIT = 2**31 - 2**8
+
+
+@dataclass(frozen=True)
+class Grid:
+    """An integer grid for one tensor: real = scale * (integer - zero_point).
+
+    Attributes:
+        scale: Step, exactly representable in float32.
+        zero_point: Integer that stands for zero.
+        dtype: uint8 or int8.
+    """
+
+    scale: float
+    zero_point: int
+    dtype: Literal["uint8", "int8"]
+
+    @property
+    def bounds(self) -> tuple[float, float]:
+        """Least and greatest real number on the grid."""
+        info = np.iinfo(self.dtype)
+        return self.scale * (int(info.min) - self.zero_point), self.scale * (int(info.max) - self.zero_point)
+
+
+def activation_grid(low: float, high: float, dtype: Literal["uint8", "int8"], *, symmetric: bool = False) -> Grid:
+    """Fit a grid to the range [low, high], widened to hold zero.
+
+    A symmetric grid has its zero point in the middle: 128 for uint8, 0 for int8.
+    """
+    low, high = min(low, 0.0), max(high, 0.0)
+    info = np.iinfo(dtype)
+    if symmetric:
+        scale = _float32(max(-low, high) / 127)
+        return Grid(scale, 128 if dtype == "uint8" else 0, dtype)
+    scale = _float32((high - low) / 255)
+    zero_point = round(int(info.min) - low / scale)
+    return Grid(scale, min(max(zero_point, int(info.min)), int(info.max)), dtype)
+
+
+def quantize(values: Array, grid: Grid) -> Array:
+    """Round values to the grid, half to even, as ONNX QuantizeLinear does."""
+    info = np.iinfo(grid.dtype)
+    steps = np.rint(values.astype(np.float32) / np.float32(grid.scale)) + grid.zero_point
+    return np.clip(steps, info.min, info.max).astype(grid.dtype)
+
+
+def dequantize(integers: Array, grid: Grid) -> Array:
+    """Real numbers of grid points, float32."""
+    return (integers.astype(np.float32) - np.float32(grid.zero_point)) * np.float32(grid.scale)
+
+
+def weight_scales(weight: Array, axis: int | None, bits: int = 8) -> Array:
+    """Scales that let the greatest magnitude reach the end of a symmetric grid, [channels] or a scalar, float32.
+
+    Args:
+        weight: The weight, any rank.
+        axis: Axis with a scale for each index; None: one scale for all.
+        bits: 8 for -127..127; 7 for -63..63, whose products with uint8 cannot saturate 16-bit pair sums.
+    """
+    others = None if axis is None else tuple(i for i in range(weight.ndim) if i != axis % weight.ndim)
+    reach = np.max(np.abs(weight), axis=others, initial=0.0).astype(np.float64)
+    scales = np.where(reach > 0, np.maximum(reach / _top(bits), _LEAST_SCALE), 1.0)
+    return scales.astype(np.float32)
+
+
+def quantize_weight(weight: Array, scales: Array, axis: int | None, bits: int = 8) -> Array:
+    """Round a weight to int8 with the given scales."""
+    shape = [1] * weight.ndim
+    if axis is not None:
+        shape[axis % weight.ndim] = -1
+    top = _top(bits)
+    return np.clip(np.rint(weight / scales.reshape(shape)), -top, top).astype(np.int8)
+
+
+def bias_scale(bias: Array, input_scale: float, scales: Array) -> Array:
+    """Weight scales, enlarged where a bias would not fit 32 bits behind scale input_scale * weight scale."""
+    needed = np.abs(bias.astype(np.float64)) / (_BIAS_LIMIT * input_scale)
+    if scales.ndim == 0:
+        needed = np.max(needed, initial=0.0)
+    return np.maximum(scales, needed).astype(np.float32)
+
+
+def quantize_bias(bias: Array, scale: Array) -> Array:
+    """Round a bias to int32."""
+    steps = np.rint(bias.astype(np.float64) / scale.astype(np.float64))
+    return np.clip(steps, -_BIAS_LIMIT, _BIAS_LIMIT).astype(np.int32)
+
+
+def decibel(signal: float, noise: float) -> float:
+    """Signal to noise as 10 log10 of the ratio of powers; infinite without noise."""
+    if noise <= 0:
+        return math.inf
+    return 10 * math.log10(signal / noise) if signal > 0 else -math.inf
+
+
+def _top(bits: int) -> int:
+    return 2 ** (bits - 1) - 1
+
+
+def _float32(scale: float) -> float:
+    return float(np.float32(max(scale, _LEAST_SCALE))) if scale > 0 else 1.0

@@ -1,0 +1,210 @@
+"""Build quantization nodes into a graph: fresh names, shared scalars, weights replaced one tensor at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+
+from graphopt_passes.quant._maths import Grid, quantize_weight, weight_scales
+
+__all__ = ["Builder"]
+
+Array = np.ndarray[Any, np.dtype[Any]]
+_LOOPS = frozenset({"Loop", "Scan", "SequenceMap"})
+
+
+class Builder:
+    """Adds nodes and initializers to one model.
+
+    Args:
+        model: The model to edit.
+        bits: Bits of weights, 7 or 8.
+    """
+
+    def __init__(self, model: ir.Model, bits: int = 8) -> None:
+        self.model = model
+        self.bits = bits
+        self._taken: set[str] = set()
+        self._owners: dict[int, ir.Node] = {}
+        self._scalars: dict[tuple[str, bytes], ir.Value] = {}
+        self._weights: dict[tuple[str, int, bool], tuple[ir.Value, ir.Value]] = {}
+        self._dequantized: dict[tuple[str, int], ir.Value] = {}
+        self._pairs: dict[str, ir.Value] = {}
+        for graph in model.graphs():
+            self._taken |= {name for value in (*graph.inputs, *graph.initializers.values()) if (name := value.name)}
+            for node in graph:
+                self._taken |= {name for name in (node.name, *(o.name for o in node.outputs)) if name}
+                for attribute in node.attributes.values():
+                    for inner in _graphs_of(attribute):
+                        self._owners[id(inner)] = node
+
+    def name(self, wish: str) -> str:
+        """Reserve a name nobody has."""
+        name, number = wish, 1
+        while name in self._taken:
+            name, number = f"{wish}_{number}", number + 1
+        self._taken.add(name)
+        return name
+
+    def constant(self, wish: str, array: Array, graph: ir.Graph | None = None) -> ir.Value:
+        """Add an initializer."""
+        name = self.name(wish)
+        value = ir.Value(name=name, const_value=ir.tensor(array, name=name))
+        value.shape, value.dtype = ir.Shape(array.shape), value.const_value.dtype if value.const_value else None
+        (graph or self.model.graph).register_initializer(value)
+        return value
+
+    def scalar(self, wish: str, array: Array) -> ir.Value:
+        """Add a scalar initializer to the main graph, once for every type and value."""
+        key = (str(array.dtype), array.tobytes())
+        if key not in self._scalars:
+            self._scalars[key] = self.constant(wish, array)
+        return self._scalars[key]
+
+    def node(
+        self,
+        kind: str,
+        inputs: Sequence[ir.Value | None],
+        output: str,
+        dtype: ir.DataType,
+        *,
+        shape: ir.Shape | None = None,
+        attributes: Mapping[str, int] | None = None,
+    ) -> ir.Node:
+        """Make a node with one output, both under the same name; the caller inserts it."""
+        name = self.name(output)
+        value = ir.Value(name=name, type=ir.TensorType(dtype), shape=shape)
+        return ir.node(kind, inputs, dict(attributes or {}), outputs=[value], name=name)
+
+    def pair(self, value: ir.Value, grid: Grid) -> ir.Value:
+        """Round an activation of the main graph to a grid and back: QuantizeLinear and DequantizeLinear, made once."""
+        name = value.name or ""
+        if name not in self._pairs:
+            scale = self.scalar(f"{name}_scale", np.array(grid.scale, np.float32))
+            zero = self.scalar(f"{name}_zero", np.array(grid.zero_point, grid.dtype))
+            dtype = ir.DataType.UINT8 if grid.dtype == "uint8" else ir.DataType.INT8
+            down = self.node("QuantizeLinear", [value, scale, zero], f"{name}_q", dtype, shape=value.shape)
+            up = self.node(
+                "DequantizeLinear",
+                [down.outputs[0], scale, zero],
+                f"{name}_dq",
+                ir.DataType.FLOAT,
+                shape=value.shape,
+            )
+            self.insert_behind(value, [down, up])
+            self._pairs[name] = up.outputs[0]
+        return self._pairs[name]
+
+    def insert_behind(self, value: ir.Value, nodes: Sequence[ir.Node]) -> None:
+        """Insert nodes right after the node of the main graph that makes a value, first of all for an input."""
+        graph, producer = self.model.graph, value.producer()
+        if producer is not None:
+            graph.insert_after(producer, nodes)
+        elif len(graph):
+            graph.insert_before(graph[0], nodes)
+        else:
+            graph.extend(nodes)
+
+    def integers(
+        self, value: ir.Value, tensor: ir.TensorProtocol, axis: int | None, graph: ir.Graph, scales: Array | None = None
+    ) -> tuple[ir.Value, ir.Value]:
+        """The int8 copy of a weight and its scales, made once for every axis; lives where the float weight does.
+
+        Args:
+            value: The weight.
+            tensor: Its data.
+            axis: Axis of the scales; None: one for all.
+            graph: Graph that gets the initializers if the weight is no initializer itself.
+            scales: Scales to use instead of the least that hold all values.
+        """
+        key = (value.name or "", -1 if axis is None else axis, scales is None)
+        if key not in self._weights:
+            weight = tensor.numpy()
+            used = weight_scales(weight, axis, self.bits) if scales is None else scales
+            home = self._home(value) or graph
+            name = value.name or "weight"
+            self._weights[key] = (
+                self.constant(f"{name}_q", quantize_weight(weight, used, axis, self.bits), home),
+                self.constant(f"{name}_scale", used, home),
+            )
+        return self._weights[key]
+
+    def dequantized(
+        self,
+        value: ir.Value,
+        tensor: ir.TensorProtocol,
+        axis: int | None,
+        user: ir.Node,
+        scales: Array | None = None,
+    ) -> ir.Value:
+        """A weight behind DequantizeLinear, made once in the graph where `user` reads it, outside of loops."""
+        graph, anchor = self._place(user)
+        key = (value.name or "", id(graph))
+        if key not in self._dequantized:
+            integers, scale = self.integers(value, tensor, axis, graph, scales)
+            attributes = {} if axis is None else {"axis": axis}
+            up = self.node(
+                "DequantizeLinear",
+                [integers, scale],
+                f"{value.name}_dq",
+                ir.DataType.FLOAT,
+                shape=ir.Shape(tensor.shape.numpy()),
+                attributes=attributes,
+            )
+            graph.insert_before(self._first_user(value, graph, anchor), up)
+            self._dequantized[key] = up.outputs[0]
+        return self._dequantized[key]
+
+    def discard(self, value: ir.Value) -> None:
+        """Remove a weight that nothing reads any more."""
+        if value.uses() or value.is_graph_output():
+            return
+        producer = value.producer()
+        if producer is not None and producer.op_type == "Constant" and producer.graph is not None:
+            producer.graph.remove(producer, safe=True)
+        elif value.is_initializer() and not value.is_graph_input() and (home := self._home(value)) is not None:
+            home.initializers.pop(value.name or "")
+
+    def _home(self, value: ir.Value) -> ir.Graph | None:
+        """The graph whose initializer a value is."""
+        graphs = (graph for graph in self.model.graphs() if graph.initializers.get(value.name or "") is value)
+        return next(graphs, None)
+
+    def _place(self, user: ir.Node) -> tuple[ir.Graph, ir.Node]:
+        """The graph of a node, or the one around the outermost loop it is in, and the node there that holds it."""
+        graph, anchor = _graph_of(user), user
+        best = (graph, anchor)
+        while (owner := self._owners.get(id(graph))) is not None:
+            graph, anchor = _graph_of(owner), owner
+            if owner.op_type in _LOOPS:
+                best = (graph, anchor)
+        return best
+
+    def _first_user(self, value: ir.Value, graph: ir.Graph, anchor: ir.Node) -> ir.Node:
+        """The earliest node of `graph` that reads a value, itself or in its subgraphs."""
+        inside = {id(anchor)}
+        for node in value.consumers():
+            here, holder = _graph_of(node), node
+            while here is not graph and (owner := self._owners.get(id(here))) is not None:
+                here, holder = _graph_of(owner), owner
+            if here is graph:
+                inside.add(id(holder))
+        return next(node for node in graph if id(node) in inside)
+
+
+def _graph_of(node: ir.Node) -> ir.Graph:
+    graph = node.graph
+    if not isinstance(graph, ir.Graph):
+        raise TypeError(f"node {node.name!r} is in no graph")
+    return graph
+
+
+def _graphs_of(attribute: ir.Attr) -> Sequence[ir.Graph]:
+    if attribute.is_ref():
+        return ()
+    if attribute.type == ir.AttributeType.GRAPH:
+        return (attribute.as_graph(),)
+    return tuple(attribute.as_graphs()) if attribute.type == ir.AttributeType.GRAPHS else ()

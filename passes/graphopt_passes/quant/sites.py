@@ -1,0 +1,215 @@
+"""Where a model holds weights that integers can carry, and why the others stay as they are."""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import onnx_ir as ir
+
+from graphopt.analyses import Constants
+from graphopt.errors import OptionError
+from graphopt.pass_base import Change
+
+__all__ = ["QUANTIZED_OPERATORS", "RECURRENT", "Site", "Weight", "choose", "find_sites", "key_of"]
+
+RECURRENT = frozenset({"GRU", "LSTM", "RNN"})
+QUANTIZED_OPERATORS = frozenset(
+    {
+        "ConvInteger", "DequantizeLinear", "DynamicQuantizeLinear", "MatMulInteger", "QLinearConv", "QLinearMatMul",
+        "QuantizeLinear", "MatMulNBits", "QGemm", "QLinearAdd", "QAttention", "DynamicQuantizeMatMul",
+    }
+)  # fmt: skip
+
+_LINEAR = frozenset({"Conv", "ConvTranspose", "Gemm", "MatMul"})
+_REPORTED_SIZE = 64
+_MOVERS = frozenset({"Reshape", "Transpose", "Identity", "Cast", "Unsqueeze", "Squeeze", "Constant", "Slice", "Concat"})
+
+
+@dataclass(frozen=True)
+class Weight:
+    """One weight of a site.
+
+    Attributes:
+        index: Input of the node that it is.
+        value: Name of the value.
+        axis: Axis with a scale for each index.
+        shape: Its shape.
+    """
+
+    index: int
+    value: str
+    axis: int
+    shape: tuple[int, ...]
+
+    @property
+    def size(self) -> int:
+        """Number of elements."""
+        return int(np.prod(self.shape))
+
+    @property
+    def channels(self) -> int:
+        """Number of scales."""
+        return self.shape[self.axis]
+
+
+@dataclass(frozen=True)
+class Site:
+    """A node with constant float weights.
+
+    Attributes:
+        key: Name of its first named output; unlike node names these are unique.
+        name: Name of the node, for reports.
+        operator: Operator type.
+        weights: Its weights; more than one in recurrent layers.
+        main: It stands in the main graph, where activations can be seen.
+    """
+
+    key: str
+    name: str
+    operator: str
+    weights: tuple[Weight, ...]
+    main: bool = True
+
+
+def key_of(node: ir.Node) -> str:
+    """Name of the first named output of a node."""
+    return next((output.name for output in node.outputs if output.name), "")
+
+
+def find_sites(model: ir.Model, constants: Constants) -> tuple[tuple[Site, ...], tuple[Change, ...]]:
+    """Find all sites, subgraphs included, and say of the other nodes with weights why they are none."""
+    sites: list[Site] = []
+    skipped: list[Change] = []
+    for graph in model.graphs():
+        for node in graph:
+            found = _site(node, constants, main=graph is model.graph)
+            if isinstance(found, Site):
+                sites.append(found)
+            elif found:
+                skipped.append(Change.skipped(node.name or key_of(node), found))
+    for function in model.functions.values():
+        skipped += [
+            Change.skipped(f"{function.name}/{node.name}", "inside a function; inline it first")
+            for node in function
+            if node.op_type in _LINEAR | RECURRENT
+        ]
+    return tuple(sites), tuple(skipped)
+
+
+def choose(
+    sites: Sequence[Site], only: Sequence[str], skip: Sequence[str]
+) -> tuple[tuple[Site, ...], tuple[Change, ...]]:
+    """Keep the sites that the options `only` and `skip` leave; both hold shell patterns of node names.
+
+    Raises:
+        OptionError: A pattern matches no site.
+    """
+    for option, patterns in (("only", only), ("skip", skip)):
+        for pattern in patterns:
+            if not any(fnmatch.fnmatchcase(site.name, pattern) for site in sites):
+                names = ", ".join(site.name for site in sites[:4])
+                hint = f"there are {len(sites)}, such as {names}" if sites else "the model has none"
+                raise OptionError(f"quant.{option}", f"{pattern!r} matches no layer that can be quantized", hint)
+    kept: list[Site] = []
+    skipped: list[Change] = []
+    for site in sites:
+        if only and not any(fnmatch.fnmatchcase(site.name, pattern) for pattern in only):
+            skipped.append(Change.skipped(site.name, "not named by only"))
+        elif any(fnmatch.fnmatchcase(site.name, pattern) for pattern in skip):
+            skipped.append(Change.skipped(site.name, "named by skip"))
+        else:
+            kept.append(site)
+    return tuple(kept), tuple(skipped)
+
+
+def _site(node: ir.Node, constants: Constants, *, main: bool) -> Site | str | None:
+    """The site at a node, the reason why it is none, or None if it holds no weights worth a line."""
+    kind = node.op_type
+    if node.domain not in ("", "ai.onnx"):
+        return f"{node.domain}::{kind} is not a standard operator" if _holds_weights(node, constants) else None
+    if kind in QUANTIZED_OPERATORS:
+        return "already quantized" if kind not in ("QuantizeLinear", "DequantizeLinear") else None
+    if kind == "MatMul":
+        return _matmul(node, constants, main=main)
+    ports = _ports(node)
+    if not ports:
+        worth = kind not in _MOVERS and _holds_weights(node, constants)
+        return f"{kind} stays in float" if worth else None
+    if kind == "Gather" and not _is_table(node, constants):
+        return None
+    weights = tuple(_weight(node, index, axis, constants) for index, axis in ports)
+    return _join(node, weights, main=main)
+
+
+def _matmul(node: ir.Node, constants: Constants, *, main: bool) -> Site | str:
+    """A MatMul holds its weight on the right, or on the left with the roles exchanged."""
+    if constants.of(node.inputs[1]) is None and constants.of(node.inputs[0]) is None:
+        if _is_quantized(node.inputs[1]) or _is_quantized(node.inputs[0]):
+            return "already quantized"
+        if any(_is_replaceable(value) for value in node.inputs):
+            return "its weight is also an input, which a caller may replace"
+        return "both operands are computed"
+    index = 1 if constants.of(node.inputs[1]) is not None else 0
+    return _join(node, (_weight(node, index, -1 if index else -2, constants),), main=main)
+
+
+def _join(node: ir.Node, weights: tuple[Weight | str, ...], *, main: bool) -> Site | str:
+    for weight in weights:
+        if isinstance(weight, str):
+            return weight
+    kept = tuple(weight for weight in weights if isinstance(weight, Weight))
+    return Site(key_of(node), node.name or key_of(node), node.op_type, kept, main)
+
+
+def _ports(node: ir.Node) -> tuple[tuple[int, int], ...]:
+    """(input, axis of its output channels) for every weight of an operator."""
+    if node.op_type == "Gemm":
+        return ((1, 0 if node.attributes.get_int("transB", 0) else 1),)
+    if node.op_type in RECURRENT:
+        return ((1, 1), (2, 1))
+    return {"Conv": ((1, 0),), "ConvTranspose": ((1, 1),), "Gather": ((0, -1),)}.get(node.op_type, ())
+
+
+def _weight(node: ir.Node, index: int, axis: int, constants: Constants) -> Weight | str:
+    value = node.inputs[index]
+    tensor = constants.of(value)
+    if value is None or tensor is None:
+        if _is_quantized(value):
+            return "already quantized"
+        if _is_replaceable(value):
+            return "its weight is also an input, which a caller may replace"
+        return "its weight is computed; fold constants first"
+    if tensor.dtype != ir.DataType.FLOAT:
+        return f"its weight is {tensor.dtype.name.lower()}, only float32 is quantized"
+    shape = tuple(int(size) for size in tensor.shape.numpy())
+    if len(shape) < 2:
+        return "its weight is a vector"
+    if value.is_graph_output():
+        return "its weight is also an output of the model"
+    return Weight(index, value.name or "", axis % len(shape), shape)
+
+
+def _is_table(node: ir.Node, constants: Constants) -> bool:
+    """An embedding: rows of a constant float matrix, looked up by number."""
+    tensor = constants.of(node.inputs[0])
+    axis = node.attributes.get_int("axis", 0)
+    return tensor is not None and tensor.dtype == ir.DataType.FLOAT and len(tensor.shape) == 2 and axis == 0
+
+
+def _is_quantized(value: ir.Value | None) -> bool:
+    producer = value.producer() if value is not None else None
+    while producer is not None and producer.op_type in _MOVERS and producer.inputs and producer.inputs[0] is not None:
+        producer = producer.inputs[0].producer()
+    return producer is not None and producer.op_type in QUANTIZED_OPERATORS
+
+
+def _is_replaceable(value: ir.Value | None) -> bool:
+    return value is not None and value.is_initializer() and value.is_graph_input()
+
+
+def _holds_weights(node: ir.Node, constants: Constants) -> bool:
+    tensors = (constants.of(value) for value in node.inputs)
+    return any(t is not None and t.dtype.is_floating_point() and t.size >= _REPORTED_SIZE for t in tensors)
