@@ -173,15 +173,19 @@ def _from_function(uri: str) -> Dataset:
     def read() -> Iterator[Feed]:
         try:
             for feed in function():
-                if not isinstance(feed, Mapping):
-                    raise DataError(uri, f"yields {type(feed).__name__}, not dictionaries of arrays")
-                yield {str(k): np.asarray(v) for k, v in cast("Mapping[str, Any]", feed).items()}
+                yield _as_feed(uri, feed)
         except GraphoptError:
             raise
         except Exception as e:  # the function is the user's: it can raise anything
             raise DataError(uri, f"raises {type(e).__name__}: {e}", "it takes no arguments and yields feeds") from e
 
     return Dataset(uri, digest, read)
+
+
+def _as_feed(uri: str, feed: Any) -> Feed:
+    if not isinstance(feed, Mapping):
+        raise DataError(uri, f"yields {type(feed).__name__}, not dictionaries of arrays")
+    return {str(name): np.asarray(value) for name, value in cast("Mapping[str, Any]", feed).items()}
 
 
 def _read_npz(path: Path) -> tuple[dict[str, Array], str]:

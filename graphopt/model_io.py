@@ -107,7 +107,7 @@ def load_model(path: str | Path) -> ir.Model:
     del proto
     for graph in model.graphs():
         ir.external_data.set_base_dir(graph, path.parent)
-    if (model.ir_version or 0) < _IR_WITH_HIDDEN_INITIALIZERS:
+    if (model.ir_version or 0) < _IR_WITH_HIDDEN_INITIALIZERS or _lists_every_weight(model.graph):
         _hide_initializers(model)
     _check_values(model, path)
     return model
@@ -218,6 +218,17 @@ def _refuse_lossy(proto: onnx.ModelProto, path: Path) -> None:
         raise ModelError(str(path), "holds sparse_initializer tensors, which would be lost", "export dense weights")
 
 
+def _lists_every_weight(graph: ir.Graph) -> bool:
+    """Whether the exporter listed all weights as inputs out of habit, as PyTorch 1.0 to 1.2 did in IR version 4.
+
+    A model that means some inputs to have defaults keeps its weight matrices out of the list.
+    """
+    weights = graph.initializers.values()
+    return all(value.is_graph_input() for value in weights) and any(
+        value.const_value is not None and len(value.const_value.shape) > 1 for value in weights
+    )
+
+
 def _hide_initializers(model: ir.Model) -> None:
     """Take weights out of the graph inputs, where IR versions before 4 had to list them.
 
@@ -227,7 +238,7 @@ def _hide_initializers(model: ir.Model) -> None:
     if len(fed) < len(model.graph.inputs):
         model.graph.inputs.clear()
         model.graph.inputs.extend(fed)
-        model.ir_version = _IR_WITH_HIDDEN_INITIALIZERS
+        model.ir_version = max(model.ir_version or 0, _IR_WITH_HIDDEN_INITIALIZERS)
 
 
 def _check_values(model: ir.Model, path: Path) -> None:

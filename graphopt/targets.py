@@ -132,6 +132,8 @@ class TargetTable:
         devices = self.devices(text)
         if devices and (devices[0].default or len(devices) == 1):
             return devices[0]
+        if devices:
+            raise UsageError(f"--target {text}", "is several devices", f"write one of {', '.join(map(str, devices))}")
         names = {*self._targets, *(t.name for t in self._targets.values() if t.default)}
         raise UsageError(f"--target {text}", "no such target", nearest(text, names))
 

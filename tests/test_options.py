@@ -23,8 +23,8 @@ class Sample:
     bits: Literal[4, 8] = opt(8, help="a choice of numbers")
     mode: Literal["auto", "static"] = opt("auto", help="a choice of words")
     count: int = opt(3, help="a count", gt=0, le=100)
-    fast: bool = opt(False, help="a flag")  # noqa: FBT003
-    careful: bool = opt(True, help="a flag that is on")  # noqa: FBT003
+    fast: bool = opt(False, help="a flag")
+    careful: bool = opt(True, help="a flag that is on")
     prefix: str = opt("", help="a text")
     skip_layers: tuple[str, ...] = opt((), help="names")
     sizes: tuple[int, ...] = opt((1, 2), help="sizes", ge=1)
@@ -164,7 +164,11 @@ def test_specs_tell_what_help_texts_need() -> None:
         "ratio", "bits", "mode", "count", "fast", "careful", "prefix", "skip_layers", "sizes", "limit", "seed",
     ]  # fmt: skip
     assert by_name["bits"].choices == (4, 8)
-    assert (by_name["ratio"].type, by_name["ratio"].default, str(by_name["ratio"].bounds)) == ("float", 0.3, ">= 0, < 1")
+    assert (by_name["ratio"].type, by_name["ratio"].default, str(by_name["ratio"].bounds)) == (
+        "float",
+        0.3,
+        ">= 0, < 1",
+    )
     assert by_name["skip_layers"].type == "str,..."
     assert by_name["limit"].type == "float|none"
     assert by_name["mode"].help == "a choice of words"

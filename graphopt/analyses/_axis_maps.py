@@ -158,6 +158,15 @@ class NodeView:
         axes = None if value is None else self.maps.of(value)
         return None if axes is None else [None if atoms is None else len(atoms) for atoms in axes]
 
+    def adopt(self, output: ir.Value, axis: int, size: int) -> Indices | None:
+        """Atoms of an output's axis; where shape inference gave up, the rule's size is taken."""
+        axes = self.maps.of(output)
+        if axes is None or not -len(axes) <= axis < len(axes) or output.producer() is not self.node:
+            return self.atoms(output, axis)
+        if axes[axis] is None:
+            axes[axis] = self.maps.partition.new(size)
+        return axes[axis]
+
     def settle(self, value: ir.Value, axis: int) -> None:
         """Say that the rule has taken care of an axis; all others are pinned."""
         self._settled.add((value.name or "", axis % (self.rank(value) or 1)))
@@ -165,6 +174,8 @@ class NodeView:
     def link(self, a: ir.Value | None, a_axis: int, b: ir.Value | None, b_axis: int) -> bool:
         """Say that two axes are the same index for index; False, and nothing said, where that cannot be."""
         left, right = self.atoms(a, a_axis), self.atoms(b, b_axis)
+        if left is not None and right is None and b is not None:
+            right = self.adopt(b, b_axis, len(left))
         if a is None or b is None or left is None or right is None or len(left) != len(right):
             return False
         self.tie(left, right)

@@ -69,10 +69,11 @@ def _concat(view: NodeView) -> None:
     if rank is None:
         return
     axis = view.node.attributes.get_int("axis", 1) % rank
-    made, parts = view.atoms(output, axis), [view.atoms(value, axis) for value in view.node.inputs]
-    if made is not None and all(part is not None for part in parts):
+    parts = [view.atoms(value, axis) for value in view.node.inputs]
+    if all(part is not None for part in parts):
         joined = np.concatenate([part for part in parts if part is not None])
-        if len(joined) == len(made):
+        made = view.adopt(output, axis, len(joined))
+        if made is not None and len(joined) == len(made):
             view.tie(joined, made)
             for value in (*view.node.inputs, output):
                 if value is not None:
@@ -125,11 +126,12 @@ def _slice(view: NodeView) -> None:
         return
     slots: tuple[str | int, str | int] = (1, 2) if inputs else ("starts", "ends")
     for i, (start, end, axis) in enumerate(zip(starts, ends, axes, strict=False)):
-        whole, made = view.atoms(source, axis), view.atoms(output, axis)
-        if whole is None or made is None or (steps is not None and steps[i] != 1):
+        whole = view.atoms(source, axis)
+        if whole is None or (steps is not None and steps[i] != 1):
             continue
         first, last, _ = slice(start, end).indices(len(whole))
-        if last - first == len(made):
+        made = view.adopt(output, axis, max(0, last - first))
+        if made is not None and last - first == len(made):
             view.tie(whole[first:last], made)
             view.settle(source, axis)
             view.settle(output, axis)
@@ -163,9 +165,12 @@ def _padded_axis(
 ) -> None:
     """Padding along an axis: positions that come from the padding are channels that can go as well."""
     source, output = view.node.inputs[0], view.node.outputs[0]
-    inside, made = view.atoms(source, axis), view.atoms(output, axis)
+    inside = view.atoms(source, axis)
     before, after = widths
-    if source is None or inside is None or made is None or len(made) != before + len(inside) + after:
+    if source is None or inside is None:
+        return
+    made = view.adopt(output, axis, before + len(inside) + after)
+    if made is None or len(made) != before + len(inside) + after:
         return
     view.tie(inside, made[before : before + len(inside)])
     view.settle(source, axis)

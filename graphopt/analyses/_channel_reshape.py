@@ -17,6 +17,7 @@ import numpy as np
 import onnx_ir as ir
 
 from graphopt.analyses._axis_maps import NodeView
+from graphopt.analyses._partition import Indices
 from graphopt.analyses._shape_values import Entry
 
 __all__ = ["flatten", "match_blocks", "reshape"]
@@ -167,24 +168,41 @@ def _tie_block(view: NodeView, parts: tuple[int, ...], made: int) -> bool:
     if source is None:
         return False
     atoms = [view.atoms(source, axis) for axis in parts]
-    merged = view.atoms(output, made)
     wide = [i for i, own in enumerate(atoms) if own is None or len(own) != 1]
     if len(wide) == 1:
         return view.link(source, parts[wide[0]], output, made)
-    if merged is None or any(own is None for own in atoms):
+    if any(own is None for own in atoms):
         return False
-    carrying = [i for i in wide if view.maps.partition.marked(_some(atoms[i])).any()]
     sizes = [len(_some(own)) for own in atoms]
-    if len(carrying) != 1 or math.prod(sizes) != len(merged):
+    carrying = [i for i in wide if view.maps.partition.marked(_some(atoms[i])).any()]
+    if not carrying:
+        carrying = _parts_of(view, view.atoms(output, made), sizes)
+    merged = view.adopt(output, made, math.prod(sizes)) if len(carrying) == 1 else None
+    if merged is None or math.prod(sizes) != len(merged):
         return False
-    index = np.unravel_index(np.arange(len(merged)), sizes)[carrying[0]]
-    view.tie(_some(atoms[carrying[0]])[index], merged)
-    view.settle(source, parts[carrying[0]])
+    part = carrying[0]
+    view.tie(_some(atoms[part])[_coordinate(sizes, part)], merged)
+    view.settle(source, parts[part])
     view.settle(output, made)
     return True
 
 
-def _some(atoms: np.ndarray | None) -> np.ndarray:
+def _coordinate(sizes: Sequence[int], part: int) -> np.ndarray:
+    """Index along one part for every position of the merged axis."""
+    return np.unravel_index(np.arange(math.prod(sizes)), sizes)[part]
+
+
+def _parts_of(view: NodeView, merged: Indices | None, sizes: Sequence[int]) -> list[int]:
+    """The parts by which a merged axis is already tied together: those of the activation that meets this weight."""
+    if merged is None or len(merged) != math.prod(sizes):
+        return []
+    roots = view.maps.partition.find(merged)
+    count = len(np.unique(roots))
+    fits = (len(np.unique(np.stack([roots, _coordinate(sizes, i)]), axis=1)[0]) for i in range(len(sizes)))
+    return [i for i, pairs in enumerate(fits) if 1 < sizes[i] == count == pairs]
+
+
+def _some(atoms: Indices | None) -> Indices:
     return np.empty(0, dtype=np.int64) if atoms is None else atoms
 
 

@@ -54,9 +54,11 @@ def _broadcast(view: NodeView, inputs: list[ir.Value], output: ir.Value, keep: i
         return
     for back in range(1 + keep, rank + 1):
         aligned = [value for value, own in zip(inputs, ranks, strict=True) if own is not None and own >= back]
-        if any(view.atoms(value, -back) is None for value in (*aligned, output)):
+        atoms = [view.atoms(value, -back) for value in aligned]
+        if not aligned or any(own is None for own in atoms):
             continue  # a size that is open may turn out to be 1, and then the other is repeated
-        for value in aligned:
+        widest = max(len(own) for own in atoms if own is not None)
+        for value in (value for value, own in zip(aligned, atoms, strict=True) if own is not None and len(own) == widest):
             view.link(value, -back, output, -back)
 
 

@@ -107,7 +107,8 @@ class ChannelGroupsAnalysis(Analysis[ChannelGroups]):
         for value in model.graph.inputs:
             maps.pin_value(value, f"reaches graph input {value.name!r}")
         order = {label: i for i, label in enumerate(labels.values())}
-        for node in model.graph:
+        # a reshaped weight follows the activation that it meets, so it comes last
+        for node in sorted(model.graph, key=lambda node: node.op_type == "Reshape" and _reshapes_weight(maps, node)):
             _visit(maps, node, labels[id(node)], opset)
         for value in model.graph.outputs:
             maps.pin_value(value, f"reaches graph output {value.name!r}")
@@ -116,6 +117,11 @@ class ChannelGroupsAnalysis(Analysis[ChannelGroups]):
 
 def _label(node: ir.Node, index: int) -> str:
     return node.name or f"{node.op_type}_{index}"
+
+
+def _reshapes_weight(maps: AxisMaps, node: ir.Node) -> bool:
+    source = node.inputs[0]
+    return source is not None and maps.constants.of(source) is not None
 
 
 def _visit(maps: AxisMaps, node: ir.Node, label: str, opset: int) -> None:
@@ -137,16 +143,17 @@ def _shape_content(view: NodeView) -> np.ndarray[Any, np.dtype[np.object_]] | No
     sizes = view.sizes(source)
     if source is None or sizes is None:
         return None
-    entries = [_axis_entry((source.name or "", axis), size) for axis, size in enumerate(sizes)]
+    if view.maps.content(source) is not None:  # the length of a list of sizes: a plain number once it is pinned
+        view.maps.pin_value(source, view.reason)
+        entries = [Entry(size) for size in sizes]
+    else:
+        names = [(source.name or "", axis) for axis in range(len(sizes))]
+        entries = [Entry(size, name, (name,)) for name, size in zip(names, sizes, strict=True)]
     attributes = view.node.attributes
     kept = entries[attributes.get_int("start", 0) : attributes.get_int("end", len(entries))]
     content = np.empty(len(kept), dtype=object)
     content[:] = kept
     return content
-
-
-def _axis_entry(axis: AxisName, size: int | None) -> Entry:
-    return Entry(size, axis, (axis,))
 
 
 def _subgraphs(node: ir.Node) -> Iterator[ir.Graph]:

@@ -7,6 +7,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from graphopt.measured import Measured, Measurement, Times
 from graphopt.pass_base import Change, Scalar
 from graphopt.report.data import Accuracy, BackendReport, Fidelity, Limit, ModelSummary, OutputFidelity, Report
 
@@ -25,10 +26,13 @@ __all__ = [
     "quantity",
     "ratio",
     "reasons",
+    "runs_text",
     "scalar",
     "score",
     "size",
     "speedup",
+    "spread",
+    "untimed",
     "worst",
 ]
 
@@ -121,6 +125,31 @@ def speedup(before: float, after: float) -> str:
     if 0.98 < faster < 1.02:
         return "same"
     return f"{faster:.2f}x faster" if faster > 1 else f"{1 / faster:.2f}x slower"
+
+
+def spread(times: Times) -> str:
+    """Write how far the quartiles lie apart, in percent of the median."""
+    return f"{100 * (times.high - times.low) / times.median:.0f} %" if times.median > 0 else ""
+
+
+def untimed(row: Measurement) -> str:
+    """Write what is known of a benchmark's row without a time."""
+    if row.not_run is not None:
+        return clean(row.not_run)
+    if row.agrees is None:
+        return f"ran {plural(row.samples, 'sample')}, compared with nothing"
+    return f"ran {plural(row.samples, 'sample')}, max diff {number(row.agrees)} from model.onnx in ONNX Runtime"
+
+
+def runs_text(measured: Measured) -> str:
+    """Write how often the timed rows ran; empty if none was timed."""
+    timed = [row for row in measured.rows if row.times is not None]
+    if not timed:
+        return ""
+    most, least = max(row.repeats for row in timed), min(row.repeats for row in timed)
+    runs = plural(most, "timed run") if most == least else f"{least} to {plural(most, 'timed run')}"
+    rounds = plural(max(row.rounds for row in timed), "round")
+    return f"{rounds} of {runs}, each after {timed[0].warmup} to warm up; rows took turns"
 
 
 def score(metric: str, value: float) -> str:

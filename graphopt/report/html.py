@@ -16,9 +16,11 @@ from graphopt.report.figures import (
     plural,
     quantity,
     ratio,
+    runs_text,
     score,
     size,
     speedup,
+    untimed,
     worst,
 )
 from graphopt.report.markup import EMPTY, Markup, join, page, tag
@@ -125,10 +127,10 @@ def _latency(measured: Measured, threads: int) -> Markup:
         return EMPTY
     largest = max(row.times.maximum for row in rows if row.times)
     first = measured.find("original", threads=threads)
-    head = ("", "latency", "median", "quartiles", "least", "against the original", "peak memory", "deployed", "how")
+    head = ("", "latency", "median", "quartiles", "against the original", "peak memory", "deployed", "how")
     body = [_latency_row(row, largest, first) for row in rows]
     lead = "Bars reach to the median; the box spans the quartiles, the line the fastest and the slowest run."
-    return section(f"Latency, {plural(threads, 'thread')}", lead, table(head, body, numbers=(2, 3, 4, 5, 6, 7)))
+    return section(f"Latency, {plural(threads, 'thread')}", lead, table(head, body, numbers=(2, 3, 4, 5, 6)))
 
 
 def _latency_row(row: Measurement, largest: float, first: Measurement | None) -> tuple[str, ...]:
@@ -167,18 +169,8 @@ def _unmeasured(measured: Measured) -> Markup:
     return section("Without a time", lead, table(head, body, numbers=(2, 4)))
 
 
-def untimed(row: Measurement) -> str:
-    """Write what is known of a row without a time."""
-    if row.not_run is not None:
-        return row.not_run
-    if row.agrees is None:
-        return "ran; not compared"
-    return f"ran {plural(row.samples, 'sample')}, max diff {number(row.agrees)} from model.onnx in ONNX Runtime"
-
-
 def _machine(measured: Measured) -> Markup:
     machine = measured.machine
-    row = measured.rows[0] if measured.rows else None
     facts = [
         ("Processor", machine.cpu),
         ("Cores", str(machine.cores)),
@@ -187,7 +179,6 @@ def _machine(measured: Measured) -> Markup:
         *sorted(machine.versions.items()),
         ("Date", machine.date),
     ]
-    if row:
-        runs = f"{plural(row.rounds, 'round')} of {plural(row.repeats, 'run')}, {row.warmup} before each to warm up"
+    if runs := runs_text(measured):
         facts.append(("Runs", runs))
     return section("Machine", "", tag("dl", *(join((tag("dt", k), tag("dd", v))) for k, v in facts)))

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import textwrap
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 from graphopt.measured import Measured
+from graphopt.report.benchmark import render_bench
 from graphopt.report.data import Report
 from graphopt.report.figures import (
     accuracy_change,
@@ -24,23 +24,20 @@ from graphopt.report.figures import (
     size,
     speedup,
 )
+from graphopt.report.layout import Line, columns, cut, print_lines, width_of, wrapped
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-__all__ = ["render"]
+__all__ = ["render", "render_bench"]
 
-_WIDEST = 110
-_LABEL = 12
+_HEAD = ("", "before", "after", "change", "how")
 _FIRST_COLUMN = 30
 _REASONS = 8
 _EXAMPLES = 3
 
 Row = tuple[str, str, str, str, str]
 """What, before, after, change, how it was obtained."""
-
-Line = Sequence[tuple[str, str]]
-"""Pieces of one line, each with its style."""
 
 
 def render(report: Report, measured: Measured | None, console: Console, *, verbose: bool = False) -> None:
@@ -52,29 +49,24 @@ def render(report: Report, measured: Measured | None, console: Console, *, verbo
         console: Where to print; without a terminal behind it there are no colours.
         verbose: Name every site that was left alone.
     """
-    from rich.text import Text
-
-    width = max(40, min(console.width, _WIDEST))
-    for line in _lines(report, measured, width, verbose):
-        text = Text.assemble(*line)
-        text.rstrip()
-        console.print(text, soft_wrap=True)
+    print_lines(_lines(report, measured, width_of(console), verbose), console)
 
 
 def _lines(report: Report, measured: Measured | None, width: int, verbose: bool) -> Iterator[Line]:
     yield ((clean(report.model), "bold"), (" -> ", "dim"), (clean(report.target), "bold"))
-    yield from _wrapped("", clean(report.pipeline) or "no passes", "", width, style="dim", indent=0)
+    yield from wrapped("", clean(report.pipeline) or "no passes", "", width, style="dim", indent=0)
     yield ()
-    yield from _table([*_counted(report), *_scored(report), *_timed(measured)])
+    rows = [(cut(row[0], _FIRST_COLUMN), *row[1:]) for row in (*_counted(report), *_scored(report), *_timed(measured))]
+    yield from columns(_HEAD, rows, left=(0, 4))
     yield ()
     for label, text, how in _checked(report):
-        yield from _wrapped(label, text, how, width)
+        yield from wrapped(label, text, how, width)
     yield from _left_alone(report, width, verbose)
     for note in report.notes:
-        yield from _wrapped("note", clean(note), "", width, style="yellow")
+        yield from wrapped("note", clean(note), "", width, style="yellow")
     for limit in report.limits:
-        yield from _wrapped("limit", limit_text(limit), "", width, style="" if limit.met else "red")
-    yield from _wrapped("verdict", clean(report.verdict), "", width, style="bold green" if report.ok else "bold red")
+        yield from wrapped("limit", limit_text(limit), "", width, style="" if limit.met else "red")
+    yield from wrapped("verdict", clean(report.verdict), "", width, style="bold green" if report.ok else "bold red")
 
 
 def _counted(report: Report) -> Iterator[Row]:
@@ -107,20 +99,6 @@ def _timed(measured: Measured | None) -> Iterator[Row]:
             label = f"latency ({plural(threads, 'thread')})"
             old, new = before.times.median, after.times.median
             yield label, milliseconds(old), milliseconds(new), speedup(old, new), after.how
-
-
-def _table(rows: Sequence[Row]) -> Iterator[Line]:
-    rows = [(_cut(row[0]), *row[1:]) for row in rows]
-    head = ("", "before", "after", "change", "how")
-    widths = [max(len(row[i]) for row in (head, *rows)) for i in range(len(head))]
-    for row in (head, *rows):
-        cells = [row[0].ljust(widths[0]), *(row[i].rjust(widths[i]) for i in (1, 2, 3))]
-        styles = ("dim",) * 3 if row is head else ("bold", "", "dim")
-        yield (cells[0], styles[0]), ("  " + "  ".join(cells[1:]), styles[1]), ("  " + row[4], styles[2])
-
-
-def _cut(label: str) -> str:
-    return label if len(label) <= _FIRST_COLUMN else f"{label[: _FIRST_COLUMN - 3]}..."
 
 
 def _checked(report: Report) -> Iterator[tuple[str, str, str]]:
@@ -158,21 +136,9 @@ def _left_alone(report: Report, width: int, verbose: bool) -> Iterator[Line]:
         names = [clean(site) for site in (reason.sites if verbose else reason.sites[:_EXAMPLES])]
         more = [] if len(names) == len(reason.sites) else ["..."]
         text = f"{len(reason.sites)} x {clean(reason.step)}: {clean(reason.reason)}"
-        yield from _wrapped(label, text, ", ".join(names + more), width)
+        yield from wrapped(label, text, ", ".join(names + more), width)
         label = ""
     if not verbose and len(found) > _REASONS:
-        yield from _wrapped(
+        yield from wrapped(
             "", f"{plural(len(found) - _REASONS, 'more reason')}; -v and report.html name all", "", width
         )
-
-
-def _wrapped(label: str, text: str, how: str, width: int, *, style: str = "", indent: int = _LABEL) -> Iterator[Line]:
-    """A label and beside it the text, with how it was obtained in brackets after it."""
-    whole = f"{text} ({how})" if how else text
-    parts = textwrap.wrap(whole, width - indent, break_on_hyphens=False) or [""]
-    plain = len(text)
-    for i, part in enumerate(parts):
-        head = (label if i == 0 else "").ljust(indent)
-        cut = max(0, min(len(part), plain))
-        yield (head, "bold"), (part[:cut], style), (part[cut:], "dim")
-        plain -= len(part) + 1

@@ -11,4 +11,6 @@ __all__ = ["graphopt_passes"]
 @hookimpl
 def graphopt_passes() -> list[type[Pass]]:
     """Return the built-in passes."""
-    return []
+    from graphopt_passes.fold import Fold
+
+    return [Fold]

@@ -55,13 +55,12 @@ def _steps(layers: tuple[LayerRow, ...]) -> tuple[StepReport, ...]:
         notes = [(row.name, note) for row in layers for note in row.notes if note.step == name]
         return tuple(Change(site, note.action, note.done, {"channels_before": 64}) for site, note in notes)
 
+    pruned, quantized = Totals(803_000, 200_750, 28_691_000, 48), Totals(212_540, 200_990, 28_691_000, 131)
     return (
         StepReport("fold", "fold", modified=False, lossy=False, after=Totals(1_078_888, 269_722, 40_813_184, 48)),
-        StepReport(
-            "prune{ratio=0.3}", "prune", True, True, changes("prune"), {"macs_removed": 0.297}, Totals(803_000, 200_750, 28_691_000, 48)
-        ),
-        StepReport("quant", "quant", True, True, changes("quant"), {"layers": 9}, Totals(212_540, 200_990, 28_691_000, 131)),
-    )  # fmt: skip
+        StepReport("prune{ratio=0.3}", "prune", True, True, changes("prune"), {"macs_removed": 0.297}, pruned),
+        StepReport("quant", "quant", True, True, changes("quant"), {"layers": 9}, quantized),
+    )
 
 
 @pytest.fixture
@@ -69,12 +68,13 @@ def report() -> Report:
     layers = _layers()
     port = (Port("input", "float32", "batch x 3 x 32 x 32"),)
     result = (Port("logits", "float32", "batch x 10"),)
-    before = ModelSummary(
-        1_093_412, Totals(1_078_888, 269_722, 40_813_184, 48), (), {"Relu": 19, "Conv": 21, "Add": 9}, {"ai.onnx": 13}, port, result
-    )  # fmt: skip
-    after = ModelSummary(
-        262_144, Totals(212_540, 200_990, 28_691_000, 131), (), {"Relu": 19, "Conv": 21, "Add": 9, "QuantizeLinear": 40, "DequantizeLinear": 82}, {"ai.onnx": 13}, port, result
-    )  # fmt: skip
+    operators = {"Relu": 19, "Conv": 21, "Add": 9}
+    quantized = {**operators, "QuantizeLinear": 40, "DequantizeLinear": 82}
+    opset = {"ai.onnx": 13}
+    float_totals, totals = Totals(1_078_888, 269_722, 40_813_184, 48), Totals(212_540, 200_990, 28_691_000, 131)
+    before = ModelSummary(1_093_412, float_totals, (), operators, opset, port, result)
+    after = ModelSummary(262_144, totals, (), quantized, opset, port, result)
+    output = OutputFidelity("logits", 3.21, 0.187, -14.2, 21.9, 24.3, 0.9981, 97.6)
     backend = BackendReport(
         "arm", "arm:cortex-a76", "emulated", "model.so", 412_380, ("model.so", "runtime/libtvm_ffi.so"),
         {"engine": "TVM Relax", "triple": "aarch64-linux-gnu", "vector bits": 128, "integer kernels": True},
@@ -90,14 +90,14 @@ def report() -> Report:
         before=before,
         after=after,
         steps=_steps(layers),
-        fidelity=Fidelity("evaluation data", 1000, (OutputFidelity("logits", 3.21, 0.187, -14.2, 21.9, 24.3, 0.9981, 97.6),)),
+        fidelity=Fidelity("evaluation data", 1000, (output,)),
         accuracy=Accuracy("top1", 92.4, 91.7, 0.7, 1000),
         limits=(Limit("--max-drop", 1.0, 0.7, True, "points"), Limit("--max-size", 0.3, 0.24, True, "x")),
         backend=backend,
         layers=layers,
         files=(FileEntry("model.onnx", 262_144), FileEntry("model.so", 412_380)),
         notes=("the classifier stays in float: its weight is computed by the graph",),
-        command="graphopt resnet20.onnx --passes 'fold,prune{ratio=0.3},quant' --target arm:cortex-a76 --calibration calib.npz --eval eval.npz",
+        command="graphopt resnet20.onnx --passes 'fold,prune{ratio=0.3},quant' --target arm --calibration calib.npz",
         data=(Data("calibration", "calib.npz", "ab" * 32, 256), Data("evaluation", "eval.npz", None, 1000)),
         versions={"onnxruntime": "1.31.1", "onnx-ir": "1.1.0", "apache-tvm": "0.27.0"},
         shapes={"batch": "1"},
@@ -120,7 +120,8 @@ def hostile(report: Report) -> Report:
     )
     notes = (LayerNote(name, name, True), LayerNote(name, name, False))
     return replace(
-        report, version=name, model=name, digest=name, target=name, pipeline=name, before=summary, after=summary, steps=(step,),
+        report, version=name, model=name, digest=name, target=name, pipeline=name, before=summary, after=summary,
+        steps=(step,),
         fidelity=Fidelity("random inputs", 1, (OutputFidelity(name, 0.1, 0.1, 0, 1, 20, 1),)),
         accuracy=Accuracy(name, 1, 2, 3, 4), limits=(Limit(name, 1, 2, False, name),), verdict=name, backend=backend,
         layers=(LayerRow(name, name, LayerCost(1, 2, 3), None, notes),), files=(FileEntry(name, 1),), notes=(name,),
@@ -134,19 +135,18 @@ def nothing_run(report: Report) -> Report:
     totals = Totals(0, 0, None, 1)
     summary = ModelSummary(120, totals, ("MatMul_0",), {"Relu": 1})
     return replace(
-        report, before=summary, after=summary, steps=(), accuracy=None, limits=(), backend=None, layers=(), data=(), shapes={},
-        fidelity=Fidelity("random inputs", 0, not_run="not checked: needs 12 GB"), notes=(), command="",
+        report, before=summary, after=summary, steps=(), accuracy=None, limits=(), backend=None, layers=(),
+        data=(), shapes={}, fidelity=Fidelity("random inputs", 0, not_run="not checked: needs 12 GB"), notes=(),
+        command="",
     )  # fmt: skip
 
 
 @pytest.fixture
 def measured() -> Measured:
     machine = Machine("Example CPU", 2, "Linux x86_64", 8192, {"onnxruntime": "1.31.1"}, "2026-01-31 12:00 UTC")
-    original = Measurement(
-        "onnxruntime", "resnet20.onnx", "original", "executed", 1, 1_093_412, 8, 3, 10, 5, Times(4.0, 3.8, 3.9, 4.2, 5.1), 71.5
-    )  # fmt: skip
-    result = Measurement(
-        "onnxruntime", "resnet20.arm", "result", "executed", 1, 262_144, 8, 3, 10, 5, Times(2.0, 1.9, 1.95, 2.1, 2.6), 68.25
-    )  # fmt: skip
+    slow, fast = Times(4.0, 3.8, 3.9, 4.2, 5.1), Times(2.0, 1.9, 1.95, 2.1, 2.6)
+    ort = "onnxruntime"
+    original = Measurement(ort, "resnet20.onnx", "original", "executed", 1, 1_093_412, 8, 3, 10, 5, slow, 71.5)
+    result = Measurement(ort, "resnet20.arm", "result", "executed", 1, 262_144, 8, 3, 10, 5, fast, 68.25)
     emulated = Measurement("arm", "resnet20.arm", "result", "emulated", 1, 412_380, 8, agrees=0.0117)
     return Measured((original, result, emulated), machine)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import onnx_ir as ir
-from graphopt.pass_base import Change
 
+from graphopt.pass_base import Change
 from graphopt_passes.fold._rewiring import FreshNames, constant
 
 __all__ = ["inline_branches"]

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 
 import numpy as np
 import onnx_ir as ir
+
 from graphopt.analyses import Shapes
 from graphopt.pass_base import Change
 from graphopt.surgeon import COMPUTABLE, evaluate
-
 from graphopt_passes.fold._rewiring import DETERMINISTIC_DOMAINS, RANDOM, FreshNames, constant, make_constant, subgraphs
 
 __all__ = ["fold_constants"]
@@ -72,14 +72,18 @@ def _foldable(graph: ir.Graph, shapes: Shapes, limit: int, refused: dict[str, st
             continue
         if not all(value in computed or constant(value) is not None for value in inputs):
             continue
-        reason = _reason(node, shapes, limit) or next((refused[o.name] for o in node.outputs if o.name in refused), None)
+        reason = _reason(node, shapes, limit) or next(
+            (refused[o.name] for o in node.outputs if o.name in refused), None
+        )
         if reason:
             skipped.append((node, reason))
         else:
             nodes.append(node)
             computed.update(node.outputs)
     inside = set(nodes)
-    outside = (v for n in nodes for v in n.outputs if v.is_graph_output() or any(u.node not in inside for u in v.uses()))
+    outside = (
+        v for n in nodes for v in n.outputs if v.is_graph_output() or any(u.node not in inside for u in v.uses())
+    )
     return _Found(_Part(tuple(nodes), tuple(outside)), tuple(skipped))
 
 
@@ -179,7 +183,9 @@ def _model(model: ir.Model, part: _Part, weights: Sequence[ir.Value]) -> ir.Mode
         inputs = [None if value is None else mapped[value] for value in node.inputs]
         outputs = [ir.Value(name=f"value{i}_{j}" if value.name else "") for j, value in enumerate(node.outputs)]
         mapped.update(zip(node.outputs, outputs, strict=True))
-        nodes.append(ir.Node(node.domain, node.op_type, inputs, node.attributes.values(), outputs=outputs, name=f"node{i}"))
+        nodes.append(
+            ir.Node(node.domain, node.op_type, inputs, node.attributes.values(), outputs=outputs, name=f"node{i}")
+        )
     for i, value in enumerate(part.results):
         mapped[value].name = f"result{i}"
     graph = ir.Graph(

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import onnx_ir as ir
-from graphopt.pass_base import Change
 
+from graphopt.pass_base import Change
 from graphopt_passes.fold._rewiring import ANNOTATION, DETERMINISTIC_DOMAINS, RANDOM, constant, subgraphs
 
 __all__ = ["merge_duplicates"]

@@ -6,9 +6,9 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 import onnx_ir as ir
+
 from graphopt.analyses import Shapes
 from graphopt.pass_base import Change
-
 from graphopt_passes.fold._rewiring import DETERMINISTIC_DOMAINS, bypass, constant
 
 __all__ = ["merge_transposes", "remove_no_operations"]
@@ -33,7 +33,11 @@ def remove_no_operations(model: ir.Model, shapes: Shapes) -> list[Change]:
                 continue
             reason = bypass(node, source)
             name = node.name or node.op_type
-            changes.append(Change.skipped(name, reason) if reason else Change(name, f"removed: this {node.op_type} changes nothing"))
+            changes.append(
+                Change.skipped(name, reason)
+                if reason
+                else Change(name, f"removed: this {node.op_type} changes nothing")
+            )
     return changes
 
 
@@ -105,7 +109,9 @@ def _reshape(node: ir.Node, shapes: Shapes) -> ir.Value | None:
 
 
 def _flatten(node: ir.Node, shapes: Shapes) -> ir.Value | None:
-    return node.inputs[0] if shapes.rank(node.inputs[0]) == 2 and node.attributes.get_int("axis", 1) in (1, -1) else None
+    return (
+        node.inputs[0] if shapes.rank(node.inputs[0]) == 2 and node.attributes.get_int("axis", 1) in (1, -1) else None
+    )
 
 
 def _pad(node: ir.Node, shapes: Shapes) -> ir.Value | None:  # noqa: ARG001

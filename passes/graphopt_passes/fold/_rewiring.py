@@ -10,6 +10,7 @@ import numpy as np
 import onnx_ir as ir
 
 __all__ = [
+    "ANNOTATION",
     "DETERMINISTIC_DOMAINS",
     "RANDOM",
     "FreshNames",
@@ -18,13 +19,16 @@ __all__ = [
     "constant",
     "make_constant",
     "only_reader",
+    "replace_node",
     "snapshot",
     "subgraphs",
 ]
 
 ANNOTATION = "quant_parameter_tensor_names"
 DETERMINISTIC_DOMAINS = frozenset({"", "ai.onnx"})
-RANDOM = frozenset({"RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike", "Multinomial", "Bernoulli"})
+RANDOM = frozenset(
+    {"RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike", "Multinomial", "Bernoulli"}
+)
 """Operators whose result differs from run to run."""
 
 
@@ -110,7 +114,7 @@ def make_constant(value: ir.Value, array: np.ndarray[Any, Any], names: FreshName
     What the model returns stays the output of a node, as some compilers demand: an Identity of the constant.
     """
     node = value.producer()
-    assert node is not None and node.graph is not None  # noqa: PT018  callers pass computed values only
+    assert node is not None and node.graph is not None
     name = value.name or names.make("constant")
     tensor = ir.Tensor(np.ascontiguousarray(array).reshape(array.shape))
     returned = value.is_graph_output()
@@ -128,6 +132,20 @@ def make_constant(value: ir.Value, array: np.ndarray[Any, Any], names: FreshName
     else:
         _describe(held, value)
         value.replace_all_uses_with(held)
+
+
+def replace_node(node: ir.Node, operator: str, inputs: list[ir.Value], names: FreshNames) -> None:
+    """Let another operator compute the first output of `node`, under the same names."""
+    graph, output = node.graph, node.outputs[0]
+    assert graph is not None
+    name, output.name = output.name, names.make(f"{output.name}_before")
+    outlet = ir.Value(name=name, type=output.type, shape=output.shape)
+    _describe(outlet, output)
+    twin = ir.Node("", operator, inputs, outputs=[outlet], name=node.name, doc_string=node.doc_string)
+    twin.metadata_props.update(node.metadata_props)
+    graph.insert_before(node, twin)
+    output.replace_all_uses_with(outlet, replace_graph_outputs=True)
+    graph.remove(node, safe=True)
 
 
 def _describe(new: ir.Value, old: ir.Value) -> None:

@@ -13,9 +13,9 @@ from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import onnx_ir as ir
+
 from graphopt.analyses import Shapes
 from graphopt.pass_base import Change
-
 from graphopt_passes.fold._rewiring import DETERMINISTIC_DOMAINS, FreshNames, constant, make_constant, subgraphs
 
 __all__ = ["fold_shapes"]
@@ -36,7 +36,7 @@ def fold_shapes(model: ir.Model, shapes: Shapes, names: FreshNames) -> list[Chan
         if numbers is None or node is None or not _read_by_others(value, known.computed):
             continue
         kind = shapes.dtype(value) or value.dtype
-        if kind in _INTEGERS:
+        if kind is not None and kind in _INTEGERS:
             make_constant(value, numbers.astype(kind.numpy()), names)
             changes.append(Change(node.name or node.op_type, f"folded: always {numbers.tolist()}"))
     for graph in known.graphs:
@@ -108,7 +108,11 @@ class _Follower:
     def dims(self, value: ir.Value | None) -> Sequence[Element] | None:
         """Shape of a value; a dimension without a name is called after the value."""
         dims = self._shapes.of(value)
-        return None if value is None or dims is None else [f"{value.name}[{i}]" if d is None else d for i, d in enumerate(dims)]
+        return (
+            None
+            if value is None or dims is None
+            else [f"{value.name}[{i}]" if d is None else d for i, d in enumerate(dims)]
+        )
 
     def of(self, node: ir.Node, index: int) -> np.ndarray | None:
         """Elements of an input, None if it is missing or nothing is known."""

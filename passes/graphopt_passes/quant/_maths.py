@@ -15,7 +15,6 @@ import numpy as np
 __all__ = [
     "Grid",
     "activation_grid",
-    "bias_scale",
     "decibel",
     "dequantize",
     "quantize",
@@ -100,18 +99,10 @@ def quantize_weight(weight: Array, scales: Array, axis: int | None, bits: int = 
     return np.clip(np.rint(weight / scales.reshape(shape)), -top, top).astype(np.int8)
 
 
-def bias_scale(bias: Array, input_scale: float, scales: Array) -> Array:
-    """Weight scales, enlarged where a bias would not fit 32 bits behind scale input_scale * weight scale."""
-    needed = np.abs(bias.astype(np.float64)) / (_BIAS_LIMIT * input_scale)
-    if scales.ndim == 0:
-        needed = np.max(needed, initial=0.0)
-    return np.maximum(scales, needed).astype(np.float32)
-
-
-def quantize_bias(bias: Array, scale: Array) -> Array:
-    """Round a bias to int32."""
+def quantize_bias(bias: Array, scale: Array) -> Array | None:
+    """Round a bias [C] to int32 with scale [C] or a scalar; None where it does not fit 32 bits."""
     steps = np.rint(bias.astype(np.float64) / scale.astype(np.float64))
-    return np.clip(steps, -_BIAS_LIMIT, _BIAS_LIMIT).astype(np.int32)
+    return steps.astype(np.int32) if np.abs(steps).max(initial=0.0) <= _BIAS_LIMIT else None
 
 
 def decibel(signal: float, noise: float) -> float:

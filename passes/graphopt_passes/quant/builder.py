@@ -3,17 +3,33 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 
-from graphopt_passes.quant._maths import Grid, quantize_weight, weight_scales
+from graphopt_passes.quant._maths import Grid, decibel, quantize_weight, weight_scales
 
-__all__ = ["Builder"]
+__all__ = ["Builder", "Integers"]
 
 Array = np.ndarray[Any, np.dtype[Any]]
 _LOOPS = frozenset({"Loop", "Scan", "SequenceMap"})
+
+
+@dataclass(frozen=True)
+class Integers:
+    """A weight as integers.
+
+    Attributes:
+        value: int8, of the weight's shape, transposed if asked for.
+        scale: float32, one for each channel or a scalar.
+        sqnr_db: Signal to noise of the rounding, in dB.
+    """
+
+    value: ir.Value
+    scale: ir.Value
+    sqnr_db: float
 
 
 class Builder:
@@ -30,8 +46,8 @@ class Builder:
         self._taken: set[str] = set()
         self._owners: dict[int, ir.Node] = {}
         self._scalars: dict[tuple[str, bytes], ir.Value] = {}
-        self._weights: dict[tuple[str, int, bool], tuple[ir.Value, ir.Value]] = {}
-        self._dequantized: dict[tuple[str, int], ir.Value] = {}
+        self._integers: dict[tuple[str, int | None, bool, float], Integers] = {}
+        self._dequantized: dict[tuple[str, int, int | None], ir.Value] = {}
         self._pairs: dict[str, ir.Value] = {}
         for graph in model.graphs():
             self._taken |= {name for value in (*graph.inputs, *graph.initializers.values()) if (name := value.name)}
@@ -109,54 +125,63 @@ class Builder:
             graph.extend(nodes)
 
     def integers(
-        self, value: ir.Value, tensor: ir.TensorProtocol, axis: int | None, graph: ir.Graph, scales: Array | None = None
-    ) -> tuple[ir.Value, ir.Value]:
-        """The int8 copy of a weight and its scales, made once for every axis; lives where the float weight does.
+        self,
+        value: ir.Value,
+        tensor: ir.TensorProtocol,
+        axis: int | None,
+        graph: ir.Graph,
+        *,
+        transposed: bool = False,
+        factor: float = 1.0,
+    ) -> Integers:
+        """The int8 copy of a weight and its scales, made once for every layout; stands where the float weight does.
 
         Args:
             value: The weight.
             tensor: Its data.
             axis: Axis of the scales; None: one for all.
             graph: Graph that gets the initializers if the weight is no initializer itself.
-            scales: Scales to use instead of the least that hold all values.
+            transposed: Store a matrix transposed.
+            factor: Put into the scales.
         """
-        key = (value.name or "", -1 if axis is None else axis, scales is None)
-        if key not in self._weights:
+        key = (value.name or "", axis, transposed, factor)
+        if key not in self._integers:
             weight = tensor.numpy()
-            used = weight_scales(weight, axis, self.bits) if scales is None else scales
-            home = self._home(value) or graph
-            name = value.name or "weight"
-            self._weights[key] = (
-                self.constant(f"{name}_q", quantize_weight(weight, used, axis, self.bits), home),
-                self.constant(f"{name}_scale", used, home),
+            scales = weight_scales(weight, axis, self.bits)
+            rounded = quantize_weight(weight, scales, axis, self.bits)
+            error = weight - rounded * (scales if axis is None else np.expand_dims(scales, _others(weight.ndim, axis)))
+            sqnr = decibel(float(np.vdot(weight, weight)), float(np.vdot(error, error)))
+            home, name = self._home(value) or graph, value.name or "weight"
+            self._integers[key] = Integers(
+                self.constant(f"{name}_q", np.ascontiguousarray(rounded.T) if transposed else rounded, home),
+                self.constant(f"{name}_scale", (scales * np.float32(factor)).astype(np.float32), home),
+                sqnr,
             )
-        return self._weights[key]
+        return self._integers[key]
 
     def dequantized(
-        self,
-        value: ir.Value,
-        tensor: ir.TensorProtocol,
-        axis: int | None,
-        user: ir.Node,
-        scales: Array | None = None,
-    ) -> ir.Value:
-        """A weight behind DequantizeLinear, made once in the graph where `user` reads it, outside of loops."""
+        self, value: ir.Value, tensor: ir.TensorProtocol, axis: int | None, user: ir.Node
+    ) -> tuple[ir.Value, float]:
+        """A weight behind DequantizeLinear, made once in the graph where `user` reads it, outside of loops.
+
+        Returns:
+            The value, and the signal to noise of the rounding in dB.
+        """
         graph, anchor = self._place(user)
-        key = (value.name or "", id(graph))
+        key = (value.name or "", id(graph), axis)
+        integers = self.integers(value, tensor, axis, graph)
         if key not in self._dequantized:
-            integers, scale = self.integers(value, tensor, axis, graph, scales)
-            attributes = {} if axis is None else {"axis": axis}
             up = self.node(
                 "DequantizeLinear",
-                [integers, scale],
+                [integers.value, integers.scale],
                 f"{value.name}_dq",
                 ir.DataType.FLOAT,
                 shape=ir.Shape(tensor.shape.numpy()),
-                attributes=attributes,
+                attributes={} if axis is None else {"axis": axis},
             )
             graph.insert_before(self._first_user(value, graph, anchor), up)
             self._dequantized[key] = up.outputs[0]
-        return self._dequantized[key]
+        return self._dequantized[key], integers.sqnr_db
 
     def discard(self, value: ir.Value) -> None:
         """Remove a weight that nothing reads any more."""
@@ -193,6 +218,10 @@ class Builder:
             if here is graph:
                 inside.add(id(holder))
         return next(node for node in graph if id(node) in inside)
+
+
+def _others(rank: int, axis: int) -> tuple[int, ...]:
+    return tuple(i for i in range(rank) if i != axis)
 
 
 def _graph_of(node: ir.Node) -> ir.Graph:

@@ -1,0 +1,82 @@
+"""What a bundle runs, in which order, and how its tensors are called: `model.plan.json`."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from graphopt.errors import BackendError
+
+__all__ = ["PLAN", "Part", "Plan", "TensorSpec", "read_plan", "write_plan"]
+
+PLAN = "model.plan.json"
+_FORMAT = 1
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """An input or output: name, NumPy name of the element type, fixed shape (None where it depends on the data)."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...] | None
+
+
+@dataclass(frozen=True)
+class Part:
+    """One step: a file, the engine that runs it, and its tensors in the order in which it takes and returns them.
+
+    Attributes:
+        engine: `tvm` for a library, `onnxruntime` for a model.
+        file: The library or model.
+        inputs: Names of the tensors it takes.
+        outputs: Names of the tensors it makes.
+        weights: File of weights that follow the inputs, if any.
+    """
+
+    engine: Literal["tvm", "onnxruntime"]
+    file: str
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    weights: str | None = None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All parts of a compiled model, in order."""
+
+    target: str
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+    parts: tuple[Part, ...]
+
+
+def write_plan(plan: Plan, folder: Path) -> None:
+    """Write the plan into a bundle."""
+    text = json.dumps({"format": _FORMAT, **asdict(plan)}, indent=2, ensure_ascii=False)
+    (folder / PLAN).write_text(text + "\n", "utf8")
+
+
+def read_plan(folder: Path) -> Plan:
+    """Read the plan of a bundle.
+
+    Raises:
+        BackendError: There is none, or a newer graphopt wrote it.
+    """
+    path = folder / PLAN
+    try:
+        data: dict[str, Any] = json.loads(path.read_text("utf8"))
+    except (OSError, ValueError) as e:
+        raise BackendError(str(path), "missing or damaged", "compile the model again") from e
+    if data.get("format") != _FORMAT:
+        raise BackendError(str(path), f"has format {data.get('format')!r}, not {_FORMAT}", "compile the model again")
+    parts = tuple(
+        Part(p["engine"], p["file"], tuple(p["inputs"]), tuple(p["outputs"]), p.get("weights")) for p in data["parts"]
+    )
+    return Plan(data["target"], _specs(data["inputs"]), _specs(data["outputs"]), parts)
+
+
+def _specs(data: list[dict[str, Any]]) -> tuple[TensorSpec, ...]:
+    return tuple(TensorSpec(d["name"], d["dtype"], None if d["shape"] is None else tuple(d["shape"])) for d in data)

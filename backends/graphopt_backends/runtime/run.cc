@@ -1,0 +1,45 @@
+// Runs a compiled model on tensors in files, many feeds in one process:
+//
+//   ./run model.so inputs.tensors outputs.tensors [--threads N] [--weights model.weights]
+//
+// inputs.tensors holds the inputs of every feed one after the other, in the order of model.plan.json; outputs.tensors
+// will hold the outputs alike. runtime/include/graphopt/model.h describes the format. Build, in the bundle's folder:
+//
+//   g++ -std=c++17 -O2 run.cc -o run -Iruntime/include -Lruntime -Wl,--no-as-needed
+//       -l:libtvm_ffi.so -l:libtvm_runtime.so -Wl,-rpath,'$ORIGIN/runtime' -Wl,--allow-shlib-undefined
+#include <graphopt/model.h>
+
+#include <iostream>
+
+int main(int count, char** words) {
+  std::vector<std::string> files;
+  std::string weights;
+  int threads = 1;
+  for (int i = 1; i < count; ++i) {
+    std::string word = words[i];
+    if (word == "--threads" && i + 1 < count)
+      threads = std::atoi(words[++i]);
+    else if (word == "--weights" && i + 1 < count)
+      weights = words[++i];
+    else
+      files.push_back(word);
+  }
+  if (files.size() != 3 || threads < 1) {
+    std::cerr << "usage: run MODEL INPUTS OUTPUTS [--threads N] [--weights FILE]\n";
+    return 2;
+  }
+  try {
+    graphopt::Model model(files[0], threads, weights);
+    std::vector<graphopt::Tensor> all = graphopt::read_tensors(files[1]);
+    size_t step = model.inputs() ? model.inputs() : 1;
+    if (all.size() % step) throw std::runtime_error(files[1] + ": the model takes " + std::to_string(step) + " inputs");
+    graphopt::TensorWriter writer(files[2]);
+    for (size_t i = 0; i < all.size(); i += step)
+      for (const graphopt::Tensor& output : model.run({all.begin() + i, all.begin() + i + step})) writer.write(output);
+    writer.close();
+  } catch (const std::exception& error) {
+    std::cerr << "run: " << error.what() << "\n";
+    return 1;
+  }
+  return 0;
+}

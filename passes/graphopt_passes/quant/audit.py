@@ -1,0 +1,140 @@
+"""What 8 bits cost, measured in ONNX Runtime on calibration data: layer by layer, and at the outputs.
+
+Each layer is judged alone: a copy of the float model computes every layer twice, once as it is and once with input
+and weights rounded, and returns two sums of squares for each. No activation leaves the runtime.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Mapping, Sequence
+
+import numpy as np
+import onnx_ir as ir
+from graphopt.analyses import Constants, Ranges
+from graphopt.pass_base import Context
+from graphopt.reference import Feed, Reference
+
+from graphopt_passes.quant._maths import Grid, decibel
+from graphopt_passes.quant.builder import Builder
+from graphopt_passes.quant.plan import Plan, result_of
+from graphopt_passes.quant.sites import Site, key_of
+from graphopt_passes.quant.static import integer_inputs
+
+__all__ = ["layer_quality", "output_quality", "sample_feeds"]
+
+_BEST = 80.0  # dB; what is better is as good as equal
+
+
+def sample_feeds(ctx: Context, count: int) -> list[Feed]:
+    """Take `count` calibration feeds, spread evenly."""
+    if ctx.calibration is None:
+        return []
+    total = sum(1 for _ in ctx.calibration.feeds())
+    wanted = set(np.linspace(0, total - 1, min(count, total)).astype(int).tolist())
+    return [feed for i, feed in enumerate(ctx.calibration.feeds()) if i in wanted]
+
+
+def layer_quality(
+    model: ir.Model,
+    plan: Plan,
+    grids: Mapping[str, Grid],
+    sites: Collection[Site],
+    constants: Constants,
+    ranges: Ranges,
+    feeds: Sequence[Feed],
+    ctx: Context,
+    *,
+    bits: int,
+    per_channel: bool,
+) -> dict[str, float]:
+    """Signal to noise in dB of every linear layer computed on integers while all others stay float, by site.
+
+    The mean over feeds of decibels, so that quiet samples count like loud ones.
+    """
+    shadowed, probes = _shadow(model, plan, grids, sites, constants, bits=bits, per_channel=per_channel)
+    session = Reference(shadowed, threads=ctx.threads, extensions=ctx.extensions)
+    found: dict[str, list[float]] = {key: [] for key in probes}
+    wanted = [name for pair in probes.values() for name in pair]
+    for feed in ctx.progress(feeds, "judging layers"):
+        sums = session.run(feed, wanted)
+        for key, (signal, noise) in probes.items():
+            power = float(sums[signal])
+            if power > 0 and math.isfinite(power):
+                found[key].append(min(_BEST, decibel(power, float(sums[noise]))))
+    by_key = {key_of(node): node for node in model.graph}
+    quality: dict[str, float] = {}
+    for key, levels in found.items():
+        level = float(np.mean(levels)) if levels else _BEST
+        result = result_of(by_key[key]).name or ""
+        if result in plan.results:  # the rounding of the result adds its noise
+            histogram, (low, high) = ranges.histograms[plan.grid_of(result)], grids[plan.grid_of(result)].bounds
+            level = _add(level, min(_BEST, decibel(histogram.power(), histogram.noise(low, high))))
+        quality[key] = level
+    return quality
+
+
+def _shadow(
+    model: ir.Model,
+    plan: Plan,
+    grids: Mapping[str, Grid],
+    sites: Collection[Site],
+    constants: Constants,
+    *,
+    bits: int,
+    per_channel: bool,
+) -> tuple[ir.Model, dict[str, tuple[str, str]]]:
+    """Build the copy; returns it and the names of (signal, noise) by site."""
+    copy = model.clone()
+    builder, by_key = Builder(copy, bits), {site.key: site for site in sites}
+    probes: dict[str, tuple[str, str]] = {}
+    copy.graph.outputs.clear()
+    for node in list(copy.graph):
+        site = by_key.get(key_of(node))
+        if site is None:
+            continue
+        output = ir.Value(name=builder.name(f"{site.key}_shadow"), type=ir.TensorType(ir.DataType.FLOAT))
+        shadow = ir.node(node.op_type, list(node.inputs), dict(node.attributes), outputs=[output])
+        shadow.name = output.name
+        copy.graph.insert_after(node, shadow)
+        integer_inputs(builder, plan, grids, site, shadow, constants, per_channel=per_channel)
+        for index in plan.inputs[site.key]:
+            value = node.inputs[index]
+            if value is not None:
+                shadow.replace_input_with(index, builder.pair(value, grids[plan.grid_of(value.name or "")]))
+        float_type = ir.DataType.FLOAT
+        error = builder.node("Sub", [node.outputs[0], output], f"{site.key}_error", float_type)
+        sums = [
+            builder.node("ReduceSumSquare", [value], f"{site.key}_{word}", float_type, attributes={"keepdims": 0})
+            for value, word in ((node.outputs[0], "signal"), (error.outputs[0], "noise"))
+        ]
+        copy.graph.insert_after(shadow, [error, *sums])
+        copy.graph.outputs.extend(total.outputs[0] for total in sums)
+        probes[site.key] = (sums[0].outputs[0].name or "", sums[1].outputs[0].name or "")
+    return copy, probes
+
+
+def output_quality(original: Reference, result: Reference, feeds: Sequence[Feed], ctx: Context) -> dict[str, float]:
+    """Signal to noise in dB of every float output, the mean over feeds."""
+    levels: dict[str, list[float]] = {}
+    for feed in ctx.progress(feeds, "comparing outputs"):
+        expected, got = original.run(feed), result.run(feed)
+        for name, reference in expected.items():
+            if not np.issubdtype(reference.dtype, np.floating) or not reference.size:
+                continue
+            levels.setdefault(name, []).append(_level(reference, got[name]))
+    return {name: float(np.mean(found)) for name, found in levels.items()}
+
+
+def _level(reference: np.ndarray, got: np.ndarray) -> float:
+    finite = np.isfinite(reference)
+    if not np.isfinite(got[finite]).all():
+        return -_BEST
+    signal, error = reference[finite].astype(np.float64), got[finite].astype(np.float64)
+    level = decibel(float(np.vdot(signal, signal)), float(np.vdot(error - signal, error - signal)))
+    return max(-_BEST, min(_BEST, level))
+
+
+def _add(first: float, second: float) -> float:
+    """Decibels of two independent noises together."""
+    return -10 * math.log10(10 ** (-first / 10) + 10 ** (-second / 10))

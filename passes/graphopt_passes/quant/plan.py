@@ -1,0 +1,217 @@
+"""Decide which values of the main graph become 8-bit integers; nothing is changed here.
+
+    role        operators                                        on integers if
+    linear      Conv, Gemm, MatMul with a constant weight         chosen
+    join        Add, Mul, Concat, GlobalAveragePool, AveragePool  all its inputs come from integer operators
+    move        MaxPool, Reshape, Transpose, Slice, ...           its input comes from an integer operator; same grid
+
+A Relu or Clip that alone reads a result belongs to its producer. Integers that only float operators would read are
+not made, with one exception: runtimes compute a Conv on integers only if its result is integer too, so a Conv whose
+result leads to another integer layer rounds it. The last results before the model's outputs stay float.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
+
+import onnx_ir as ir
+from graphopt.analyses import Constants, Shapes
+from graphopt.targets import IntegerRules
+
+from graphopt_passes.quant.sites import Site, key_of
+
+__all__ = ["Plan", "make_plan", "result_of"]
+
+_JOINS = frozenset({"Add", "AveragePool", "Concat", "GlobalAveragePool", "Mul", "Sub"})
+_MOVES = frozenset(
+    {"Flatten", "Identity", "MaxPool", "Pad", "Relu", "Reshape", "Resize", "Slice", "Split", "Squeeze", "Transpose",
+     "Unsqueeze", "DepthToSpace", "SpaceToDepth", "Clip"}
+)  # fmt: skip
+_ACTIVATIONS = frozenset({"Relu", "Clip"})
+_OWN_GRID = frozenset({"Relu", "Clip"})
+
+
+@dataclass
+class Plan:
+    """What becomes integer.
+
+    Attributes:
+        nodes: Keys of the nodes computed on integers, with their role: linear, join or move.
+        inputs: For each of them, the indices of its inputs that are integer activations.
+        results: Values rounded where they are made; every reader gets the rounded ones.
+        like: Value -> the value whose grid it shares.
+    """
+
+    nodes: dict[str, str] = field(default_factory=dict[str, str])
+    inputs: dict[str, tuple[int, ...]] = field(default_factory=dict[str, tuple[int, ...]])
+    results: set[str] = field(default_factory=set[str])
+    like: dict[str, str] = field(default_factory=dict[str, str])
+
+    def values(self, model: ir.Model) -> tuple[str, ...]:
+        """Names of all values that need a grid of their own, in graph order."""
+        found: dict[str, None] = {}
+        for node in model.graph:
+            for index in self.inputs.get(key_of(node), ()):
+                value = node.inputs[index]
+                found[self.grid_of(value.name or "" if value is not None else "")] = None
+        return tuple(found)
+
+    def grid_of(self, name: str) -> str:
+        """The value whose grid a value uses."""
+        while name in self.like:
+            name = self.like[name]
+        return name
+
+
+@dataclass(frozen=True)
+class _Facts:
+    linear: Mapping[str, Site]
+    constants: Constants
+    shapes: Shapes
+    rules: IntegerRules
+    outputs: frozenset[str]
+
+
+def make_plan(
+    model: ir.Model, linear: Collection[Site], constants: Constants, shapes: Shapes, rules: IntegerRules
+) -> Plan:
+    """Plan the main graph.
+
+    Args:
+        model: The model.
+        linear: Sites to compute on integers.
+        constants: Constants of the model.
+        shapes: Types of its values.
+        rules: What the target can compute on integers.
+    """
+    outputs = frozenset(value.name or "" for value in model.graph.outputs)
+    facts = _Facts({site.key: site for site in linear}, constants, shapes, rules, outputs)
+    plan = Plan()
+    integer = _offer(model, facts, plan)
+    _prune(model, facts, plan, integer)
+    return plan
+
+
+def result_of(node: ir.Node) -> ir.Value:
+    """The value that carries a node's result: behind a Relu or Clip that alone reads it."""
+    output = node.outputs[0]
+    activation = fused_activation(output)
+    return activation.outputs[0] if activation is not None else output
+
+
+def fused_activation(value: ir.Value) -> ir.Node | None:
+    """The Relu or Clip that belongs to the maker of a value."""
+    producer = value.producer()
+    if producer is None or producer.op_type in _MOVES or value.is_graph_output():
+        return None
+    uses = value.uses()
+    if len(uses) != 1:
+        return None
+    user, index = next(iter(uses))
+    mine = user.op_type in _ACTIVATIONS and user.domain == "" and index == 0 and user.graph is producer.graph
+    return user if mine else None
+
+
+def _offer(model: ir.Model, facts: _Facts, plan: Plan) -> set[str]:
+    """Mark every node that could compute on integers, in order; returns the values they make."""
+    made: set[str] = set()
+    for node in model.graph:
+        role, key = _role(node, facts), key_of(node)
+        if role is None or _is_fused(node, plan):
+            continue
+        inputs = _activations(node, role, facts)
+        if role != "linear" and not _all_made(node, role, inputs, made):
+            continue
+        plan.nodes[key], plan.inputs[key] = role, inputs
+        for output in node.outputs if role == "move" else (result_of(node),):
+            if output.name:
+                made.add(output.name)
+    return made
+
+
+def _role(node: ir.Node, facts: _Facts) -> str | None:
+    if key_of(node) in facts.linear:
+        return "linear"
+    if node.domain not in ("", "ai.onnx") or node.op_type not in facts.rules.operators:
+        return None
+    if facts.shapes.dtype(node.outputs[0]) not in (ir.DataType.FLOAT, None):
+        return None
+    if node.op_type == "MaxPool" and any(output.name for output in node.outputs[1:]):
+        return None  # runtimes have no integer form that also returns indices
+    if node.op_type in _JOINS:
+        return "join"
+    return "move" if node.op_type in _MOVES and _keeps_range(node, facts) else None
+
+
+def _keeps_range(node: ir.Node, facts: _Facts) -> bool:
+    """Padding with anything but zero, and cubic interpolation, make values outside of the input's grid."""
+    if node.op_type == "Pad" and node.attributes.get_string("mode", "constant") == "constant":
+        if "value" in node.attributes:
+            return node.attributes.get_float("value", 0.0) == 0
+        fill = node.inputs[2] if len(node.inputs) > 2 else None
+        tensor = facts.constants.of(fill)
+        return fill is None or (tensor is not None and not tensor.numpy().any())
+    if node.op_type == "Resize":
+        return node.attributes.get_string("mode", "nearest") in ("nearest", "linear")
+    return True
+
+
+def _activations(node: ir.Node, role: str, facts: _Facts) -> tuple[int, ...]:
+    """Indices of the inputs that are float activations."""
+    if role == "linear":
+        return tuple(i for i in (0, 1) if i != facts.linear[key_of(node)].weights[0].index)
+    if role == "move" or node.op_type in ("AveragePool", "GlobalAveragePool"):
+        return (0,)
+    return tuple(i for i, value in enumerate(node.inputs) if value is not None and facts.constants.of(value) is None)
+
+
+def _all_made(node: ir.Node, role: str, inputs: tuple[int, ...], made: set[str]) -> bool:
+    """All inputs are integers already; a constant operand keeps a node in float, where it costs no resolution."""
+    with_constant = role == "join" and len(inputs) < sum(value is not None for value in node.inputs)
+    values = [node.inputs[i] for i in inputs]
+    return bool(inputs) and not with_constant and all(v is not None and v.name in made for v in values)
+
+
+def _is_fused(node: ir.Node, plan: Plan) -> bool:
+    """A Relu or Clip that belongs to a node on integers."""
+    if node.op_type not in _ACTIVATIONS or node.inputs[0] is None:
+        return False
+    producer = node.inputs[0].producer()
+    return producer is not None and key_of(producer) in plan.nodes and fused_activation(node.inputs[0]) is node
+
+
+def _prune(model: ir.Model, facts: _Facts, plan: Plan, made: set[str]) -> None:
+    """Give up what would make integers for nobody, from the end; then fix results and shared grids."""
+    leads: set[str] = set()  # values from which a linear node on integers can be reached
+    for node in reversed(model.graph):
+        key, outputs = key_of(node), [o for o in node.outputs if o.name]
+        role = plan.nodes.get(key)
+        if role is not None:
+            results = outputs if role == "move" else [result_of(node)]
+            read = any(_read_by_integers(value, plan) for value in results)
+            onward = any(value.name in leads for value in results)
+            if role != "linear" and not read:
+                del plan.nodes[key], plan.inputs[key]
+            elif read or (node.op_type == "Conv" and onward):
+                plan.results |= {value.name or "" for value in results}
+                if role == "move" and node.op_type not in _OWN_GRID:
+                    source = node.inputs[0].name if node.inputs[0] is not None else ""
+                    plan.like |= {value.name or "": source or "" for value in results}
+        if key in plan.nodes and plan.nodes[key] == "linear" or any(output.name in leads for output in outputs):
+            leads |= {value.name for value in _all_inputs(node) if value.name}
+    plan.results &= made
+
+
+def _read_by_integers(value: ir.Value, plan: Plan) -> bool:
+    return any(index in plan.inputs.get(key_of(user), ()) for user, index in value.uses())
+
+
+def _all_inputs(node: ir.Node) -> list[ir.Value]:
+    """Inputs of a node, and what its subgraphs read from outside."""
+    found = [value for value in node.inputs if value is not None]
+    for attribute in node.attributes.values():
+        if attribute.type == ir.AttributeType.GRAPH and not attribute.is_ref():
+            for inner in attribute.as_graph().all_nodes():
+                found += [value for value in inner.inputs if value is not None]
+    return found

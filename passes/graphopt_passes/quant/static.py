@@ -1,0 +1,162 @@
+"""Static INT8: activations rounded to grids fitted on calibration data, in QuantizeLinear/DequantizeLinear pairs."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+
+import numpy as np
+import onnx_ir as ir
+from graphopt.analyses import Constants, Ranges
+from graphopt.analyses.ranges import Method
+from graphopt.targets import IntegerRules
+
+from graphopt_passes.quant._maths import Grid, activation_grid, quantize_bias
+from graphopt_passes.quant.builder import Builder
+from graphopt_passes.quant.plan import Plan
+from graphopt_passes.quant.sites import Site, key_of
+from graphopt_passes.quant.weight import saved_bytes
+
+__all__ = ["apply_plan", "integer_inputs", "make_grids", "why_not_static"]
+
+_SHARE = 0.5  # a pool keeps its input's grid if its own range is at least this part of it
+
+
+def why_not_static(site: Site, node: ir.Node, constants: Constants, rules: IntegerRules, per_channel: bool) -> str:
+    """Reason why a site cannot be computed on static integers; empty if it can."""
+    weight = site.weights[0]
+    if not site.main:
+        return "inside a subgraph, where activations are not calibrated"
+    if site.operator not in rules.operators or site.operator == "Gather" or len(site.weights) > 1:
+        return f"{site.operator} has no integer form on the target"
+    if site.operator == "MatMul" and (weight.index == 0 or len(weight.shape) > 2):
+        return "its weight is no matrix on the right"
+    bias = _bias(node, site, constants)
+    if (
+        saved_bytes(weight, per_channel=per_channel, bias=bias.size if bias is not None else 0) <= 0
+        and not rules.static_only
+    ):
+        return f"{weight.size} weights, so few that scales would cost more than int8 saves"
+    return ""
+
+
+def make_grids(model: ir.Model, plan: Plan, ranges: Ranges, calibrator: Method, rules: IntegerRules) -> dict[str, Grid]:
+    """Grid of every integer activation by value name."""
+    _share_pools(model, plan, ranges)
+    grids: dict[str, Grid] = {}
+    symmetric = rules.symmetric_activations
+    for name in plan.values(model):
+        histogram = ranges.histograms[name]
+        low, high = histogram.range(calibrator, symmetric=symmetric)
+        grids[name] = activation_grid(low, high, rules.activation, symmetric=symmetric)
+    return grids
+
+
+def _share_pools(model: ir.Model, plan: Plan, ranges: Ranges) -> None:
+    """An AveragePool keeps the grid of its input, as integer kernels want, unless that would waste resolution."""
+    for node in model.graph:
+        if node.op_type != "AveragePool" or key_of(node) not in plan.nodes or node.inputs[0] is None:
+            continue
+        source, result = node.inputs[0].name or "", node.outputs[0].name or ""
+        if result not in plan.results or result not in ranges.histograms:
+            continue
+        before, after = ranges.histograms.get(plan.grid_of(source)), ranges.histograms[result]
+        if before is not None and _reach(after.minmax()) >= _SHARE * _reach(before.minmax()):
+            plan.like[result] = source
+
+
+def _reach(bounds: tuple[float, float]) -> float:
+    return max(bounds[1], 0.0) - min(bounds[0], 0.0)
+
+
+def apply_plan(
+    builder: Builder,
+    plan: Plan,
+    grids: Mapping[str, Grid],
+    sites: Collection[Site],
+    constants: Constants,
+    *,
+    per_channel: bool,
+) -> dict[str, float]:
+    """Put a plan into the main graph; returns the signal to noise of each weight in dB, by site."""
+    graph, by_key = builder.model.graph, {site.key: site for site in sites}
+    values = {value.name: value for value in (*graph.inputs, *(o for node in graph for o in node.outputs))}
+    original = list(graph)
+    quality: dict[str, float] = {}
+    for node in original:
+        key = key_of(node)
+        if key not in plan.nodes:
+            continue
+        if key in by_key:
+            quality[key] = integer_inputs(builder, plan, grids, by_key[key], node, constants, per_channel=per_channel)
+        for index in plan.inputs[key]:
+            value = node.inputs[index]
+            if value is not None:
+                node.replace_input_with(index, builder.pair(value, grids[plan.grid_of(value.name or "")]))
+    for name in sorted(plan.results):
+        rounded = builder.pair(values[name], grids[plan.grid_of(name)])
+        quantizer = rounded.producer().inputs[0].producer()  # type: ignore[union-attr]
+        for user, index in tuple(values[name].uses()):
+            if user is not quantizer:
+                user.replace_input_with(index, rounded)
+    return quality
+
+
+def integer_inputs(
+    builder: Builder,
+    plan: Plan,
+    grids: Mapping[str, Grid],
+    site: Site,
+    node: ir.Node,
+    constants: Constants,
+    *,
+    per_channel: bool,
+) -> float:
+    """Replace weight and bias of a linear node by integers behind DequantizeLinear; returns the weight's dB."""
+    weight = site.weights[0]
+    value, tensor = node.inputs[weight.index], constants.tensors[weight.value]
+    if value is None:
+        raise TypeError(f"{site.name!r} has lost its weight")
+    axis = weight.axis if per_channel else None
+    dequantized, quality = builder.dequantized(value, tensor, axis, node)
+    node.replace_input_with(weight.index, dequantized)
+    builder.discard(value)
+    bias = _bias(node, site, constants)
+    if bias is not None:
+        source = node.inputs[plan.inputs[site.key][0]]
+        grid = grids[plan.grid_of(source.name or "" if source is not None else "")]
+        _round_bias(builder, node, bias, grid, builder.integers(value, tensor, axis, builder.model.graph).scale)
+    return quality
+
+
+def _bias(node: ir.Node, site: Site, constants: Constants) -> ir.TensorProtocol | None:
+    """Constant bias [C] of a Conv, or of a Gemm that adds it unscaled."""
+    if site.operator not in ("Conv", "ConvTranspose", "Gemm") or len(node.inputs) < 3:
+        return None
+    tensor = constants.of(node.inputs[2])
+    if tensor is None or tensor.dtype != ir.DataType.FLOAT or len(tensor.shape) != 1:
+        return None
+    factors = (node.attributes.get_float(name, 1.0) for name in ("alpha", "beta"))
+    if site.operator == "Gemm" and (any(f != 1.0 for f in factors) or tensor.size != site.weights[0].channels):
+        return None
+    return tensor
+
+
+def _round_bias(builder: Builder, node: ir.Node, bias: ir.TensorProtocol, grid: Grid, weight_scale: ir.Value) -> None:
+    value = node.inputs[2]
+    if value is None or weight_scale.const_value is None:
+        return
+    scale = (weight_scale.const_value.numpy().astype(np.float64) * grid.scale).astype(np.float32)
+    integers = quantize_bias(bias.numpy(), scale)
+    if integers is None:  # a channel with tiny weights: its bias stays float, which runtimes also take
+        return
+    up = builder.node(
+        "DequantizeLinear",
+        [builder.constant(f"{value.name}_q", integers), builder.constant(f"{value.name}_scale", scale)],
+        f"{value.name}_dq",
+        ir.DataType.FLOAT,
+        shape=ir.Shape(integers.shape),
+        attributes={"axis": 0} if scale.ndim else {},
+    )
+    builder.model.graph.insert_before(node, up)
+    node.replace_input_with(2, up.outputs[0])
+    builder.discard(value)
