@@ -12,6 +12,7 @@ import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import onnx
@@ -89,26 +90,20 @@ def load_model(path: str | Path) -> ir.Model:
             training information.
     """
     path = Path(path)
-    if not path.is_file():
-        raise ModelError(str(path), "is a folder, not a model" if path.is_dir() else "no such file")
-    try:
-        proto = onnx.load(path, load_external_data=False)
-    except (DecodeError, UnicodeDecodeError, ValueError) as e:
-        raise ModelError(str(path), "not an ONNX model, or cut short", "export it again") from e
-    except OSError as e:
-        raise ModelError(str(path), f"cannot be read: {e.strerror}") from e
+    proto = _read_proto(path)
     if not proto.graph.node and not proto.graph.output:
         raise ModelError(str(path), "not an ONNX model, or an empty one", "export it again")
     _refuse_lossy(proto, path)
     try:
         model = ir.from_proto(proto)
-    except (ValueError, TypeError, KeyError, AttributeError) as e:
+    except (ValueError, TypeError, KeyError, AttributeError, RuntimeError) as e:  # SerdeError is a RuntimeError
         raise ModelError(str(path), f"not a valid ONNX model: {_first_line(e)}", "check it with onnx.checker") from e
     del proto
     for graph in model.graphs():
         ir.external_data.set_base_dir(graph, path.parent)
     if (model.ir_version or 0) < _IR_WITH_HIDDEN_INITIALIZERS or _lists_every_weight(model.graph):
         _hide_initializers(model)
+    _check_opset(model, path)
     _check_values(model, path)
     return model
 
@@ -139,7 +134,7 @@ def to_proto(model: ir.Model) -> onnx.ModelProto:
     try:
         for value, tensor in external:
             if isinstance(tensor, ir.ExternalTensor):
-                value.const_value = ir.Tensor(tensor.numpy(), dtype=tensor.dtype, name=tensor.name)
+                value.const_value = _embedded(tensor)
         return ir.to_proto(model)
     finally:
         for value, tensor in external:
@@ -164,8 +159,7 @@ def external_files(model: ir.Model) -> tuple[Path, ...]:
 
 def model_files(path: Path) -> tuple[Path, ...]:
     """The model file and the weight files it names, without reading them."""
-    proto = onnx.load(path, load_external_data=False)
-    names = {e.value for t in _all_tensors(proto.graph) for e in t.external_data if e.key == "location"}
+    names = {e.value for t in _all_tensors(_read_proto(path).graph) for e in t.external_data if e.key == "location"}
     return (path, *(path.parent / name for name in sorted(names)))
 
 
@@ -204,11 +198,32 @@ def check_binding(specs: Sequence[InputSpec], binding: ShapeBinding) -> None:
             fits = len(spec.shape) == len(shape)
             fits = fits and all(not isinstance(d, int) or d == s for d, s in zip(spec.shape, shape, strict=True))
             if not fits:
-                raise UsageError(f"--shape {name}", f"{shape} does not fit {spec.shape}")
+                sizes, wanted = ("x".join("?" if d is None else str(d) for d in s) for s in (shape, spec.shape))
+                raise UsageError(f"--shape {name}", f"{sizes} does not fit {wanted}")
     known = {d for spec in specs for d in spec.shape or () if isinstance(d, str)}
     for name in binding.dims:
         if name not in known:
             raise UsageError(f"--dim {name}", "no input has a dimension of that name", nearest(name, known))
+
+
+def _read_proto(path: Path) -> onnx.ModelProto:
+    try:
+        content = path.read_bytes()
+    except FileNotFoundError as e:
+        raise ModelError(str(path), "no such file") from e
+    except IsADirectoryError as e:
+        raise ModelError(str(path), "is a folder, not a model") from e
+    except OSError as e:
+        raise ModelError(str(path), f"cannot be read: {e.strerror}") from e
+    try:
+        return onnx.ModelProto.FromString(content)
+    except DecodeError as e:
+        raise ModelError(str(path), "not an ONNX model, or cut short", "export it again") from e
+
+
+def _check_opset(model: ir.Model, path: Path) -> None:
+    if "" not in model.opset_imports and any(node.domain == "" for node in model.graph.all_nodes()):
+        raise ModelError(str(path), "does not say which opset it uses", "check it with onnx.checker")
 
 
 def _refuse_lossy(proto: onnx.ModelProto, path: Path) -> None:
@@ -244,25 +259,48 @@ def _hide_initializers(model: ir.Model) -> None:
 def _check_values(model: ir.Model, path: Path) -> None:
     """Every weight must be readable, complete and free of NaN; infinities are masks and pass."""
     for value in _initializers(model):
-        tensor = value.const_value
-        if tensor is None:
-            continue
-        where = f"{path}: tensor {value.name!r}"
+        if value.const_value is not None:
+            _check_tensor(value.const_value, f"{path}: tensor {value.name!r}")
+    for node in model.graph.all_nodes():
+        for attribute in node.attributes.values():
+            if attribute.type == ir.AttributeType.TENSOR and not attribute.is_ref():
+                tensor = attribute.as_tensor()
+                # a lone NaN in a Constant node is something to compare with, not a weight
+                _check_tensor(tensor, f"{path}: tensor of node {node.name!r}", allow_nan=tensor.size == 1)
+                if isinstance(tensor, ir.ExternalTensor):  # nobody expects them here, so none stay here
+                    node.attributes[attribute.name] = ir.AttrTensor(attribute.name, _embedded(tensor))
+
+
+def _check_tensor(tensor: ir.TensorProtocol, where: str, *, allow_nan: bool = False) -> None:
+    if isinstance(tensor, ir.ExternalTensor):
+        _check_data_file(tensor, where)
+    try:
+        nan = tensor.dtype in _FLOATS and _has_nan(tensor)
+        if not isinstance(tensor, ir.ExternalTensor):
+            tensor.numpy()  # raises where the data is shorter than the shape
+    except (ValueError, TypeError, OSError) as e:
+        raise ModelError(where, f"unreadable: {_first_line(e)}", "export the model again") from e
+    finally:
         if isinstance(tensor, ir.ExternalTensor):
-            file = Path(tensor.path)
-            if not file.is_file():
-                raise ModelError(where, f"its data file {file.name!r} is missing", "copy it beside the model")
-            if file.stat().st_size < (tensor.offset or 0) + (tensor.length or tensor.nbytes):
-                raise ModelError(where, f"its data file {file.name!r} is cut short", "copy it again")
-        try:
-            nan = tensor.dtype in _FLOATS and _has_nan(tensor)
-        except (ValueError, TypeError, OSError) as e:
-            raise ModelError(where, f"unreadable: {_first_line(e)}", "export the model again") from e
-        finally:
-            if isinstance(tensor, ir.ExternalTensor):
-                tensor.release()
-        if nan:
-            raise ModelError(where, "holds NaN", "the training diverged; export a sound checkpoint")
+            tensor.release()
+    if nan and not allow_nan:
+        raise ModelError(where, "holds NaN", "the training diverged; export a sound checkpoint")
+
+
+def _check_data_file(tensor: ir.ExternalTensor, where: str) -> None:
+    file, base = Path(tensor.path), Path(cast("str", tensor.base_dir))
+    if not file.resolve().is_relative_to(base.resolve()):
+        raise ModelError(
+            where, f"its data file {file.name!r} lies outside the model's folder", "copy it beside the model"
+        )
+    if not file.is_file():
+        raise ModelError(where, f"its data file {file.name!r} is missing", "copy it beside the model")
+    if file.stat().st_size < (tensor.offset or 0) + max(tensor.length or 0, tensor.nbytes):
+        raise ModelError(where, f"its data file {file.name!r} is cut short", "copy it again")
+
+
+def _embedded(tensor: ir.ExternalTensor) -> ir.TensorProtocol:
+    return ir.Tensor(tensor.numpy(), dtype=tensor.dtype, name=tensor.name)
 
 
 def _has_nan(tensor: ir.TensorProtocol) -> bool:
@@ -293,6 +331,7 @@ def _all_graphs(graph: onnx.GraphProto) -> Iterator[onnx.GraphProto]:
 def _all_tensors(graph: onnx.GraphProto) -> Iterator[onnx.TensorProto]:
     for inner in _all_graphs(graph):
         yield from inner.initializer
+        yield from (attribute.t for node in inner.node for attribute in node.attribute if attribute.HasField("t"))
 
 
 def _dim(dim: int | ir.SymbolicDim) -> int | str | None:

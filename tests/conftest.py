@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -38,3 +39,25 @@ def zoo(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
         return target
 
     return export
+
+
+@pytest.fixture(scope="session")
+def plugins(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., dict[str, str]]:
+    """Install packages of tests/plugins with pip, each once; returns the environment in which they are found.
+
+    Nothing reaches the test run's own environment: each package lies in a folder that `PYTHONPATH` names.
+    """
+    root = tmp_path_factory.mktemp("plugins")
+
+    def install(*names: str) -> dict[str, str]:
+        for name in names:
+            if not (root / name).exists():
+                command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-build-isolation"]
+                command += ["--no-index", "--disable-pip-version-check", "--target", str(root / name)]
+                source = Path(__file__).parent / "plugins" / name
+                done = subprocess.run([*command, str(source)], capture_output=True, text=True, check=False)
+                assert done.returncode == 0, done.stderr
+        kept = {key: value for key, value in os.environ.items() if key != "GRAPHOPT_PLUGINS"}
+        return {**kept, "PYTHONPATH": os.pathsep.join(str(root / name) for name in names)}
+
+    return install

@@ -5,6 +5,7 @@ from __future__ import annotations
 from graphopt.backend_base import Backend
 from graphopt.markers import hookimpl
 from graphopt.targets import Target
+from graphopt_backends import arm, ort, x86
 
 __all__ = ["graphopt_backends", "graphopt_targets"]
 
@@ -12,10 +13,10 @@ __all__ = ["graphopt_backends", "graphopt_targets"]
 @hookimpl
 def graphopt_backends() -> list[Backend]:
     """Return the built-in backends."""
-    return []
+    return [ort.OrtBackend(), x86.X86Backend(), arm.ArmBackend()]
 
 
 @hookimpl
 def graphopt_targets() -> list[Target]:
     """Return the built-in targets."""
-    return []
+    return [*ort.TARGETS, *x86.TARGETS, *arm.TARGETS]

@@ -29,13 +29,9 @@ def use_integers(module: Any) -> Any:
         def visit_call_(self, call: Any) -> Any:
             call = super().visit_call_(call)
             name = getattr(call.op, "name", "")
-            if name in _CONVOLUTIONS or name == "relax.matmul":
-                return _linear(self.builder_, call) or call
-            if name == "relax.add":
-                return _bias(self.builder_, call) or call
-            if name == "relax.quantize":
-                return _requantize(self.builder_, call) or call
-            return call
+            rule = _RULES.get(name)
+            new = rule(self.builder_, call) if rule else None
+            return call if new is None else new
 
     rewriter = Rewriter(module)
     for variable, function in module.functions_items():
@@ -192,3 +188,11 @@ def _requantize(builder: Any, call: Any) -> Any:
     return relax.op.quantize(
         scaled, relax.const(np.float32(1), "float32"), call.args[2], axis=call.attrs.axis, out_dtype=call.attrs.out_dtype
     )
+
+
+_RULES = {
+    **dict.fromkeys(_CONVOLUTIONS, _linear),
+    "relax.matmul": _linear,
+    "relax.add": _bias,
+    "relax.quantize": _requantize,
+}

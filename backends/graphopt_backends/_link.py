@@ -42,19 +42,18 @@ class Linker:
         given = [str(Path(o).resolve()) for o in objects]
         self._run(["-shared", "-fPIC", soname, *_REPEATABLE, "-o", str(Path(output).resolve()), *given, *(options or ())])
 
-    def program(self, source: Path, output: Path, include: Path, libraries: Path) -> None:
-        """Compile a C++ program that finds its libraries in the folder `runtime` beside it.
+    def program(self, source: Path, output: Path, runtime: Path, include: Sequence[Path]) -> None:
+        """Compile a C++ program that finds the libraries of `runtime` in the folder `runtime` beside it.
 
         Raises:
             BackendError: The compiler fails.
         """
-        names = sorted(p.name for p in libraries.glob("*.so"))
         arguments = [
-            "-std=c++17", "-O2", source.name, "-o", str(output.resolve()), f"-I{include.resolve()}",
-            f"-L{libraries.resolve()}", *(f"-l:{name}" for name in names), "-Wl,-rpath,$ORIGIN/runtime",
-            "-Wl,--allow-shlib-undefined", "-Wl,--no-as-needed", *_REPEATABLE,
+            "-std=c++17", "-O2", source.name, "-o", str(output.resolve()), *(f"-I{p.resolve()}" for p in include),
+            "-Wl,--no-as-needed", *(str(p.resolve()) for p in sorted(runtime.glob("*.so"))),
+            "-Wl,-rpath,$ORIGIN/runtime", "-Wl,--allow-shlib-undefined", *_REPEATABLE,
         ]  # fmt: skip
-        self._run([arguments[0], "-Wl,--no-as-needed", *arguments[1:]], source.parent)
+        self._run(arguments, source.parent)
 
     def version(self) -> str:
         """First line that it says about itself."""

@@ -144,14 +144,7 @@ def _latency_row(row: Measurement, largest: float, first: Measurement | None) ->
     plot = tag("div", time_bar(times, largest, fill, f"{label}: {milliseconds(times.median)}"), style="min-width:150px")
     quartiles = f"{milliseconds(times.low)} to {milliseconds(times.high)}"
     memory = "" if row.peak_memory_mb is None else f"{row.peak_memory_mb:,.0f} MB"
-    figures = (
-        milliseconds(times.median),
-        quartiles,
-        milliseconds(times.minimum),
-        against,
-        memory,
-        size(row.file_bytes),
-    )
+    figures = (milliseconds(times.median), quartiles, against, memory, size(row.file_bytes))
     return name, plot, *figures, how_badge(row.how)
 
 

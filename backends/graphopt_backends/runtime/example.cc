@@ -2,8 +2,8 @@
 //
 // The lines marked "this model" were written for the model beside this file. Build, in the bundle's folder:
 //
-//   g++ -std=c++17 -O2 example.cc -o example -Iruntime/include -Lruntime -Wl,--no-as-needed
-//       -l:libtvm_ffi.so -l:libtvm_runtime.so -Wl,-rpath,'$ORIGIN/runtime' -Wl,--allow-shlib-undefined
+//   @COMPILER@ -std=c++17 -O2 example.cc -o example -Iruntime/include -Wl,--no-as-needed
+//       runtime/libtvm_ffi.so runtime/libtvm_runtime.so -Wl,-rpath,'$ORIGIN/runtime' -Wl,--allow-shlib-undefined
 #include <graphopt/model.h>
 
 #include <algorithm>

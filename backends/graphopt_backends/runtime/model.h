@@ -190,7 +190,8 @@ inline std::vector<Tensor> read_tensors(const std::string& path) {
   auto line = [&](size_t start) {
     const void* end = start < size ? std::memchr(all.get() + start, '\n', size - start) : nullptr;
     if (!end) throw std::runtime_error(path + " is cut short");
-    return std::string(all.get() + start, static_cast<const char*>(end));
+    const char* begin = all.get() + start;
+    return std::string(begin, static_cast<const char*>(end));
   };
   std::string first = line(0);
   size_t align = 0;

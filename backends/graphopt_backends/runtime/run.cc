@@ -5,8 +5,8 @@
 // inputs.tensors holds the inputs of every feed one after the other, in the order of model.plan.json; outputs.tensors
 // will hold the outputs alike. runtime/include/graphopt/model.h describes the format. Build, in the bundle's folder:
 //
-//   g++ -std=c++17 -O2 run.cc -o run -Iruntime/include -Lruntime -Wl,--no-as-needed
-//       -l:libtvm_ffi.so -l:libtvm_runtime.so -Wl,-rpath,'$ORIGIN/runtime' -Wl,--allow-shlib-undefined
+//   @COMPILER@ -std=c++17 -O2 run.cc -o run -Iruntime/include -Wl,--no-as-needed
+//       runtime/libtvm_ffi.so runtime/libtvm_runtime.so -Wl,-rpath,'$ORIGIN/runtime' -Wl,--allow-shlib-undefined
 #include <graphopt/model.h>
 
 #include <iostream>

@@ -17,7 +17,7 @@ from graphopt_passes.fold._branches import inline_branches
 from graphopt_passes.fold._constants import fold_constants
 from graphopt_passes.fold._duplicates import merge_duplicates
 from graphopt_passes.fold._no_operations import merge_transposes, remove_no_operations
-from graphopt_passes.fold._rewiring import FreshNames, snapshot, subgraphs
+from graphopt_passes.fold._rewiring import FreshNames, site, snapshot, subgraphs
 from graphopt_passes.fold._shape_values import fold_shapes
 
 __all__ = ["Fold"]
@@ -77,17 +77,12 @@ class Fold(Pass):
 
 def _clean(model: ir.Model) -> list[Change]:
     """Hold constants as initializers and drop what nobody reads."""
-    changes: list[Change] = []
-    lifted = {node.name for node in _nodes(model) if node.op_type == "Constant"}
-    common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
-    kept = {node.name for node in _nodes(model) if node.op_type == "Constant"}
-    if lifted - kept:
-        changes.append(Change(model.graph.name or "model", f"held {len(lifted - kept)} constants as initializers"))
-    before = {id(node): node for node in _nodes(model)}
+    changes = _lift_constants(model)
+    before = list(_nodes(model))
     common.RemoveUnusedNodesPass()(model)
-    after = {id(node) for node in _nodes(model)}
-    dead = [node for key, node in before.items() if key not in after]
-    changes += [Change(node.name or node.op_type, f"removed: nobody reads this {node.op_type}") for node in dead]
+    after = set(_nodes(model))
+    dead = [node for node in before if node not in after]
+    changes += [Change(site(node), f"removed: nobody reads this {node.op_type}") for node in dead]
     for graph in model.graphs():
         for value in list(graph.initializers.values()):
             if not value.uses() and not value.is_graph_output() and not value.is_graph_input():
@@ -95,6 +90,19 @@ def _clean(model: ir.Model) -> list[Change]:
     common.RemoveUnusedFunctionsPass()(model)
     common.RemoveUnusedOpsetsPass()(model)
     return changes
+
+
+def _lift_constants(model: ir.Model) -> list[Change]:
+    held = [node for node in _nodes(model) if node.op_type == "Constant" and node.domain == ""]
+    sparse = [node for node in held if "sparse_value" in node.attributes]
+    if sparse:  # onnx_ir gives up on the whole model
+        return [Change.skipped(site(node), "it is sparse, so all constants stay nodes") for node in sparse]
+    common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
+    left = set(_nodes(model))
+    lifted = [node for node in held if node not in left]
+    if not lifted:
+        return []
+    return [Change(model.graph.name or "model", f"held {len(lifted)} constants as initializers")]
 
 
 def _shapes(model: ir.Model, ctx: Context) -> Shapes:

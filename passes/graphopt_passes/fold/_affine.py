@@ -18,6 +18,7 @@ from graphopt_passes.fold._rewiring import (
     constant,
     only_reader,
     replace_node,
+    site,
 )
 
 __all__ = ["fold_affine"]
@@ -38,7 +39,7 @@ def fold_affine(model: ir.Model, shapes: Shapes, names: FreshNames, limit: int) 
                 continue
             if opset < _INFERENCE_SINCE:
                 if node.op_type == "BatchNormalization":
-                    changes.append(Change.skipped(node.name or "", f"opset {opset} does not say that it is inference"))
+                    changes.append(Change.skipped(site(node), f"opset {opset} does not say that it is inference"))
                 continue
             change = _visit(node, shapes, names, limit, opset)
             if change is not None:
@@ -47,14 +48,14 @@ def fold_affine(model: ir.Model, shapes: Shapes, names: FreshNames, limit: int) 
 
 
 def _visit(node: ir.Node, shapes: Shapes, names: FreshNames, limit: int, opset: int) -> Change | None:
-    site = node.name or node.op_type
+    place = site(node)
     try:
         if node.op_type == "BatchNormalization":
-            return Change(site, _fold_batchnorm(node, shapes, names, limit, opset))
+            return Change(place, _fold_batchnorm(node, shapes, names, limit, opset))
         action = _fold_arithmetic(node, shapes, names, limit)
-        return None if action is None else Change(site, action)
+        return None if action is None else Change(place, action)
     except Refusal as e:
-        return Change.skipped(site, str(e))
+        return Change.skipped(place, str(e))
 
 
 def _fold_batchnorm(node: ir.Node, shapes: Shapes, names: FreshNames, limit: int, opset: int) -> str:
@@ -71,9 +72,9 @@ def _fold_batchnorm(node: ir.Node, shapes: Shapes, names: FreshNames, limit: int
         except Refusal as forward:
             raise Refusal(f"{reason}, and {forward}") from forward
     if linear.axis == -1 and linear.rank != 2:
-        raise Refusal(f"its channels are not the last axis of {linear.node.name!r}")
+        raise Refusal(f"its channels are not the last axis of {site(linear.node)!r}")
     if scale.shape != (linear.channels,):
-        raise Refusal(f"it has {scale.size} channels, {linear.node.name!r} has {linear.channels}")
+        raise Refusal(f"it has {scale.size} channels, {site(linear.node)!r} has {linear.channels}")
     return _fold_into(linear, node, scale, shift, names, limit)
 
 
@@ -146,10 +147,10 @@ def _fold_into(linear: Linear, node: ir.Node, scale: Array, shift: Array, names:
     kept = bias is None and not shift.any()
     if place is not None and not kept:
         steps.append(store(*place, lambda: moved, names, limit))
-    done = f"folded into {linear.node.name!r}"
+    done = f"folded into {site(linear.node)!r}"
     if place is None and shift.any():
         kind = linear.weight.dtype or ir.DataType.FLOAT
-        held = _constant(moved.astype(kind.numpy()), names.make(f"{node.name}_shift"), node)
+        held = _constant(moved.astype(kind.numpy()), names.make(f"{site(node)}_shift"), node)
         replace_node(node, "Add", [linear.output, held], names)
         done += "; its shift became an Add"
     elif reason := bypass(node, linear.output):
@@ -183,11 +184,11 @@ def _fold_forward(node: ir.Node, scale: Array, shift: Array, names: FreshNames, 
         raise Refusal("its reader is in another graph")
     weight = weight_of(reader).const_value
     if weight is None or input_channels_of(reader) != scale.size:
-        raise Refusal(f"{reader.name!r} reads another number of channels")
+        raise Refusal(f"{site(reader)!r} reads another number of channels")
     if reader.op_type == "Conv" and shift.any() and _pads(reader):
-        raise Refusal(f"{reader.name!r} after it pads with zeros, which its shift would move")
+        raise Refusal(f"{site(reader)!r} after it pads with zeros, which its shift would move")
     if reader.op_type == "Gemm" and reader.attributes.get_int("transA", 0):
-        raise Refusal(f"{reader.name!r} after it transposes its input")
+        raise Refusal(f"{site(reader)!r} after it transposes its input")
     bias = Linear(reader, None, weight_of(reader), 0, None, 1).bias_values()
     array = weight.numpy()
     if reader.op_type == "Conv":
@@ -208,7 +209,7 @@ def _fold_forward(node: ir.Node, scale: Array, shift: Array, names: FreshNames, 
         step()
     if reader.op_type == "Gemm":
         reader.attributes.pop("beta", None)
-    return f"folded into {reader.name!r} after it"
+    return f"folded into {site(reader)!r} after it"
 
 
 def _pads(node: ir.Node) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import onnx_ir as ir
 
 from graphopt.pass_base import Change
-from graphopt_passes.fold._rewiring import FreshNames, constant
+from graphopt_passes.fold._rewiring import FreshNames, constant, site
 
 __all__ = ["inline_branches"]
 
@@ -21,7 +21,7 @@ def inline_branches(model: ir.Model, names: FreshNames) -> list[Change]:
             taken = "then_branch" if bool(condition.numpy().reshape(-1)[0]) else "else_branch"
             branch = node.attributes[taken].as_graph()
             _inline(graph, node, branch, names)
-            changes.append(Change(node.name or "If", f"replaced by its {taken}, which is always taken"))
+            changes.append(Change(site(node), f"replaced by its {taken}, which is always taken"))
     return changes
 
 
@@ -30,20 +30,20 @@ def _inline(graph: ir.Graph, node: ir.Node, branch: ir.Graph, names: FreshNames)
     branch.outputs.clear()
     for held in list(branch.initializers.values()):
         branch.initializers.pop(held.name or "")
-        held.name = names.make(f"{node.name}_{held.name}")
+        held.name = names.make(f"{site(node)}_{held.name}")
         graph.register_initializer(held)
     for inner in list(branch):
         branch.remove(inner)
-        inner.name = f"{node.name}_{inner.name}"
+        inner.name = f"{site(node)}_{inner.name}"
         for value in inner.outputs:
             if value.name:  # left-out outputs stay left out
-                value.name = names.make(f"{node.name}_{value.name}")
+                value.name = names.make(f"{site(node)}_{value.name}")
         graph.insert_before(node, inner)
     for i, (output, result) in enumerate(zip(node.outputs, results, strict=True)):
         name, output.name = output.name, names.make(f"{output.name}_before")
         outlet = ir.Value(name=name, type=output.type, shape=output.shape, doc_string=output.doc_string)
         outlet.metadata_props.update(output.metadata_props)
         outlet.meta.update(output.meta)
-        graph.insert_before(node, ir.Node("", "Identity", [result], outputs=[outlet], name=f"{node.name}_result{i}"))
+        graph.insert_before(node, ir.Node("", "Identity", [result], outputs=[outlet], name=f"{site(node)}_result{i}"))
         output.replace_all_uses_with(outlet, replace_graph_outputs=True)
     graph.remove(node, safe=True)

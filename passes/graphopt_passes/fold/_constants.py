@@ -11,7 +11,15 @@ import onnx_ir as ir
 from graphopt.analyses import Shapes
 from graphopt.pass_base import Change
 from graphopt.surgeon import COMPUTABLE, evaluate
-from graphopt_passes.fold._rewiring import DETERMINISTIC_DOMAINS, RANDOM, FreshNames, constant, make_constant, subgraphs
+from graphopt_passes.fold._rewiring import (
+    DETERMINISTIC_DOMAINS,
+    RANDOM,
+    FreshNames,
+    constant,
+    make_constant,
+    site,
+    subgraphs,
+)
 
 __all__ = ["fold_constants"]
 
@@ -50,7 +58,7 @@ def fold_constants(
     changes: list[Change] = []
     for graph in list(model.graphs()):
         found = _foldable(graph, shapes, limit, refused)
-        changes += [Change.skipped(node.name or node.op_type, reason) for node, reason in found.skipped]
+        changes += [Change.skipped(site(node), reason) for node, reason in found.skipped]
         for part in _portions(found.part):
             changes += _fold(model, part, names, limit, refused)
     return changes
@@ -96,7 +104,7 @@ def _reason(node: ir.Node, shapes: Shapes, limit: int) -> str | None:
     if node.op_type == "Dropout" and len(node.inputs) > 2:
         return "it may be in training mode"
     for value in (*node.inputs, *node.outputs):
-        kind = None if value is None else shapes.dtype(value) or value.dtype
+        kind = _kind(value, shapes)
         if kind is not None and kind not in COMPUTABLE:
             return f"it handles {kind.name}, which is not computed ahead"
         if value is not None and value.type is not None and not isinstance(value.type, ir.TensorType):
@@ -106,6 +114,13 @@ def _reason(node: ir.Node, shapes: Shapes, limit: int) -> str | None:
         return "the size of its result is unknown"
     grown = sum(size or 0 for size in sizes) - sum(_bytes(value, shapes) or 0 for value in node.inputs if value)
     return f"its result is {grown} bytes larger than its inputs; limit={limit}" if grown > limit else None
+
+
+def _kind(value: ir.Value | None, shapes: Shapes) -> ir.DataType | None:
+    if value is None:
+        return None
+    tensor = constant(value)
+    return tensor.dtype if tensor is not None else shapes.dtype(value) or value.dtype
 
 
 def _bytes(value: ir.Value, shapes: Shapes) -> int | None:
@@ -155,17 +170,17 @@ def _fold(model: ir.Model, part: _Part, names: FreshNames, limit: int, refused: 
             changes.append(_refuse(value, f"the constant would have {array.nbytes} bytes; limit={limit}", refused))
         else:
             node = value.producer()
-            site = value.name if node is None else node.name or node.op_type
+            place = value.name if node is None else site(node)
             freed -= min(freed, array.nbytes)
             make_constant(value, array, names)
-            changes.append(Change(site or "", f"folded: a constant of shape {list(array.shape)}"))
+            changes.append(Change(place or "", f"folded: a constant of shape {list(array.shape)}"))
     return changes
 
 
 def _refuse(value: ir.Value, reason: str, refused: dict[str, str]) -> Change:
     refused[value.name or ""] = reason
     node = value.producer()
-    return Change.skipped((node.name if node is not None else value.name) or "", reason)
+    return Change.skipped(site(node) if node is not None else value.name or "", reason)
 
 
 def _model(model: ir.Model, part: _Part, weights: Sequence[ir.Value]) -> ir.Model:

@@ -7,7 +7,7 @@ from typing import Any
 import onnx_ir as ir
 
 from graphopt.pass_base import Change
-from graphopt_passes.fold._rewiring import ANNOTATION, DETERMINISTIC_DOMAINS, RANDOM, constant, subgraphs
+from graphopt_passes.fold._rewiring import ANNOTATION, DETERMINISTIC_DOMAINS, RANDOM, constant, site, subgraphs
 
 __all__ = ["merge_duplicates"]
 
@@ -32,7 +32,7 @@ def merge_duplicates(model: ir.Model) -> list[Change]:
                 for mine, other in zip(node.outputs, twin.outputs, strict=True):
                     mine.replace_all_uses_with(other)
                 graph.remove(node, safe=True)
-                changes.append(Change(node.name or node.op_type, f"removed: {twin.name!r} computes the same"))
+                changes.append(Change(site(node), f"removed: {site(twin)!r} computes the same"))
     return changes
 
 

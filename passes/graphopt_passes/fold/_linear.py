@@ -11,7 +11,7 @@ import onnx_ir as ir
 
 from graphopt.analyses import Shapes
 from graphopt_passes.fold import _batchnorm as maths
-from graphopt_passes.fold._rewiring import ANNOTATION, FreshNames, constant, only_reader
+from graphopt_passes.fold._rewiring import ANNOTATION, FreshNames, constant, only_reader, site
 
 __all__ = ["Linear", "Refusal", "find_linear", "input_channels_of", "store"]
 
@@ -63,7 +63,7 @@ class Linear:
             return None
         tensor = constant(value)
         if tensor is None:
-            raise Refusal(f"the bias of {self.node.name!r} is not constant")
+            raise Refusal(f"the bias of {site(self.node)!r} is not constant")
         beta = self.node.attributes.get_float("beta", 1.0) if self.node.op_type == "Gemm" else 1.0
         return tensor.numpy().astype(np.float64) * beta
 
@@ -94,12 +94,12 @@ def find_linear(value: ir.Value | None, reader: ir.Node, shapes: Shapes) -> Line
     for step, result in ((reader, value), *([(adder, node.outputs[0])] if adder is not None else [])):
         _refuse_other_readers(result, step)
     if node.graph is not reader.graph:
-        raise Refusal(f"{node.name!r} is in another graph")
+        raise Refusal(f"{site(node)!r} is in another graph")
     weight = weight_of(node)
-    rank = shapes.rank(node.outputs[0])
+    rank = shapes.rank(value)
     shape = tuple(weight.const_value.shape.numpy()) if weight.const_value is not None else ()
     if node.op_type == "MatMul" and len(shape) != 2:
-        raise Refusal(f"the weight of {node.name!r} is not a matrix")
+        raise Refusal(f"the weight of {site(node)!r} is not a matrix")
     convolution = node.op_type in ("Conv", "ConvTranspose")
     rank = len(shape) if convolution else 2 if node.op_type == "Gemm" else rank
     return Linear(node, adder, weight, _CHANNELS[node.op_type](node, shape), rank, 1 if convolution else -1)
@@ -114,11 +114,11 @@ def weight_of(node: ir.Node) -> ir.Value:
     weight = node.inputs[1]
     tensor = constant(weight)
     if weight is None or tensor is None:
-        raise Refusal(f"the weight of {node.name!r} is not constant")
+        raise Refusal(f"the weight of {site(node)!r} is not constant")
     if tensor.dtype not in _FLOATS:
-        raise Refusal(f"the weight of {node.name!r} is {tensor.dtype.name}")
+        raise Refusal(f"the weight of {site(node)!r} is {tensor.dtype.name}")
     if any(v is not None and ANNOTATION in v.meta for v in (*node.inputs, *node.outputs)):
-        raise Refusal(f"{node.name!r} carries a quantization annotation")
+        raise Refusal(f"{site(node)!r} carries a quantization annotation")
     return weight
 
 
@@ -141,16 +141,16 @@ def store(node: ir.Node, index: int, compute: Callable[[], Array], names: FreshN
     Raises:
         Refusal: The values overflow, or a copy of a shared weight would exceed `limit` bytes.
     """
-    kind = weight_of(node).dtype if node.op_type != "Add" else None
     old = node.inputs[index] if index < len(node.inputs) else None
-    kind = kind or (old.dtype if old is not None else None) or ir.DataType.FLOAT
+    held_before = constant(old) if node.op_type == "Add" else weight_of(node).const_value
+    kind = ir.DataType.FLOAT if held_before is None else held_before.dtype
     with np.errstate(over="ignore"):
         array = compute().astype(kind.numpy())
     if not np.isfinite(array).all():
-        raise Refusal(f"the folded weight of {node.name!r} would overflow {kind.name}")
+        raise Refusal(f"the folded weight of {site(node)!r} would overflow {kind.name}")
     own = old is not None and constant(old) is not None and len(tuple(old.uses())) == 1 and not old.is_graph_output()
     if old is not None and not own and array.nbytes > limit:
-        raise Refusal(f"the weight of {node.name!r} is shared, and a copy has {array.nbytes} bytes; limit={limit}")
+        raise Refusal(f"the weight of {site(node)!r} is shared, and a copy has {array.nbytes} bytes; limit={limit}")
 
     def put() -> None:
         shape = ir.Shape(array.shape)
@@ -158,7 +158,7 @@ def store(node: ir.Node, index: int, compute: Callable[[], Array], names: FreshN
             old.const_value = _tensor(array, compute, kind, old.name)
             old.shape = shape
             return
-        base = f"{old.name}_{node.name}" if old is not None else f"{node.name}_bias"
+        base = f"{old.name}_{site(node)}" if old is not None else f"{site(node)}_bias"
         name = names.make(base)
         held = ir.Value(
             name=name, shape=shape, type=ir.TensorType(kind), const_value=_tensor(array, compute, kind, name)
@@ -197,9 +197,9 @@ def _multiplier(adder: ir.Node) -> ir.Node | None:
 def _refuse_other_readers(value: ir.Value, reader: ir.Node) -> None:
     if only_reader(value) is reader:
         return
-    others = sorted({use.node.name or use.node.op_type for use in value.uses() if use.node is not reader})
+    others = sorted({site(use.node) for use in value.uses() if use.node is not reader})
     producer = value.producer()
-    who = f"{producer.name!r} before it" if producer is not None else "its input"
+    who = f"{site(producer)!r} before it" if producer is not None else "its input"
     raise Refusal(f"{who} is also read by {others[0]!r}" if others else f"{who} feeds an output of the model")
 
 

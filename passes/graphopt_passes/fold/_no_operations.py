@@ -9,7 +9,7 @@ import onnx_ir as ir
 
 from graphopt.analyses import Shapes
 from graphopt.pass_base import Change
-from graphopt_passes.fold._rewiring import DETERMINISTIC_DOMAINS, bypass, constant
+from graphopt_passes.fold._rewiring import DETERMINISTIC_DOMAINS, bypass, constant, site
 
 __all__ = ["merge_transposes", "remove_no_operations"]
 
@@ -32,7 +32,7 @@ def remove_no_operations(model: ir.Model, shapes: Shapes) -> list[Change]:
             if source is None:
                 continue
             reason = bypass(node, source)
-            name = node.name or node.op_type
+            name = site(node)
             changes.append(
                 Change.skipped(name, reason)
                 if reason
@@ -54,7 +54,7 @@ def merge_transposes(model: ir.Model) -> list[Change]:
                 continue
             node.attributes["perm"] = ir.AttrInt64s("perm", [first[axis] for axis in second])
             node.replace_input_with(0, inner.inputs[0])
-            changes.append(Change(node.name or "", f"merged with the Transpose {inner.name!r} before it"))
+            changes.append(Change(site(node), f"merged with the Transpose {site(inner)!r} before it"))
     return changes
 
 

@@ -20,6 +20,7 @@ __all__ = [
     "make_constant",
     "only_reader",
     "replace_node",
+    "site",
     "snapshot",
     "subgraphs",
 ]
@@ -37,6 +38,11 @@ def constant(value: ir.Value | None) -> ir.TensorProtocol | None:
     if value is None or value.const_value is None or not value.is_initializer() or value.is_graph_input():
         return None
     return value.const_value
+
+
+def site(node: ir.Node) -> str:
+    """What the report calls a node: its name, or that of its first output."""
+    return node.name or next((value.name for value in node.outputs if value.name), None) or node.op_type
 
 
 def only_reader(value: ir.Value) -> ir.Node | None:

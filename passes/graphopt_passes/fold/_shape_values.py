@@ -16,7 +16,7 @@ import onnx_ir as ir
 
 from graphopt.analyses import Shapes
 from graphopt.pass_base import Change
-from graphopt_passes.fold._rewiring import DETERMINISTIC_DOMAINS, FreshNames, constant, make_constant, subgraphs
+from graphopt_passes.fold._rewiring import DETERMINISTIC_DOMAINS, FreshNames, constant, make_constant, site, subgraphs
 
 __all__ = ["fold_shapes"]
 
@@ -38,7 +38,7 @@ def fold_shapes(model: ir.Model, shapes: Shapes, names: FreshNames) -> list[Chan
         kind = shapes.dtype(value) or value.dtype
         if kind is not None and kind in _INTEGERS:
             make_constant(value, numbers.astype(kind.numpy()), names)
-            changes.append(Change(node.name or node.op_type, f"folded: always {numbers.tolist()}"))
+            changes.append(Change(site(node), f"folded: always {numbers.tolist()}"))
     for graph in known.graphs:
         for node in graph:
             if node.op_type == "Reshape" and node.domain in DETERMINISTIC_DOMAINS:
@@ -77,13 +77,13 @@ def _settle_reshape(node: ir.Node, known: _Follower, names: FreshNames) -> list[
         wanted = [0 if isinstance(d, str) and i < len(dims) and dims[i] == d else d for i, d in enumerate(wanted)]
     settled = [item if isinstance(item, int) else -1 for item in wanted]
     if settled.count(-1) > 1:
-        return [Change.skipped(node.name or "Reshape", "more than one dimension of its target is unknown")]
+        return [Change.skipped(site(node), "more than one dimension of its target is unknown")]
     name = names.make(f"{target.name}_settled")
     tensor = ir.Tensor(np.array(settled, dtype=np.int64), name=name)
     held = ir.Value(name=name, shape=ir.Shape([len(settled)]), type=ir.TensorType(tensor.dtype), const_value=tensor)
     node.graph.register_initializer(held)
     node.replace_input_with(1, held)
-    return [Change(node.name or "Reshape", f"its target is the constant {settled}")]
+    return [Change(site(node), f"its target is the constant {settled}")]
 
 
 class _Follower:

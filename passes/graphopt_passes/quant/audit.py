@@ -11,10 +11,10 @@ from collections.abc import Collection, Mapping, Sequence
 
 import numpy as np
 import onnx_ir as ir
-from graphopt.analyses import Constants, Ranges
+
+from graphopt.analyses import Ranges
 from graphopt.pass_base import Context
 from graphopt.reference import Feed, Reference
-
 from graphopt_passes.quant._maths import Grid, decibel
 from graphopt_passes.quant.builder import Builder
 from graphopt_passes.quant.plan import Plan, result_of
@@ -40,7 +40,6 @@ def layer_quality(
     plan: Plan,
     grids: Mapping[str, Grid],
     sites: Collection[Site],
-    constants: Constants,
     ranges: Ranges,
     feeds: Sequence[Feed],
     ctx: Context,
@@ -52,7 +51,7 @@ def layer_quality(
 
     The mean over feeds of decibels, so that quiet samples count like loud ones.
     """
-    shadowed, probes = _shadow(model, plan, grids, sites, constants, bits=bits, per_channel=per_channel)
+    shadowed, probes = _shadow(model, plan, grids, sites, bits=bits, per_channel=per_channel)
     session = Reference(shadowed, threads=ctx.threads, extensions=ctx.extensions)
     found: dict[str, list[float]] = {key: [] for key in probes}
     wanted = [name for pair in probes.values() for name in pair]
@@ -79,7 +78,6 @@ def _shadow(
     plan: Plan,
     grids: Mapping[str, Grid],
     sites: Collection[Site],
-    constants: Constants,
     *,
     bits: int,
     per_channel: bool,
@@ -97,7 +95,7 @@ def _shadow(
         shadow = ir.node(node.op_type, list(node.inputs), dict(node.attributes), outputs=[output])
         shadow.name = output.name
         copy.graph.insert_after(node, shadow)
-        integer_inputs(builder, plan, grids, site, shadow, constants, per_channel=per_channel)
+        integer_inputs(builder, plan, grids, site, shadow, per_channel=per_channel)
         for index in plan.inputs[site.key]:
             value = node.inputs[index]
             if value is not None:

@@ -46,8 +46,8 @@ class Builder:
         self._taken: set[str] = set()
         self._owners: dict[int, ir.Node] = {}
         self._scalars: dict[tuple[str, bytes], ir.Value] = {}
-        self._integers: dict[tuple[str, int | None, bool, float], Integers] = {}
-        self._dequantized: dict[tuple[str, int, int | None], ir.Value] = {}
+        self._integers: dict[tuple[ir.Value, int | None, bool, float], Integers] = {}
+        self._dequantized: dict[tuple[ir.Value, int, int | None], ir.Value] = {}
         self._pairs: dict[str, ir.Value] = {}
         for graph in model.graphs():
             self._taken |= {name for value in (*graph.inputs, *graph.initializers.values()) if (name := value.name)}
@@ -68,8 +68,8 @@ class Builder:
     def constant(self, wish: str, array: Array, graph: ir.Graph | None = None) -> ir.Value:
         """Add an initializer."""
         name = self.name(wish)
-        value = ir.Value(name=name, const_value=ir.tensor(array, name=name))
-        value.shape, value.dtype = ir.Shape(array.shape), value.const_value.dtype if value.const_value else None
+        tensor = ir.tensor(array, name=name)
+        value = ir.Value(name=name, type=ir.TensorType(tensor.dtype), shape=ir.Shape(array.shape), const_value=tensor)
         (graph or self.model.graph).register_initializer(value)
         return value
 
@@ -144,7 +144,7 @@ class Builder:
             transposed: Store a matrix transposed.
             factor: Put into the scales.
         """
-        key = (value.name or "", axis, transposed, factor)
+        key = (value, axis, transposed, factor)
         if key not in self._integers:
             weight = tensor.numpy()
             scales = weight_scales(weight, axis, self.bits)
@@ -168,7 +168,7 @@ class Builder:
             The value, and the signal to noise of the rounding in dB.
         """
         graph, anchor = self._place(user)
-        key = (value.name or "", id(graph), axis)
+        key = (value, id(graph), axis)
         integers = self.integers(value, tensor, axis, graph)
         if key not in self._dequantized:
             up = self.node(

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import onnx_ir as ir
-from graphopt.analyses import Constants
-from graphopt.pass_base import Change
 
+from graphopt.pass_base import Change
 from graphopt_passes.quant.builder import Builder
-from graphopt_passes.quant.sites import Site, key_of
+from graphopt_passes.quant.sites import Site, tensor_of
 from graphopt_passes.quant.weight import saved_bytes
 
 __all__ = ["OPERATORS", "quantize_dynamic", "why_not_dynamic"]
@@ -15,7 +14,7 @@ __all__ = ["OPERATORS", "quantize_dynamic", "why_not_dynamic"]
 OPERATORS = frozenset({"Gemm", "MatMul"})
 
 
-def why_not_dynamic(site: Site, node: ir.Node, constants: Constants, *, per_channel: bool) -> str:
+def why_not_dynamic(site: Site, node: ir.Node, *, per_channel: bool) -> str:
     """Reason why a site cannot be computed on dynamic integers; empty if it can."""
     weight = site.weights[0]
     if site.operator not in OPERATORS:
@@ -39,7 +38,6 @@ def quantize_dynamic(
     builder: Builder,
     node: ir.Node,
     site: Site,
-    constants: Constants,
     ranges: dict[str, tuple[ir.Value, ...]],
     *,
     per_channel: bool,
@@ -53,15 +51,14 @@ def quantize_dynamic(
         builder: Edits the model.
         node: The node.
         site: Its site.
-        constants: Constants of the model.
         ranges: What DynamicQuantizeLinear made of each activation so far; layers that read the same share it.
         per_channel: One scale for each output channel.
         why: Why static ranges were not used.
     """
     graph, weight = builder.model.graph, site.weights[0]
     source, value, output = node.inputs[0], node.inputs[1], node.outputs[0]
-    tensor = constants.tensors[weight.value]
-    if source is None or value is None:
+    tensor = tensor_of(value)
+    if source is None or value is None or tensor is None:
         raise TypeError(f"{site.name!r} has lost an input")
     transposed = site.operator == "Gemm" and weight.axis == 0
     factor = node.attributes.get_float("alpha", 1.0) if site.operator == "Gemm" else 1.0

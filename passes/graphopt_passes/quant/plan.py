@@ -16,10 +16,10 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 
 import onnx_ir as ir
-from graphopt.analyses import Constants, Shapes
-from graphopt.targets import IntegerRules
 
-from graphopt_passes.quant.sites import Site, key_of
+from graphopt.analyses import Shapes
+from graphopt.targets import IntegerRules
+from graphopt_passes.quant.sites import Site, key_of, tensor_of
 
 __all__ = ["Plan", "make_plan", "result_of"]
 
@@ -57,6 +57,18 @@ class Plan:
                 found[self.grid_of(value.name or "" if value is not None else "")] = None
         return tuple(found)
 
+    def touched(self, model: ir.Model) -> tuple[str, ...]:
+        """Names of all values that nodes on integers read or make, with or without a grid of their own."""
+        found: dict[str, None] = {}
+        for node in model.graph:
+            for index in self.inputs.get(key_of(node), ()):
+                value = node.inputs[index]
+                found[value.name or "" if value is not None else ""] = None
+            if key_of(node) in self.nodes:
+                found |= dict.fromkeys(value.name or "" for value in (*node.outputs, result_of(node)))
+        found.pop("", None)
+        return tuple(found)
+
     def grid_of(self, name: str) -> str:
         """The value whose grid a value uses."""
         while name in self.like:
@@ -67,29 +79,23 @@ class Plan:
 @dataclass(frozen=True)
 class _Facts:
     linear: Mapping[str, Site]
-    constants: Constants
     shapes: Shapes
     rules: IntegerRules
-    outputs: frozenset[str]
 
 
-def make_plan(
-    model: ir.Model, linear: Collection[Site], constants: Constants, shapes: Shapes, rules: IntegerRules
-) -> Plan:
+def make_plan(model: ir.Model, linear: Collection[Site], shapes: Shapes, rules: IntegerRules) -> Plan:
     """Plan the main graph.
 
     Args:
         model: The model.
         linear: Sites to compute on integers.
-        constants: Constants of the model.
         shapes: Types of its values.
         rules: What the target can compute on integers.
     """
-    outputs = frozenset(value.name or "" for value in model.graph.outputs)
-    facts = _Facts({site.key: site for site in linear}, constants, shapes, rules, outputs)
+    facts = _Facts({site.key: site for site in linear}, shapes, rules)
     plan = Plan()
     integer = _offer(model, facts, plan)
-    _prune(model, facts, plan, integer)
+    _prune(model, plan, integer)
     return plan
 
 
@@ -141,16 +147,16 @@ def _role(node: ir.Node, facts: _Facts) -> str | None:
         return None  # runtimes have no integer form that also returns indices
     if node.op_type in _JOINS:
         return "join"
-    return "move" if node.op_type in _MOVES and _keeps_range(node, facts) else None
+    return "move" if node.op_type in _MOVES and _keeps_range(node) else None
 
 
-def _keeps_range(node: ir.Node, facts: _Facts) -> bool:
+def _keeps_range(node: ir.Node) -> bool:
     """Padding with anything but zero, and cubic interpolation, make values outside of the input's grid."""
     if node.op_type == "Pad" and node.attributes.get_string("mode", "constant") == "constant":
         if "value" in node.attributes:
             return node.attributes.get_float("value", 0.0) == 0
         fill = node.inputs[2] if len(node.inputs) > 2 else None
-        tensor = facts.constants.of(fill)
+        tensor = tensor_of(fill)
         return fill is None or (tensor is not None and not tensor.numpy().any())
     if node.op_type == "Resize":
         return node.attributes.get_string("mode", "nearest") in ("nearest", "linear")
@@ -163,7 +169,7 @@ def _activations(node: ir.Node, role: str, facts: _Facts) -> tuple[int, ...]:
         return tuple(i for i in (0, 1) if i != facts.linear[key_of(node)].weights[0].index)
     if role == "move" or node.op_type in ("AveragePool", "GlobalAveragePool"):
         return (0,)
-    return tuple(i for i, value in enumerate(node.inputs) if value is not None and facts.constants.of(value) is None)
+    return tuple(i for i, value in enumerate(node.inputs) if value is not None and tensor_of(value) is None)
 
 
 def _all_made(node: ir.Node, role: str, inputs: tuple[int, ...], made: set[str]) -> bool:
@@ -181,7 +187,7 @@ def _is_fused(node: ir.Node, plan: Plan) -> bool:
     return producer is not None and key_of(producer) in plan.nodes and fused_activation(node.inputs[0]) is node
 
 
-def _prune(model: ir.Model, facts: _Facts, plan: Plan, made: set[str]) -> None:
+def _prune(model: ir.Model, plan: Plan, made: set[str]) -> None:
     """Give up what would make integers for nobody, from the end; then fix results and shared grids."""
     leads: set[str] = set()  # values from which a linear node on integers can be reached
     for node in reversed(model.graph):
@@ -198,7 +204,7 @@ def _prune(model: ir.Model, facts: _Facts, plan: Plan, made: set[str]) -> None:
                 if role == "move" and node.op_type not in _OWN_GRID:
                     source = node.inputs[0].name if node.inputs[0] is not None else ""
                     plan.like |= {value.name or "": source or "" for value in results}
-        if key in plan.nodes and plan.nodes[key] == "linear" or any(output.name in leads for output in outputs):
+        if plan.nodes.get(key) == "linear" or any(output.name in leads for output in outputs):
             leads |= {value.name for value in _all_inputs(node) if value.name}
     plan.results &= made
 

@@ -9,11 +9,21 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
-from graphopt.analyses import Constants
 from graphopt.errors import OptionError
 from graphopt.pass_base import Change
 
-__all__ = ["QUANTIZED_OPERATORS", "RECURRENT", "Site", "Weight", "choose", "find_sites", "key_of"]
+__all__ = [
+    "QUANTIZED_OPERATORS",
+    "RECURRENT",
+    "Site",
+    "Weight",
+    "choose",
+    "find_sites",
+    "key_of",
+    "keyed_nodes",
+    "tensor_of",
+    "unshared",
+]
 
 RECURRENT = frozenset({"GRU", "LSTM", "RNN"})
 QUANTIZED_OPERATORS = frozenset(
@@ -60,7 +70,7 @@ class Site:
     """A node with constant float weights.
 
     Attributes:
-        key: Name of its first named output; unlike node names these are unique.
+        key: Finds its node in any copy of the model, see `keyed_nodes`.
         name: Name of the node, for reports.
         operator: Operator type.
         weights: Its weights; more than one in recurrent layers.
@@ -75,21 +85,38 @@ class Site:
 
 
 def key_of(node: ir.Node) -> str:
-    """Name of the first named output of a node."""
+    """Name of the first named output of a node; unlike node names these are unique within a graph."""
     return next((output.name for output in node.outputs if output.name), "")
 
 
-def find_sites(model: ir.Model, constants: Constants) -> tuple[tuple[Site, ...], tuple[Change, ...]]:
+def keyed_nodes(model: ir.Model) -> dict[str, ir.Node]:
+    """All nodes by key: in the main graph `key_of`, in subgraphs, which may use a name twice, after their number."""
+    graphs = enumerate(model.graphs())
+    return {f"{i}/{key_of(node)}" if i else key_of(node): node for i, graph in graphs for node in graph}
+
+
+def tensor_of(value: ir.Value | None) -> ir.TensorProtocol | None:
+    """The tensor of an initializer that no caller can replace, or of a Constant node; None for all other values."""
+    if value is None or value.is_graph_input():
+        return None
+    producer = value.producer()
+    if producer is None:
+        return value.const_value if value.is_initializer() else None
+    attribute = producer.attributes.get("value") if producer.op_type == "Constant" and not producer.domain else None
+    return attribute.as_tensor() if attribute is not None and not attribute.is_ref() else None
+
+
+def find_sites(model: ir.Model) -> tuple[tuple[Site, ...], tuple[Change, ...]]:
     """Find all sites, subgraphs included, and say of the other nodes with weights why they are none."""
     sites: list[Site] = []
     skipped: list[Change] = []
-    for graph in model.graphs():
-        for node in graph:
-            found = _site(node, constants, main=graph is model.graph)
-            if isinstance(found, Site):
-                sites.append(found)
-            elif found:
-                skipped.append(Change.skipped(node.name or key_of(node), found))
+    main = set(model.graph)
+    for key, node in keyed_nodes(model).items():
+        found = _site(key, node, main=node in main)
+        if isinstance(found, Site):
+            sites.append(found)
+        elif found:
+            skipped.append(Change.skipped(node.name or key, found))
     for function in model.functions.values():
         skipped += [
             Change.skipped(f"{function.name}/{node.name}", "inside a function; inline it first")
@@ -97,6 +124,23 @@ def find_sites(model: ir.Model, constants: Constants) -> tuple[tuple[Site, ...],
             if node.op_type in _LINEAR | RECURRENT
         ]
     return tuple(sites), tuple(skipped)
+
+
+def unshared(model: ir.Model, sites: Sequence[Site]) -> tuple[tuple[Site, ...], tuple[Change, ...]]:
+    """Leave out sites whose weight something else reads as well: the float weight would have to stay."""
+    nodes = keyed_nodes(model)
+    known = {nodes[site.key] for site in sites}
+    kept: list[Site] = []
+    skipped: list[Change] = []
+    for site in sites:
+        values = [nodes[site.key].inputs[weight.index] for weight in site.weights]
+        others = [user for value in values if value is not None for user in value.consumers() if user not in known]
+        if others:
+            reason = f"its weight is shared with {others[0].name or others[0].op_type!r}, which stays in float"
+            skipped.append(Change.skipped(site.name, reason))
+        else:
+            kept.append(site)
+    return tuple(kept), tuple(skipped)
 
 
 def choose(
@@ -125,43 +169,43 @@ def choose(
     return tuple(kept), tuple(skipped)
 
 
-def _site(node: ir.Node, constants: Constants, *, main: bool) -> Site | str | None:
+def _site(key: str, node: ir.Node, *, main: bool) -> Site | str | None:
     """The site at a node, the reason why it is none, or None if it holds no weights worth a line."""
     kind = node.op_type
     if node.domain not in ("", "ai.onnx"):
-        return f"{node.domain}::{kind} is not a standard operator" if _holds_weights(node, constants) else None
+        return f"{node.domain}::{kind} is not a standard operator" if _holds_weights(node) else None
     if kind in QUANTIZED_OPERATORS:
         return "already quantized" if kind not in ("QuantizeLinear", "DequantizeLinear") else None
     if kind == "MatMul":
-        return _matmul(node, constants, main=main)
+        return _matmul(key, node, main=main)
     ports = _ports(node)
     if not ports:
-        worth = kind not in _MOVERS and _holds_weights(node, constants)
+        worth = kind not in _MOVERS and _holds_weights(node)
         return f"{kind} stays in float" if worth else None
-    if kind == "Gather" and not _is_table(node, constants):
+    if kind == "Gather" and not _is_table(node):
         return None
-    weights = tuple(_weight(node, index, axis, constants) for index, axis in ports)
-    return _join(node, weights, main=main)
+    weights = tuple(_weight(node, index, axis) for index, axis in ports)
+    return _join(key, node, weights, main=main)
 
 
-def _matmul(node: ir.Node, constants: Constants, *, main: bool) -> Site | str:
+def _matmul(key: str, node: ir.Node, *, main: bool) -> Site | str:
     """A MatMul holds its weight on the right, or on the left with the roles exchanged."""
-    if constants.of(node.inputs[1]) is None and constants.of(node.inputs[0]) is None:
+    if tensor_of(node.inputs[1]) is None and tensor_of(node.inputs[0]) is None:
         if _is_quantized(node.inputs[1]) or _is_quantized(node.inputs[0]):
             return "already quantized"
         if any(_is_replaceable(value) for value in node.inputs):
             return "its weight is also an input, which a caller may replace"
         return "both operands are computed"
-    index = 1 if constants.of(node.inputs[1]) is not None else 0
-    return _join(node, (_weight(node, index, -1 if index else -2, constants),), main=main)
+    index = 1 if tensor_of(node.inputs[1]) is not None else 0
+    return _join(key, node, (_weight(node, index, -1 if index else -2),), main=main)
 
 
-def _join(node: ir.Node, weights: tuple[Weight | str, ...], *, main: bool) -> Site | str:
+def _join(key: str, node: ir.Node, weights: tuple[Weight | str, ...], *, main: bool) -> Site | str:
     for weight in weights:
         if isinstance(weight, str):
             return weight
     kept = tuple(weight for weight in weights if isinstance(weight, Weight))
-    return Site(key_of(node), node.name or key_of(node), node.op_type, kept, main)
+    return Site(key, node.name or key, node.op_type, kept, main)
 
 
 def _ports(node: ir.Node) -> tuple[tuple[int, int], ...]:
@@ -173,9 +217,9 @@ def _ports(node: ir.Node) -> tuple[tuple[int, int], ...]:
     return {"Conv": ((1, 0),), "ConvTranspose": ((1, 1),), "Gather": ((0, -1),)}.get(node.op_type, ())
 
 
-def _weight(node: ir.Node, index: int, axis: int, constants: Constants) -> Weight | str:
+def _weight(node: ir.Node, index: int, axis: int) -> Weight | str:
     value = node.inputs[index]
-    tensor = constants.of(value)
+    tensor = tensor_of(value)
     if value is None or tensor is None:
         if _is_quantized(value):
             return "already quantized"
@@ -192,9 +236,9 @@ def _weight(node: ir.Node, index: int, axis: int, constants: Constants) -> Weigh
     return Weight(index, value.name or "", axis % len(shape), shape)
 
 
-def _is_table(node: ir.Node, constants: Constants) -> bool:
+def _is_table(node: ir.Node) -> bool:
     """An embedding: rows of a constant float matrix, looked up by number."""
-    tensor = constants.of(node.inputs[0])
+    tensor = tensor_of(node.inputs[0])
     axis = node.attributes.get_int("axis", 0)
     return tensor is not None and tensor.dtype == ir.DataType.FLOAT and len(tensor.shape) == 2 and axis == 0
 
@@ -210,6 +254,6 @@ def _is_replaceable(value: ir.Value | None) -> bool:
     return value is not None and value.is_initializer() and value.is_graph_input()
 
 
-def _holds_weights(node: ir.Node, constants: Constants) -> bool:
-    tensors = (constants.of(value) for value in node.inputs)
+def _holds_weights(node: ir.Node) -> bool:
+    tensors = (tensor_of(value) for value in node.inputs)
     return any(t is not None and t.dtype.is_floating_point() and t.size >= _REPORTED_SIZE for t in tensors)

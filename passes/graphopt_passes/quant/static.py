@@ -6,14 +6,14 @@ from collections.abc import Collection, Mapping
 
 import numpy as np
 import onnx_ir as ir
-from graphopt.analyses import Constants, Ranges
+
+from graphopt.analyses import Ranges
 from graphopt.analyses.ranges import Method
 from graphopt.targets import IntegerRules
-
 from graphopt_passes.quant._maths import Grid, activation_grid, quantize_bias
 from graphopt_passes.quant.builder import Builder
 from graphopt_passes.quant.plan import Plan
-from graphopt_passes.quant.sites import Site, key_of
+from graphopt_passes.quant.sites import Site, key_of, tensor_of
 from graphopt_passes.quant.weight import saved_bytes
 
 __all__ = ["apply_plan", "integer_inputs", "make_grids", "why_not_static"]
@@ -21,7 +21,7 @@ __all__ = ["apply_plan", "integer_inputs", "make_grids", "why_not_static"]
 _SHARE = 0.5  # a pool keeps its input's grid if its own range is at least this part of it
 
 
-def why_not_static(site: Site, node: ir.Node, constants: Constants, rules: IntegerRules, per_channel: bool) -> str:
+def why_not_static(site: Site, node: ir.Node, rules: IntegerRules, per_channel: bool) -> str:
     """Reason why a site cannot be computed on static integers; empty if it can."""
     weight = site.weights[0]
     if not site.main:
@@ -30,7 +30,7 @@ def why_not_static(site: Site, node: ir.Node, constants: Constants, rules: Integ
         return f"{site.operator} has no integer form on the target"
     if site.operator == "MatMul" and (weight.index == 0 or len(weight.shape) > 2):
         return "its weight is no matrix on the right"
-    bias = _bias(node, site, constants)
+    bias = _bias(node, site)
     if (
         saved_bytes(weight, per_channel=per_channel, bias=bias.size if bias is not None else 0) <= 0
         and not rules.static_only
@@ -73,7 +73,6 @@ def apply_plan(
     plan: Plan,
     grids: Mapping[str, Grid],
     sites: Collection[Site],
-    constants: Constants,
     *,
     per_channel: bool,
 ) -> dict[str, float]:
@@ -87,7 +86,7 @@ def apply_plan(
         if key not in plan.nodes:
             continue
         if key in by_key:
-            quality[key] = integer_inputs(builder, plan, grids, by_key[key], node, constants, per_channel=per_channel)
+            quality[key] = integer_inputs(builder, plan, grids, by_key[key], node, per_channel=per_channel)
         for index in plan.inputs[key]:
             value = node.inputs[index]
             if value is not None:
@@ -107,20 +106,20 @@ def integer_inputs(
     grids: Mapping[str, Grid],
     site: Site,
     node: ir.Node,
-    constants: Constants,
     *,
     per_channel: bool,
 ) -> float:
     """Replace weight and bias of a linear node by integers behind DequantizeLinear; returns the weight's dB."""
     weight = site.weights[0]
-    value, tensor = node.inputs[weight.index], constants.tensors[weight.value]
-    if value is None:
+    value = node.inputs[weight.index]
+    tensor = tensor_of(value)
+    if value is None or tensor is None:
         raise TypeError(f"{site.name!r} has lost its weight")
     axis = weight.axis if per_channel else None
     dequantized, quality = builder.dequantized(value, tensor, axis, node)
     node.replace_input_with(weight.index, dequantized)
     builder.discard(value)
-    bias = _bias(node, site, constants)
+    bias = _bias(node, site)
     if bias is not None:
         source = node.inputs[plan.inputs[site.key][0]]
         grid = grids[plan.grid_of(source.name or "" if source is not None else "")]
@@ -128,11 +127,11 @@ def integer_inputs(
     return quality
 
 
-def _bias(node: ir.Node, site: Site, constants: Constants) -> ir.TensorProtocol | None:
+def _bias(node: ir.Node, site: Site) -> ir.TensorProtocol | None:
     """Constant bias [C] of a Conv, or of a Gemm that adds it unscaled."""
     if site.operator not in ("Conv", "ConvTranspose", "Gemm") or len(node.inputs) < 3:
         return None
-    tensor = constants.of(node.inputs[2])
+    tensor = tensor_of(node.inputs[2])
     if tensor is None or tensor.dtype != ir.DataType.FLOAT or len(tensor.shape) != 1:
         return None
     factors = (node.attributes.get_float(name, 1.0) for name in ("alpha", "beta"))

@@ -6,11 +6,10 @@ import math
 from collections.abc import Sequence
 
 import onnx_ir as ir
-from graphopt.analyses import Constants
-from graphopt.pass_base import Change
 
+from graphopt.pass_base import Change
 from graphopt_passes.quant.builder import Builder
-from graphopt_passes.quant.sites import Site, Weight, key_of
+from graphopt_passes.quant.sites import Site, Weight, keyed_nodes, tensor_of
 
 __all__ = ["quantize_weights", "saved_bytes"]
 
@@ -28,28 +27,24 @@ def saved_bytes(weight: Weight, *, per_channel: bool, bias: int = 0) -> int:
     return saved - (4 * (bias if per_channel else 1) + names if bias else 0)
 
 
-def quantize_weights(
-    builder: Builder, sites: Sequence[tuple[Site, str]], constants: Constants, *, per_channel: bool
-) -> list[Change]:
+def quantize_weights(builder: Builder, sites: Sequence[tuple[Site, str]], *, per_channel: bool) -> list[Change]:
     """Replace the weights of sites by int8 behind DequantizeLinear.
 
     Args:
         builder: Edits the model.
         sites: Sites, each with the reason why it is not computed on integers, empty if none was asked for.
-        constants: Constants of the model.
         per_channel: One scale for each output channel.
     """
-    nodes = {key_of(node): node for graph in builder.model.graphs() for node in graph}
-    return [_quantize_site(builder, nodes[site.key], site, why, constants, per_channel) for site, why in sites]
+    nodes = keyed_nodes(builder.model)
+    return [_quantize_site(builder, nodes[site.key], site, why, per_channel) for site, why in sites]
 
 
-def _quantize_site(
-    builder: Builder, node: ir.Node, site: Site, why: str, constants: Constants, per_channel: bool
-) -> Change:
+def _quantize_site(builder: Builder, node: ir.Node, site: Site, why: str, per_channel: bool) -> Change:
     done, worst = 0, math.inf
     for weight in site.weights:
-        value, tensor = node.inputs[weight.index], constants.tensors[weight.value]
-        if value is None or saved_bytes(weight, per_channel=per_channel) <= 0:
+        value = node.inputs[weight.index]
+        tensor = tensor_of(value)
+        if value is None or tensor is None or saved_bytes(weight, per_channel=per_channel) <= 0:
             continue
         axis = weight.axis if per_channel else None
         if site.operator == "Gather" and all(user.op_type == "Gather" for user in value.consumers()):

@@ -1,0 +1,153 @@
+"""Run the parts of a bundle in this process, or hand the compiled ones to a runner program."""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.util
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+
+from graphopt.errors import BackendError, DataError
+from graphopt.reference import Feed, Reference
+from graphopt_backends._plan import Part, Plan, read_plan
+from graphopt_backends._tensors import read_tensors, write_tensors
+
+__all__ = ["Step", "in_process", "load_steps", "run_plan", "through_program"]
+
+Array = np.ndarray[Any, np.dtype[Any]]
+Step = Callable[[Sequence[Mapping[str, Array]]], Sequence[Feed]]
+"""A part ready to run: values by name, one mapping a feed; returns the values it makes."""
+
+_ALIGN = 64
+_CPU, _POOLED = 1, 2
+_pool = threading.local()  # threads of the runtime's pool, which is one for each thread of this process
+
+
+def run_plan(plan: Plan, steps: Sequence[Step], feeds: Sequence[Feed]) -> list[Feed]:
+    """Run all parts over all feeds, part by part.
+
+    Raises:
+        DataError: A feed lacks an input, or has another type or shape than the model was compiled for.
+    """
+    values: list[dict[str, Array]] = [_checked(plan, feed) for feed in feeds]
+    for step in steps:
+        for held, made in zip(values, step(values), strict=True):
+            held.update(made)
+    return [{spec.name: held[spec.name] for spec in plan.outputs} for held in values]
+
+
+def in_process(part: Part, folder: Path, threads: int) -> Step:
+    """Load a part into this process.
+
+    Raises:
+        BackendError: The library cannot be loaded.
+    """
+    if part.engine == "onnxruntime":
+        return _reference_step(part, folder, threads)
+    return _library_step(part, folder, threads)
+
+
+def through_program(part: Part, folder: Path, threads: int, command: Sequence[str]) -> Step:
+    """Run a part with the bundle's runner, started by `command`; ONNX Runtime's parts run in this process."""
+    if part.engine == "onnxruntime":
+        return _reference_step(part, folder, threads)
+
+    def step(feeds: Sequence[Mapping[str, Array]]) -> Sequence[Feed]:
+        with tempfile.TemporaryDirectory(prefix="graphopt-") as scratch:
+            source, result = Path(scratch) / "inputs.tensors", Path(scratch) / "outputs.tensors"
+            write_tensors(source, ((name, feed[name]) for feed in feeds for name in part.inputs))
+            words = [*command, str(folder / part.file), str(source), str(result), "--threads", str(max(threads, 1))]
+            if part.weights:
+                words += ["--weights", str(folder / part.weights)]
+            done = subprocess.run(words, capture_output=True, text=True, errors="replace", check=False)
+            if done.returncode:
+                lines = done.stderr.strip().splitlines()
+                told = lines[-1] if lines else f"exit code {done.returncode}"
+                raise BackendError(str(folder / part.file), f"the runner failed: {told[:200]}")
+            arrays = [np.array(array) for _, array in read_tensors(result)]
+        count = len(part.outputs)
+        rows = [arrays[i : i + count] for i in range(0, len(arrays), count)]
+        return [dict(zip(part.outputs, row, strict=True)) for row in rows]
+
+    return step
+
+
+def _checked(plan: Plan, feed: Feed) -> dict[str, Array]:
+    for spec in plan.inputs:
+        array = feed.get(spec.name)
+        if array is None:
+            raise DataError(f"input {spec.name!r}", "is missing from the feed")
+        if str(array.dtype) != spec.dtype:
+            raise DataError(f"input {spec.name!r}", f"is {array.dtype}, the compiled model takes {spec.dtype}")
+        if spec.shape is not None and array.shape != spec.shape:
+            fact = f"has shape {array.shape}, the model was compiled for {spec.shape}"
+            raise DataError(f"input {spec.name!r}", fact, "compile with other sizes: --dim or --shape")
+    return {spec.name: feed[spec.name] for spec in plan.inputs}
+
+
+def _reference_step(part: Part, folder: Path, threads: int) -> Step:
+    session = Reference(folder / part.file, threads=threads)
+
+    def step(feeds: Sequence[Mapping[str, Array]]) -> Sequence[Feed]:
+        return [session.run(feed, part.outputs) for feed in feeds]
+
+    return step
+
+
+def _library_step(part: Part, folder: Path, threads: int) -> Step:
+    ffi = _load_runtime()
+    path = folder / part.file
+    try:
+        machine = ffi.load_module(str(path))["vm_load_executable"]()
+        machine["vm_initialization"](_CPU, 0, _POOLED)
+        main = machine["main"]
+    except Exception as e:  # the runtime raises its own untyped errors
+        raise BackendError(str(path), f"cannot be loaded: {str(e).strip().splitlines()[-1][:200]}") from e
+    weights = [_lend(ffi, array) for _, array in read_tensors(folder / part.weights)] if part.weights else []
+
+    def run(feed: Mapping[str, Array]) -> Feed:
+        if getattr(_pool, "threads", None) != max(threads, 1):
+            ffi.get_global_func("runtime.config_threadpool")(1, max(threads, 1))
+            _pool.threads = max(threads, 1)
+        made = main(*(_lend(ffi, feed[name]) for name in part.inputs), *weights)
+        results = [made] if hasattr(made, "__dlpack__") else list(made)
+        return {name: np.array(np.from_dlpack(value)) for name, value in zip(part.outputs, results, strict=True)}
+
+    return lambda feeds: [run(feed) for feed in feeds]
+
+
+def _load_runtime() -> Any:
+    """Load TVM's runtime without its compiler; where the compiler is loaded, its runtime serves."""
+    import tvm_ffi
+
+    if "tvm" not in sys.modules:
+        spec = importlib.util.find_spec("tvm")
+        if spec is None or not spec.submodule_search_locations:
+            raise BackendError("apache-tvm", "not installed", "pip install graphopt")
+        library = Path(next(iter(spec.submodule_search_locations))) / "lib" / "libtvm_runtime.so"
+        ctypes.CDLL(str(library), ctypes.RTLD_GLOBAL)
+    return tvm_ffi
+
+
+def _lend(ffi: Any, array: Array) -> Any:
+    """Hand an array to the runtime, which wants vectors aligned; a copy is made only where it is not."""
+    ready = array
+    if not array.flags.c_contiguous or not array.flags.writeable or cast("int", array.ctypes.data) % _ALIGN:
+        room = np.empty(array.nbytes + _ALIGN, np.uint8)
+        start = -cast("int", room.ctypes.data) % _ALIGN
+        ready = room[start : start + array.nbytes].view(array.dtype).reshape(array.shape)
+        ready[...] = array
+    return ffi.from_dlpack(ready)
+
+
+def load_steps(folder: Path, make: Callable[[Part], Step]) -> tuple[Plan, list[Step]]:
+    """Read the plan of a bundle and make every part ready."""
+    plan = read_plan(folder)
+    return plan, [make(part) for part in plan.parts]

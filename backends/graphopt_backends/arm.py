@@ -1,0 +1,102 @@
+"""64-bit ARM CPUs: libraries made by TVM and LLVM, run under qemu on other machines."""
+
+from __future__ import annotations
+
+import functools
+import shutil
+import subprocess
+from collections.abc import Sequence
+from pathlib import Path
+from typing import ClassVar, Literal
+
+from graphopt.backend_base import Finding, Obtained
+from graphopt.errors import BackendError
+from graphopt.targets import IntegerRules, Isa, Target, host_machine
+from graphopt_backends._cpu import CpuBackend, isa_of
+from graphopt_backends._doctor import cached, linkers, tvm_works
+from graphopt_backends._plan import Part
+from graphopt_backends._session import Step, in_process, through_program
+
+__all__ = ["TARGETS", "ArmBackend"]
+
+_MACHINE = "aarch64"
+_TRIPLE = "aarch64-linux-gnu"
+_EMULATORS = ("qemu-aarch64-static", "qemu-aarch64")
+_ROOTS = (Path("/usr/aarch64-linux-gnu"), Path("/usr/aarch64-linux-gnu/sys-root"))
+_QEMU_HINT = "apt-get install qemu-user-static g++-aarch64-linux-gnu"
+
+
+def _target(
+    device: str, summary: str, *, dot: Literal["none", "sdot"] = "none", cores: int = 4, default: bool = False
+) -> Target:
+    features = ("+neon", "+v8.2a", "+dotprod") if dot == "sdot" else ("+neon",)
+    isa = Isa(name=device, triple=_TRIPLE, cpu=device, features=features, dot=dot, cores=cores)
+    return Target(
+        name="arm", device=device, backend="arm", summary=summary, default=default, round_to=8, isa=isa,
+        integers=IntegerRules(activation="int8"),
+    )  # fmt: skip
+
+
+TARGETS = (
+    _target("cortex-a76", "Armv8.2 with dot products: Raspberry Pi 5, Snapdragon 855", dot="sdot", default=True),
+    _target("cortex-a53", "Armv8.0: Raspberry Pi 3, many cameras"),
+    _target("cortex-a55", "Armv8.2 with dot products: small cores of phones", dot="sdot"),
+    _target("cortex-a72", "Armv8.0: Raspberry Pi 4"),
+    _target("cortex-a78", "Armv8.2 with dot products: Jetson Orin, phones", dot="sdot", cores=6),
+    _target("neoverse-n1", "Armv8.2 with dot products: servers", dot="sdot", cores=8),
+)
+
+
+class ArmBackend(CpuBackend):
+    """Runs libraries in this process on an ARM machine, elsewhere under qemu."""
+
+    name: ClassVar[str] = "arm"
+
+    def how(self, target: Target) -> Obtained:  # noqa: ARG002
+        """Executed on ARM, emulated where there is qemu, else compiled only."""
+        if host_machine() == _MACHINE:
+            return "executed"
+        return "emulated" if _emulator() and _root() else "compiled only"
+
+    def step(self, part: Part, folder: Path, target: Target, threads: int) -> Step:
+        """Load a part here, or start it under qemu."""
+        if host_machine() == _MACHINE:
+            return in_process(part, folder, threads)
+        emulator, root = _emulator(), _root()
+        if emulator is None:
+            raise BackendError(f"target {target}", "compiled only: qemu-aarch64 not found", _QEMU_HINT)
+        if root is None:
+            raise BackendError(f"target {target}", "compiled only: no aarch64 libraries for qemu", _QEMU_HINT)
+        cpu = _emulated_cpu(emulator, isa_of(target).name)
+        command = [emulator, "-cpu", cpu, "-L", str(root), str(folder / "run")]
+        return through_program(part, folder, threads, command)
+
+    def doctor(self, cache: Path) -> Sequence[Finding]:
+        """Say what links, what emulates, and whether the runtime is in the cache."""
+        isa = isa_of(TARGETS[0])
+        emulator = _emulator()
+        qemu = Finding("qemu-aarch64", emulator or "missing: arm is compiled only", bool(emulator), _QEMU_HINT)
+        if host_machine() == _MACHINE:
+            qemu = Finding("qemu-aarch64", "not needed: this machine is aarch64")
+        elif emulator and _root() is None:
+            qemu = Finding("qemu-aarch64", f"{emulator}, but no aarch64 libraries to run with", ok=False, hint=_QEMU_HINT)
+        return (*tvm_works(), *linkers(isa, "arm"), qemu, cached(isa, "arm", cache))
+
+
+def _emulator() -> str | None:
+    return next((path for name in _EMULATORS if (path := shutil.which(name))), None)
+
+
+def _root() -> Path | None:
+    """Folder with the dynamic linker and C++ library of an aarch64 system."""
+    for root in _ROOTS:
+        if (root / "lib" / "ld-linux-aarch64.so.1").exists() and (root / "lib" / "libstdc++.so.6").exists():
+            return root
+    return None
+
+
+@functools.cache
+def _emulated_cpu(emulator: str, name: str) -> str:
+    """The CPU by name, so that an instruction it lacks is an error; everything (`max`) where qemu does not know it."""
+    done = subprocess.run([emulator, "-cpu", "help"], capture_output=True, text=True, check=False)
+    return name if name in done.stdout.split() else "max"

@@ -1,0 +1,95 @@
+"""x86-64 CPUs: libraries made by TVM and LLVM, run in this process where the CPU has the instructions."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import ClassVar
+
+from graphopt.backend_base import Finding, Obtained
+from graphopt.errors import BackendError
+from graphopt.targets import IntegerRules, Isa, Target, host_features, host_machine
+from graphopt_backends._cpu import CpuBackend, isa_of
+from graphopt_backends._doctor import linkers, tvm_works
+from graphopt_backends._plan import Part
+from graphopt_backends._session import Step, in_process
+
+__all__ = ["TARGETS", "X86Backend"]
+
+_MACHINE = "x86_64"
+_TRIPLE = "x86_64-linux-gnu"
+_AVX2 = ("+avx2", "+fma", "+f16c", "+bmi", "+bmi2", "+lzcnt", "+movbe")
+_AVX512 = (*_AVX2, "+avx512f", "+avx512bw", "+avx512cd", "+avx512dq", "+avx512vl")
+_AS_LINUX_SAYS = {"lzcnt": "abm", "bmi": "bmi1", "avx512vnni": "avx512_vnni", "avxvnni": "avx_vnni"}
+"""LLVM features that /proc/cpuinfo spells in another way."""
+
+_CPUS = {
+    "avx2": Isa(name="avx2", triple=_TRIPLE, cpu="x86-64", features=_AVX2, vector_bits=256, registers=16),
+    "avx512": Isa(name="avx512", triple=_TRIPLE, cpu="x86-64", features=_AVX512, vector_bits=512, registers=32),
+    "avx512-vnni": Isa(
+        name="avx512-vnni", triple=_TRIPLE, cpu="x86-64", features=(*_AVX512, "+avx512vnni"), vector_bits=512,
+        registers=32, dot="vnni",
+    ),
+}  # fmt: skip
+_BASELINE = Isa(name="x86-64", triple=_TRIPLE, cpu="x86-64", vector_bits=128, registers=16)
+
+
+def _native() -> Isa:
+    """The richest description that this machine can run."""
+    fits = [isa for isa in _CPUS.values() if not _lacks(isa)]
+    return fits[-1] if fits else _BASELINE
+
+
+def _lacks(isa: Isa) -> tuple[str, ...]:
+    """Features of a CPU that this machine has not."""
+    if host_machine() != isa.machine:
+        return (isa.machine,)
+    have = host_features()
+    wanted = (feature.lstrip("+") for feature in isa.features if feature.startswith("+"))
+    return tuple(name for name in wanted if _AS_LINUX_SAYS.get(name, name) not in have)
+
+
+def _target(device: str, isa: Isa, summary: str, *, default: bool = False) -> Target:
+    # see ort.py: ONNX Runtime, which runs model.onnx on the same CPU, saturates without a dot-product instruction
+    integers = IntegerRules(weight_bits=8 if isa.dot != "none" else 7)
+    return Target(
+        name="x86", device=device, backend="x86", summary=summary, default=default, round_to=isa.vector_bits // 32,
+        isa=isa, integers=integers,
+    )  # fmt: skip
+
+
+def _targets() -> tuple[Target, ...]:
+    native = _native()
+    return (
+        _target("native", native, f"this machine's CPU ({native.name})", default=True),
+        _target("avx2", _CPUS["avx2"], "x86-64 with AVX2 and FMA (2013 on)"),
+        _target("avx512", _CPUS["avx512"], "x86-64 with AVX-512"),
+        _target("avx512-vnni", _CPUS["avx512-vnni"], "x86-64 with AVX-512 and integer dot products"),
+    )
+
+
+TARGETS = _targets()
+
+
+class X86Backend(CpuBackend):
+    """Runs libraries in this process."""
+
+    name: ClassVar[str] = "x86"
+
+    def how(self, target: Target) -> Obtained:
+        """Executed where this machine has the instructions."""
+        return "compiled only" if _lacks(isa_of(target)) else "executed"
+
+    def step(self, part: Part, folder: Path, target: Target, threads: int) -> Step:
+        """Load a part into this process."""
+        lacking = _lacks(isa_of(target))
+        if lacking:
+            fact = f"this machine lacks {', '.join(lacking)}"
+            raise BackendError(f"target {target}", fact, "run the bundle on a machine that has it")
+        return in_process(part, folder, threads)
+
+    def doctor(self, cache: Path) -> Sequence[Finding]:  # noqa: ARG002
+        """Say whether TVM works, what links, and what this CPU can run."""
+        native = _native()
+        cpu = native.name if host_machine() == _MACHINE else f"{host_machine()}: x86 is compiled only"
+        return (*tvm_works(), *linkers(_CPUS["avx2"], "x86"), Finding("x86 CPU", cpu))

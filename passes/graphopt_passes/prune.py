@@ -1,0 +1,166 @@
+"""Structured pruning: channels leave the model, with everything that depends on them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import ClassVar, Literal
+
+import numpy as np
+import onnx_ir as ir
+
+from graphopt.analyses import CHANNEL_GROUPS, CONSTANTS, COST, ChannelGroup, ChannelGroups, Cost
+from graphopt.errors import OptionError, nearest
+from graphopt.options import opt
+from graphopt.pass_base import Change, Context, Pass, PassResult
+from graphopt_passes._prune_budget import Budget, ladder, plan_global, plan_uniform, step_of
+from graphopt_passes._prune_criteria import scores
+from graphopt_passes._prune_removal import remove
+
+__all__ = ["Prune"]
+
+
+@dataclass(frozen=True)
+class _Layers:
+    """Names and operators of the nodes that make channels, for globs and reports."""
+
+    operators: dict[str, str]
+
+    def match(self, name: str, globs: Sequence[str]) -> bool:
+        return any(fnmatchcase(name, glob) or fnmatchcase(self.operators.get(name, ""), glob) for glob in globs)
+
+    def unmatched(self, globs: Sequence[str]) -> str | None:
+        return next((glob for glob in globs if not any(self.match(name, (glob,)) for name in self.operators)), None)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prune(Pass):
+    """Remove the channels that matter least, with everything that depends on them.
+
+    Channels are removed physically: from the weights that make them, the biases, batch norms and slopes that follow
+    them, the layers that read them, residual partners and depthwise filters, and from every shape that the graph
+    states. Inputs and outputs of the model keep their shapes.
+
+    Refused, and reported with the node that stands in the way: channels that reach an input, an output, a subgraph or
+    an operator that looks across channels, and weights that are not constant.
+    """
+
+    name: ClassVar[str] = "prune"
+    lossy: ClassVar[bool] = True
+
+    ratio: float = opt(0.3, help="fraction removed, of what `of` names", ge=0, lt=1)
+    of: Literal["macs", "params", "bytes"] = opt("macs", help="what `ratio` is a fraction of")
+    criterion: Literal["l2", "l1", "bn-scale", "random", "taylor"] = opt("l2", help="how channels are judged")
+    scope: Literal["uniform", "global"] = opt(
+        "uniform", help="the same fraction from every layer, or more where channels matter less"
+    )
+    round_to: int = opt(0, help="kept channels are a multiple of this; 0: what the target likes", ge=0)
+    only: tuple[str, ...] = opt((), help="layers to prune: names or operators, with wildcards; none: all")
+    skip: tuple[str, ...] = opt((), help="layers to leave alone: names or operators, with wildcards")
+
+    def requires(self, model: ir.Model, ctx: Context) -> None:
+        """Check the options that depend on the model.
+
+        Raises:
+            OptionError: The criterion needs gradients, or a wildcard fits no layer.
+        """
+        if self.criterion == "taylor":
+            raise OptionError("prune.criterion", "taylor needs gradients, not available yet", "use l2")
+        groups = ctx.fact(CHANNEL_GROUPS)
+        layers = _layers(model, groups)
+        for option, globs in (("only", self.only), ("skip", self.skip)):
+            glob = layers.unmatched(globs)
+            if glob is not None:
+                known = {*layers.operators, *layers.operators.values()}
+                raise OptionError(f"prune.{option}", f"{glob!r} fits no layer that makes channels", nearest(glob, known))
+
+    def run(self, model: ir.Model, ctx: Context) -> PassResult:
+        """Choose units within the budget and remove them."""
+        groups, before = ctx.fact(CHANNEL_GROUPS), ctx.fact(COST)
+        chosen, reasons = self._candidates(model, groups, ctx)
+        budget = Budget(model, before, ctx.fact(CONSTANTS), chosen, self.of)
+        worth = [scores(model, ctx.fact(CONSTANTS), group, self.criterion, ctx.rng) for group in chosen]
+        removed = self._plan(budget, chosen, worth, ctx)
+        lost = [np.sort(np.argsort(w, kind="stable")[:n]) for w, n in zip(worth, removed, strict=True)]
+        removals = [(group, units) for group, units in zip(chosen, lost, strict=True) if len(units)]
+        remove(model, groups, [(group, units.tolist()) for group, units in removals])
+        if removals:
+            ctx.drop_facts()
+        after = ctx.fact(COST)
+        taken = {id(group): len(units) for group, units in removals}
+        changes = [_change(group, taken.get(id(group), 0), reasons.get(id(group)), before, after) for group in groups.groups]
+        changes += [Change.skipped(name, reason) for name, reason in groups.elsewhere.items()]
+        return PassResult(bool(removals), tuple(changes), metrics=self._metrics(before, after))
+
+    def _candidates(
+        self, model: ir.Model, groups: ChannelGroups, ctx: Context
+    ) -> tuple[list[ChannelGroup], dict[int, str]]:
+        """Groups that may lose units, and by identity why the others may not."""
+        layers, chosen, reasons = _layers(model, groups), list[ChannelGroup](), dict[int, str]()
+        for group in groups.groups:
+            reason = group.pin
+            if reason is None and self.only and not any(layers.match(name, self.only) for name in group.producers):
+                reason = "not in prune.only"
+            if reason is None and (name := next((n for n in group.producers if layers.match(n, self.skip)), None)):
+                reason = f"prune.skip names {name!r}"
+            if reason is None and len(self._ladder(group, ctx)) == 1:
+                reason = f"{group.units} channels are too few to remove any"
+            if reason is None:
+                chosen.append(group)
+            else:
+                reasons[id(group)] = reason
+        return chosen, reasons
+
+    def _ladder(self, group: ChannelGroup, ctx: Context) -> list[int]:
+        return ladder(group.units, step_of(group.units, self.round_to, ctx.target.round_to))
+
+    def _plan(
+        self, budget: Budget, groups: Sequence[ChannelGroup], worth: Sequence[np.ndarray], ctx: Context
+    ) -> list[int]:
+        if not groups or not self.ratio:
+            return [0] * len(groups)
+        ladders, target = [self._ladder(group, ctx) for group in groups], budget.whole * (1 - self.ratio)
+        if self.scope == "global":
+            return plan_global(budget, ladders, [np.sort(w) for w in worth], target)
+        return plan_uniform(budget, ladders, [group.units for group in groups], target)
+
+    def _metrics(self, before: Cost, after: Cost) -> dict[str, int | float | str | bool]:
+        amounts = {
+            "macs": (before.macs, after.macs),
+            "params": (before.params, after.params),
+            "bytes": (before.weight_bytes, after.weight_bytes),
+        }
+        metrics: dict[str, int | float | str | bool] = {"of": self.of, "ratio": self.ratio}
+        for name, (old, new) in amounts.items():
+            metrics |= {f"{name}_before": old, f"{name}_after": new}
+        old, new = amounts[self.of]
+        return metrics | {"achieved": round(1 - new / old, 6) if old else 0.0}
+
+
+def _layers(model: ir.Model, groups: ChannelGroups) -> _Layers:
+    producers = {name for group in groups.groups for name in group.producers}
+    names = {node.name or f"{node.op_type}_{i}": node.op_type for i, node in enumerate(model.graph)}
+    return _Layers({name: operator for name, operator in names.items() if name in producers})
+
+
+def _change(group: ChannelGroup, lost: int, reason: str | None, before: Cost, after: Cost) -> Change:
+    if reason is not None:
+        return Change.skipped(group.name, reason)
+    if not lost:
+        return Change.skipped(group.name, "the ratio is met without it")
+
+    def macs(cost: Cost) -> int:
+        return sum(cost.nodes[name].macs or 0 for name in group.producers if name in cost.nodes)
+
+    return Change(
+        group.name,
+        f"removed {lost} of {group.units} channels",
+        details={
+            "channels_before": group.units,
+            "channels_after": group.units - lost,
+            "layers": len(group.producers),
+            "macs_before": macs(before),
+            "macs_after": macs(after),
+        },
+    )
