@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from graphopt.markers import hookimpl as hookimpl
 
     load = Bundle.open
+    __version__: str
 
 __all__ = ["Bundle", "ExitCode", "GraphoptError", "Limits", "Result", "__version__", "hookimpl", "load", "optimize"]
 

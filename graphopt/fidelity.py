@@ -9,17 +9,15 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-import tempfile
-from collections.abc import Generator, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from graphopt.errors import GraphoptError, ModelError
-from graphopt.reference import Feed, Reference
+from graphopt.errors import ModelError
+from graphopt.session import Feed, FeedFolder
 
 __all__ = ["FeedFolder", "OutputFidelity", "compare", "free_memory", "needed_memory", "run_apart"]
 
@@ -54,34 +52,6 @@ class OutputFidelity:
     nan: bool = False
 
 
-class FeedFolder:
-    """Arrays of many runs, inputs or outputs, in one file a run, so that child processes can share them."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-
-    def __len__(self) -> int:
-        return len(list(self.folder.iterdir()))
-
-    def __iter__(self) -> Iterator[Feed]:
-        return (_load(path) for path in sorted(self.folder.iterdir()))
-
-    def write(self, index: int, feed: Feed) -> None:
-        """Write one run."""
-        arrays: dict[str, Any] = {f"a{i}": value for i, value in enumerate(feed.values())}
-        np.savez(self.folder / f"{index:07}.npz", names=np.array(list(feed), dtype=np.str_), **arrays)
-
-    @classmethod
-    @contextmanager
-    def temporary(cls, feeds: Iterable[Feed] = ()) -> Generator[FeedFolder]:
-        """Make a folder that is removed at the end, and write `feeds` to it."""
-        with tempfile.TemporaryDirectory(prefix="graphopt-") as name:
-            folder = cls(Path(name))
-            for i, feed in enumerate(feeds):
-                folder.write(i, feed)
-            yield folder
-
-
 def run_apart(
     model: Path,
     feeds: FeedFolder,
@@ -104,7 +74,7 @@ def run_apart(
         "optimize": optimize,
         "extensions": list(extensions),
     }
-    command = [sys.executable, "-m", "graphopt.fidelity", json.dumps(job)]
+    command = [sys.executable, "-m", "graphopt.session", json.dumps(job)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode < 0:
         raise ModelError(model.name, f"ONNX Runtime died with signal {-done.returncode} on it")
@@ -187,24 +157,3 @@ class _Sums:
             top1_agreement=100 * self.same / self.rows if self.classes and self.rows else None,
             nan=self.nan,
         )
-
-
-def _load(path: Path) -> Feed:
-    with np.load(path, allow_pickle=False) as npz:
-        return {str(name): npz[f"a{i}"] for i, name in enumerate(npz["names"])}
-
-
-def _child(job: dict[str, Any]) -> None:
-    model = Reference(
-        Path(job["model"]), threads=job["threads"], optimize=job["optimize"], extensions=job["extensions"]
-    )
-    outputs = FeedFolder(Path(job["outputs"]))
-    for i, feed in enumerate(FeedFolder(Path(job["feeds"]))):
-        outputs.write(i, model.run(feed))
-
-
-if __name__ == "__main__":
-    try:
-        _child(json.loads(sys.argv[1]))
-    except GraphoptError as e:
-        sys.exit(f"{e.fact}")

@@ -64,17 +64,17 @@ def run_pipeline(
     for number, step in enumerate(passes):
         ctx.rng = np.random.default_rng(_stream(seed, number, step))
         for instrument in instruments:
-            instrument.before_pass(step, ctx.model, ctx)
+            instrument.before_pass(step.step(), ctx.model, ctx)
         try:
             run = run_pass(step, ctx, check=check)
         except GraphoptError as e:
             for instrument in instruments:
-                instrument.failed(step, e)
+                instrument.failed(step.step(), e)
             if isinstance(e, PassError) and len(passes) > 1:
                 e.subject = f"{e.subject} (step {number + 1} of {len(passes)})"
             raise
         for instrument in instruments:
-            instrument.after_pass(step, ctx.model, ctx, run.result)
+            instrument.after_pass(step.step(), ctx.model, ctx, run.result)
         yield run
 
 

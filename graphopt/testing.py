@@ -52,7 +52,7 @@ def check_pass(
 
     Checked: options print back to themselves; `modified` tells the truth; the graph stays valid ONNX with its
     interface; a lossless pass keeps the outputs; the result runs in ONNX Runtime and returns what shapes and types it
-    did; skipped sites carry reasons; a second run gives the same bytes; the pass itself is left unchanged.
+    did; skipped sites carry reasons; a second run gives the same bytes.
 
     Args:
         step: The pass with its options.
@@ -74,18 +74,12 @@ def check_pass(
     results: list[PassResult] = []
     contexts: list[Context] = []
     for _ in range(2):
-        ctx = Context(
-            model=original.clone(), target=target, calibration=calibration, binding=binding or ShapeBinding()
-        )
-        before = dataclasses.replace(step)
+        ctx = Context(model=original.clone(), target=target, calibration=calibration, binding=binding or ShapeBinding())
         results.append(run_pass(step, ctx).result)
         contexts.append(ctx)
-        _require(step == before, "a pass keeps nothing on itself: its fields changed while it ran")
     result, ctx = results[0], contexts[0]
     _require(results[1] == result, "two runs on the same model report the same changes")
-    _require(
-        model_bytes(ctx.model) == model_bytes(contexts[1].model), "two runs on the same model give the same bytes"
-    )
+    _require(model_bytes(ctx.model) == model_bytes(contexts[1].model), "two runs on the same model give the same bytes")
     for change in result.changes:
         skipped = change.action.startswith("skipped: ")
         _require(skipped != change.done, f"{change.site}: a site left alone says 'skipped: ' and why, a done one not")

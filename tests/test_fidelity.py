@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 from graphopt.errors import ModelError
-from graphopt.fidelity import FeedFolder, compare, run_apart
+from graphopt.fidelity import compare, run_apart
 from graphopt.reference import Reference
+from graphopt.session import FeedFolder
 
 
 def test_equal_outputs_have_infinite_sqnr_and_full_agreement() -> None:

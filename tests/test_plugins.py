@@ -118,44 +118,28 @@ result = {
     assert result["default for ort"] is None
 
 
-@pytest.mark.parametrize(
-    ("arguments", "environment"),
-    [
-        ((), "none"),
-        ((), "other-graphopt"),
-        (("--no-plugin", "acme-graphopt"), None),
-        (("--no-plugin", "Acme_Graphopt"), None),
-    ],
-)
-def test_a_plugin_can_be_left_out(plugins: Install, arguments: Sequence[str], environment: str | None) -> None:
-    env = plugins("acme_graphopt", "argument_graphopt")
-    if environment == "other-graphopt":
-        env = plugins("acme_graphopt", "clash_graphopt")
-        code = "result = [p.name for p in load_plugins(only=['clash-graphopt'], disable=['clash-graphopt']).plugins]"
-        assert set(python(code, env)) == {"graphopt"}
-        return
-    if environment:
-        code = "result = [p.name for p in load_plugins().plugins]"
-        assert set(python(code, {**env, "GRAPHOPT_PLUGINS": environment})) == {"graphopt"}
-        return
-    code = f"result = [p.name for p in load_plugins(disable=[{arguments[1]!r}, 'argument-graphopt']).plugins]"
-    assert set(python(code, env)) == {"graphopt"}
+SELECTIONS = """
+import os
+def names(**options):
+    return [f"{p.name}:{p.entry_point}" for p in load_plugins(**options).plugins]
+without = names(disable=["Acme_Graphopt", "broken-graphopt"])
+chosen = names(only=["acme-graphopt"])
+os.environ["GRAPHOPT_PLUGINS"] = "none"
+hermetic = names()
+os.environ["GRAPHOPT_PLUGINS"] = "acme-graphopt"
+named = names()
+result = {"without": without, "chosen": chosen, "hermetic": hermetic, "named": named}
+"""
 
 
-def test_the_environment_names_the_plugins_to_load(plugins: Install) -> None:
-    env = plugins("acme_graphopt", "broken_graphopt")
-    ran = graphopt("list", "--json", env={**env, "GRAPHOPT_PLUGINS": "acme-graphopt"})
-    assert ran.code == 0, ran.err
-    assert {plugin["name"] for plugin in json.loads(ran.out)["plugins"]} == {"acme-graphopt", "graphopt"}
-
-
-def test_plugins_load_in_the_order_of_their_names(plugins: Install) -> None:
-    code = "result = [f'{p.name}:{p.entry_point}' for p in load_plugins().plugins]"
-    for order in (("acme_graphopt", "clash_graphopt"), ("clash_graphopt", "acme_graphopt")):
-        env = {**plugins(*order), "GRAPHOPT_PLUGINS": "acme-graphopt"}
-        assert python(code, env) == [
-            "acme-graphopt:camera", "acme-graphopt:clip-weights", "graphopt:backends", "graphopt:passes",
-        ]  # fmt: skip
+@pytest.mark.parametrize("order", [("acme_graphopt", "broken_graphopt"), ("broken_graphopt", "acme_graphopt")])
+def test_plugins_can_be_chosen_and_left_out_and_load_in_the_order_of_their_names(
+    plugins: Install, order: Sequence[str]
+) -> None:
+    built_in = ["graphopt:backends", "graphopt:passes"]
+    acme = ["acme-graphopt:camera", "acme-graphopt:clip-weights"]
+    result = python(SELECTIONS, plugins(*order))
+    assert result == {"without": built_in, "chosen": acme + built_in, "hermetic": built_in, "named": acme + built_in}
 
 
 # ---------------------------------------------------------------- plugins that do not
@@ -184,10 +168,9 @@ def test_a_broken_plugin_is_one_line_and_exit_code_3(
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("name", BROKEN)
-def test_the_way_out_that_a_broken_plugin_names_works(plugins: Install, name: str) -> None:
-    env = plugins(name)
-    ran = graphopt("list", "--json", "--no-plugin", name.replace("_", "-"), env=env)
+def test_the_way_out_that_a_broken_plugin_names_works(plugins: Install) -> None:
+    arguments = [word for name in BROKEN for word in ("--no-plugin", name.replace("_", "-"))]
+    ran = graphopt("list", "--json", *arguments, env=plugins(*BROKEN))
     assert ran.code == 0, ran.err
     assert {plugin["name"] for plugin in json.loads(ran.out)["plugins"]} == {"graphopt"}
 
@@ -203,8 +186,7 @@ def test_a_broken_plugin_does_not_keep_help_and_version_away(plugins: Install) -
     [
         (("--no-plugin", "acme"), {}, "--no-plugin: no installed plugin is called 'acme'; known: acme-graphopt"),
         (("--no-plugin", "graphopt"), {}, "--no-plugin graphopt: what graphopt itself brings is always loaded"),
-        ((), {"GRAPHOPT_PLUGINS": "acme-grapopt"}, "GRAPHOPT_PLUGINS: no installed plugin is called 'acme-grapopt'; "
-         "did you mean 'acme-graphopt'?"),
+        ((), {"GRAPHOPT_PLUGINS": "acme-grapopt"}, "GRAPHOPT_PLUGINS: no installed plugin is called 'acme-grapopt'"),
     ],
 )  # fmt: skip
 def test_a_plugin_that_is_not_there_cannot_be_named(

@@ -166,13 +166,13 @@ def test_instruments_see_every_step_and_failures() -> None:
     seen: list[str] = []
 
     class Watch(Instrument):
-        def before_pass(self, step: Pass, model: ir.Model, ctx: Context) -> None:
+        def before_pass(self, step: object, model: ir.Model, ctx: Context) -> None:
             seen.append(f"before {step}")
 
-        def after_pass(self, step: Pass, model: ir.Model, ctx: Context, result: PassResult) -> None:
+        def after_pass(self, step: object, model: ir.Model, ctx: Context, result: PassResult) -> None:
             seen.append(f"after {step} {result.modified}")
 
-        def failed(self, step: Pass, error: BaseException) -> None:
+        def failed(self, step: object, error: BaseException) -> None:
             seen.append(f"failed {step}")
 
     class Crashes(Scale):

@@ -5,6 +5,7 @@
     quantize(relu(...)) of either                scale of x * scale of w / scale of the output; rounded half to even
 
 Sums are 32-bit and exact, so the result does not depend on the order of additions, which the float form does.
+Constants that are only reshaped or transposed are replaced by their result.
 Only constant scales, zero points and weights qualify; everything else keeps its float form.
 """
 
@@ -87,6 +88,19 @@ def _shifted(builder: Any, data: Any, zero: np.ndarray) -> Any:
         return relax.const(array.astype(np.int16) - np.int16(zero[0]), "int16")
     wide = builder.emit(relax.op.astype(data, "int16"))
     return builder.emit(relax.op.subtract(wide, relax.const(int(zero[0]), "int16"))) if zero.any() else wide
+
+
+def _rearranged(builder: Any, call: Any) -> Any:
+    """A constant in another shape, made here: TVM would compile a function for each."""
+    from tvm import relax
+
+    array = _array(_follow(builder, call.args[0]))
+    if array is None or array.dtype.kind not in "fiub":
+        return None
+    if call.op.name == "relax.permute_dims":
+        axes = call.attrs.axes
+        return relax.const(np.ascontiguousarray(array.transpose([int(a) for a in axes] if axes else None)))
+    return relax.const(array.reshape([int(size) for size in call.ty.shape]))
 
 
 def _linear(builder: Any, call: Any) -> Any:
@@ -192,7 +206,11 @@ def _requantize(builder: Any, call: Any) -> Any:
 
 _RULES = {
     **dict.fromkeys(_CONVOLUTIONS, _linear),
+    "relax.expand_dims": _rearranged,
     "relax.matmul": _linear,
+    "relax.permute_dims": _rearranged,
+    "relax.reshape": _rearranged,
+    "relax.squeeze": _rearranged,
     "relax.add": _bias,
     "relax.quantize": _requantize,
 }

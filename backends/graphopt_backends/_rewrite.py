@@ -3,6 +3,7 @@
     rule                from                                    to
     explicit_pads       auto_pad SAME_*, VALID                  pads
     widen_small_ints    int4 and uint4 constants                int8 and uint8 constants
+    plain_norm          BatchNormalization, constant statistics Mul, Add
     flatten_blocks      DequantizeLinear with block_size        Cast, Sub, Reshape, Mul on blocks
 """
 
@@ -13,7 +14,7 @@ from collections.abc import Callable
 import numpy as np
 import onnx_ir as ir
 
-from graphopt_backends._fold import add_constant, static_shape
+from graphopt_backends._fold import add_constant, is_constant, static_shape
 
 __all__ = ["rewrite"]
 
@@ -94,6 +95,23 @@ def _flatten_blocks(graph: ir.Graph, node: ir.Node) -> bool:
     return True
 
 
+def _plain_norm(graph: ir.Graph, node: ir.Node) -> bool:
+    """BatchNormalization with constant statistics: x * a + b, for each channel."""
+    if not all(is_constant(v) for v in node.inputs[1:5]) or any(o.uses() for o in node.outputs[1:]):
+        return False
+    rank = node.inputs[0].shape.rank() if node.inputs[0] is not None and node.inputs[0].shape is not None else 0
+    dtype = node.inputs[1].dtype if node.inputs[1] is not None else None
+    if rank < 2 or dtype is None or node.attributes.get_int("training_mode", 0):  # noqa: PLR2004
+        return False
+    gain, shift, mean, variance = (v.const_value.numpy().astype(np.float64) for v in node.inputs[1:5])  # type: ignore[union-attr]
+    a = gain / np.sqrt(variance + node.attributes.get_float("epsilon", 1e-5))
+    channels = (1, -1) + (1,) * (rank - 2)
+    make = _Builder(graph, node)
+    scaled = make("Mul", [node.inputs[0], make.array(a.reshape(channels).astype(dtype.numpy()))])
+    make.finish("Add", [scaled, make.array((shift - mean * a).reshape(channels).astype(dtype.numpy()))], node.outputs[0])
+    return True
+
+
 class _Builder:
     """Adds nodes before the one they replace, under names made from its name."""
 
@@ -109,8 +127,11 @@ class _Builder:
         return made.outputs[0]
 
     def ints(self, values: tuple[int, ...] | list[int]) -> ir.Value:
+        return self.array(np.asarray(values, np.int64))
+
+    def array(self, array: np.ndarray) -> ir.Value:
         self._count += 1
-        return add_constant(self._graph, f"{self._node.name}/const_{self._count}", np.asarray(values, np.int64))
+        return add_constant(self._graph, f"{self._node.name}/const_{self._count}", array)
 
     def finish(self, op: str, inputs: list[ir.Value | None], output: ir.Value) -> None:
         """Make the last node; it takes over the name of `output`."""
@@ -124,6 +145,7 @@ class _Builder:
 
 _RULES: dict[str, Rule] = {
     "AveragePool": _explicit_pads,
+    "BatchNormalization": _plain_norm,
     "Conv": _explicit_pads,
     "DequantizeLinear": _flatten_blocks,
     "LpPool": _explicit_pads,

@@ -41,15 +41,38 @@ def _schedule(function: Any, lanes: int) -> Any:
     import tvm
     from tvm import s_tir
     from tvm.s_tir.dlight.analysis import normalize_prim_func
-    from tvm.s_tir.dlight.base import try_inline
 
     schedule = s_tir.Schedule(tvm.IRModule({"main": function}))
     blocks = normalize_prim_func(schedule)
     if blocks is None:
         raise _UnfitError("not in normal form")
-    for block in try_inline(schedule, blocks):
-        _schedule_block(schedule, block, lanes)
+    reduces = any(block.is_reduction() for block in blocks)
+    # a condition (padding, mostly) inlined into a reduction is evaluated lane by lane in its innermost loop
+    held = [block for block in blocks if reduces and _has_condition(schedule, block)]
+    for block in [*held, *_inline(schedule, [block for block in blocks if block not in held])]:
+        _schedule_block(schedule, block, 1 if _has_condition(schedule, block) else lanes)
     return schedule.mod["main"]
+
+
+def _inline(schedule: Any, blocks: list[Any]) -> list[Any]:
+    """Inline as many blocks as possible into those that read or write their results; returns the rest."""
+    from tvm.s_tir.dlight.base import try_inline
+
+    return try_inline(schedule, blocks)
+
+
+def _has_condition(schedule: Any, block: Any) -> bool:
+    from tvm import tirx
+
+    found: list[bool] = []
+
+    def visit(node: Any) -> None:
+        name = getattr(getattr(node, "op", None), "name", "")
+        if name == "tirx.if_then_else" or isinstance(node, tirx.Select):
+            found.append(True)
+
+    tirx.stmt_functor.post_order_visit(schedule.get(block.block_rv).body, visit)
+    return bool(found)
 
 
 def _schedule_block(schedule: Any, block: Any, lanes: int) -> None:
@@ -88,6 +111,8 @@ def _split(schedule: Any, spatial: list[Any], reduces: bool, lanes: int) -> tupl
     """Split the last spatial axis by the vector width; returns the outer loops and the vector loop, if any."""
     last = spatial[-1]
     size = int(schedule.get(last).extent)
+    if lanes == 1:
+        return spatial, None
     if size % lanes == 0:
         rest, vector = schedule.split(last, [None, lanes])
         return [*spatial[:-1], rest], vector

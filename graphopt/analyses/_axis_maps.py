@@ -77,7 +77,7 @@ class AxisMaps:
         name = value.name or ""
         if name not in self.axes:
             tensor = self.constants.of(value)
-            dims = self.shapes.of(value) if tensor is None else tuple(int(size) for size in tensor.shape)
+            dims = self.shapes.of(value) if tensor is None else tuple(tensor.shape.numpy())
             if dims is None:
                 return None
             self.axes[name] = [self.partition.new(dim) if isinstance(dim, int) else None for dim in dims]

@@ -1,21 +1,20 @@
 """How channels pass through operators that rearrange: one rule per operator, in the table `MOVE_RULES`.
 
-    operator             what is tied                                             what is pinned
-    Transpose, Squeeze,  every axis to where it goes                              -
-      Unsqueeze, Expand                                                           axes that grow
-    Reshape, Flatten     axes kept whole; a merged axis to the one axis           splits; the other axes of a merge
-                         among its parts that carries channels
-    Concat, Split,       positions; along the axis with their offset              slices with a step
-      Slice
-    Pad                  positions; constant padding makes channels of its own    reflected and negative padding
-    Resize, Upsample     axes that keep their size                                axes that change it
-    Gather               axes beside the one that is indexed                      the indexed axis
-    Shape, Constant      nothing: sizes are followed through what reads them      -
+operator             what is tied                                             what is pinned
+Transpose, Squeeze,  every axis to where it goes                              -
+  Unsqueeze, Expand                                                           axes that grow
+Reshape, Flatten     axes kept whole; a merged axis to the one axis           splits; the other axes of a merge
+                     among its parts that carries channels
+Concat, Split,       positions; along the axis with their offset              slices with a step
+  Slice
+Pad                  positions; constant padding makes channels of its own    reflected and negative padding
+Resize, Upsample     axes that keep their size                                axes that change it
+Gather               axes beside the one that is indexed                      the indexed axis
+Shape, Constant      nothing: sizes are followed through what reads them      -
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -26,11 +25,6 @@ from graphopt.analyses._channel_reshape import flatten, reshape
 from graphopt.analyses._channel_rules import Rule
 
 __all__ = ["MOVE_RULES"]
-
-
-def _identity(view: NodeView) -> None:
-    for axis in range(view.rank(view.input(0)) or 0):
-        view.link(view.input(0), axis, view.node.outputs[0], axis)
 
 
 def _transpose(view: NodeView) -> None:

@@ -1,16 +1,16 @@
 """How channels pass through operators that compute: one rule per operator, all in the table `COMPUTE_RULES`.
 
-    operator                        what is tied                                               what is pinned
-    elementwise, PRelu              every axis, under broadcasting                             axes that are repeated
-    Conv                            in ~ weight in, weight out ~ bias ~ out                    space, kernel
-      one input channel per group   group ~ its output channels, whole groups go               weight in
-      other groups                  the same place in every group, so that groups stay equal   -
-    ConvTranspose                   like Conv, weight axes exchanged                           space, kernel
-    Gemm, MatMul                    contraction; rows and columns ~ out; batch axes            -
-    BatchNormalization, Instance-   channel ~ every parameter                                  space (Instance-)
-    LayerNormalization, Softmax     axes in front                                              axes normalized over
-    Lp-/MaxPool, AveragePool, ...   batch and channel                                          space
-    Reduce*, ArgMax, ArgMin         axes that stay                                             axes that go
+operator                        what is tied                                               what is pinned
+elementwise, PRelu              every axis, under broadcasting                             axes that are repeated
+Conv                            in ~ weight in, weight out ~ bias ~ out                    space, kernel
+  one input channel per group   group ~ its output channels, whole groups go               weight in
+  other groups                  the same place in every group, so that groups stay equal   -
+ConvTranspose                   like Conv, weight axes exchanged                           space, kernel
+Gemm, MatMul                    contraction; rows and columns ~ out; batch axes            -
+BatchNormalization, Instance-   channel ~ every parameter                                  space (Instance-)
+LayerNormalization, Softmax     axes in front                                              axes normalized over
+Lp-/MaxPool, AveragePool, ...   batch and channel                                          space
+Reduce*, ArgMax, ArgMin         axes that stay                                             axes that go
 """
 
 from __future__ import annotations
@@ -58,7 +58,9 @@ def _broadcast(view: NodeView, inputs: list[ir.Value], output: ir.Value, keep: i
         if not aligned or any(own is None for own in atoms):
             continue  # a size that is open may turn out to be 1, and then the other is repeated
         widest = max(len(own) for own in atoms if own is not None)
-        for value in (value for value, own in zip(aligned, atoms, strict=True) if own is not None and len(own) == widest):
+        for value in (
+            value for value, own in zip(aligned, atoms, strict=True) if own is not None and len(own) == widest
+        ):
             view.link(value, -back, output, -back)
 
 
@@ -184,7 +186,7 @@ def _normalization(view: NodeView) -> None:
 
 def _last_axes(view: NodeView, default: int) -> None:
     """Operators that normalize over an axis and, before opset 13, everything behind it."""
-    source, output = view.input(0), view.node.outputs[0]
+    source = view.input(0)
     rank = view.rank(source)
     if rank is None:
         return

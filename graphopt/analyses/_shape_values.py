@@ -7,6 +7,7 @@ gives the numbers of one that reads none.
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -62,13 +63,13 @@ def reads(content: Content | None) -> tuple[AxisName, ...]:
 
 def evaluate(node: ir.Node, inputs: Sequence[Content | None]) -> Content | None:
     """Compute the output of a shape-arithmetic node, None if it is something else or too large."""
-    operator = _OPERATORS.get(node.op_type)
-    if operator is None or node.domain not in ("", "ai.onnx") or not inputs or inputs[0] is None:
+    function = _OPERATORS.get(node.op_type)
+    if function is None or node.domain not in ("", "ai.onnx") or not inputs or inputs[0] is None:
         return None
     if any(content is None and value is not None for content, value in zip(inputs, node.inputs, strict=True)):
         return None
     try:
-        result = operator(node, [content for content in inputs if content is not None])
+        result = function(node, [content for content in inputs if content is not None])
     except (ValueError, IndexError, TypeError, ZeroDivisionError):
         return None  # an unknown number where one is needed: the chain ends here, and its reader pins what it read
     return None if result is None or result.size > _LARGEST else result
@@ -124,7 +125,7 @@ def _squeeze(node: ir.Node, inputs: list[Content]) -> Content:
     return np.squeeze(inputs[0], tuple(_axes(node, inputs)) or None)
 
 
-def _reshape(node: ir.Node, inputs: list[Content]) -> Content:
+def _reshape(node: ir.Node, inputs: list[Content]) -> Content:  # noqa: ARG001
     target = _integers(inputs[1])
     return inputs[0].reshape([inputs[0].shape[i] if size == 0 else size for i, size in enumerate(target)])
 
@@ -133,7 +134,7 @@ def _cast(node: ir.Node, inputs: list[Content]) -> Content:
     kind = int if ir.DataType(node.attributes.get_int("to", 1)).is_integer() else float
 
     def convert(entry: Entry) -> Entry:
-        if entry.number is None or isinstance(entry.number, kind):
+        if entry.number is None or type(entry.number) is kind:
             return entry
         # a size cast to float is no longer taken for the size itself, so that rounding cannot go unseen
         return Entry(kind(entry.number), None, entry.reads)
@@ -169,6 +170,14 @@ def _divide(a: float, b: float) -> float:
     return a / b
 
 
+def _floor(a: float) -> float:
+    return float(math.floor(a))
+
+
+def _ceil(a: float) -> float:
+    return float(math.ceil(a))
+
+
 _OPERATORS: dict[str, Callable[[ir.Node, list[Content]], Content | None]] = {
     "Gather": _gather,
     "Slice": _slice,
@@ -180,11 +189,11 @@ _OPERATORS: dict[str, Callable[[ir.Node, list[Content]], Content | None]] = {
     "Cast": _cast,
     "Identity": lambda node, inputs: inputs[0],  # noqa: ARG005
     "ConstantOfShape": _constant_of_shape,
-    "Add": _elementwise(lambda a, b: a + b),
-    "Sub": _elementwise(lambda a, b: a - b),
-    "Mul": _elementwise(lambda a, b: a * b),
+    "Add": _elementwise(operator.add),
+    "Sub": _elementwise(operator.sub),
+    "Mul": _elementwise(operator.mul),
     "Div": _elementwise(_divide),
-    "Neg": _elementwise(lambda a: -a),
-    "Floor": _elementwise(lambda a: float(math.floor(a))),
-    "Ceil": _elementwise(lambda a: float(math.ceil(a))),
+    "Neg": _elementwise(operator.neg),
+    "Floor": _elementwise(_floor),
+    "Ceil": _elementwise(_ceil),
 }

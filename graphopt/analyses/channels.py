@@ -237,7 +237,7 @@ def _signatures(
             occurrences.setdefault(root, []).append((axis, count))
     found: dict[tuple[tuple[int, ...], tuple[int, ...], str | None], list[int]] = {}
     for root, places in occurrences.items():
-        pin = None if pins[root] == _FREE else reasons[pins[root]]
+        pin = None if pins[root] == _FREE else reasons[int(pins[root])]
         key = tuple(axis for axis, _ in places), tuple(count for _, count in places), pin
         found.setdefault(key, []).append(root)
     return found
@@ -271,7 +271,7 @@ def _positions(roots: Indices, units: Indices) -> Indices:
 def _kind(maps: AxisMaps, name: AxisName, group: set[AxisName]) -> tuple[bool, Role]:
     """Whether an axis belongs to a constant, and its role; a weight behind a Transpose has that of the result."""
     constant = name[0] in maps.constants.tensors
-    found = [role for role, _ in maps.roles.get(name, ())]
+    found: list[Role] = [role for role, _ in maps.roles.get(name, ())]
     if not found and constant:
         behind = (other for other in maps.roles if other in group and maps.origins.get(other[0]) == name[0])
         found = [role for other in behind for role, _ in maps.roles[other]]

@@ -51,7 +51,7 @@ def main(argument: str, requests: TextIO, answers: TextIO) -> None:
         for line in requests:
             _send(answers, _serve(json.loads(line), job, engine, feeds))
     except GraphoptError as e:
-        _send(answers, {"error": str(e)})
+        _send(answers, {"error": e.fact})
 
 
 def peak_memory_mb() -> float:

@@ -72,6 +72,11 @@ class Child:
         self._process.communicate()
         self._errors.close()
 
+    @property
+    def pid(self) -> int:
+        """Its process id."""
+        return self._process.pid
+
     def ask(self, do: str, **arguments: float) -> None:
         """Send a request; `answer` waits for its result."""
         if self._process.stdin is None:

@@ -40,8 +40,13 @@ dims_option = click.option(
 @click.option("--time-limit", metavar="DURATION", help="Begin no further step after 90s, 10m, 2h.")
 @shape_option
 @dims_option
-@click.option("--check", type=click.Choice(["auto", "full", "sample", "none"]), default="auto", show_default=True,
-              help="How many samples the result is compared with the original on.")
+@click.option(
+    "--check",
+    type=click.Choice(["auto", "full", "sample", "none"]),
+    default="auto",
+    show_default=True,
+    help="How many samples the result is compared with the original on.",
+)
 @click.option("--verify/--no-verify", default=True, help="Run what was compiled and compare it.  [default: verify]")
 @click.option("--measure", is_flag=True, help="Time original and result; written to measured/.")
 @click.option("--guard", is_flag=True, help="Leave out steps that make the model slower, and record it.")
@@ -144,10 +149,10 @@ def parse_dims(texts: Sequence[str]) -> dict[str, int]:
 
 def _pairs(option: str, texts: Sequence[str]) -> list[tuple[str, str]]:
     pairs: list[tuple[str, str]] = []
-    for text in (part for text in texts for part in text.split(",")):
-        name, equals, value = text.rpartition("=")
+    for item in (part for text in texts for part in text.split(",")):
+        name, equals, value = item.rpartition("=")
         if not equals or not name:
-            raise OptionError(f"{option} {text!r}", "is not NAME=VALUE", f"write {option} name=1")
+            raise OptionError(f"{option} {item!r}", "is not NAME=VALUE", f"write {option} name=1")
         pairs.append((name, value))
     return pairs
 

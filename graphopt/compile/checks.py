@@ -8,7 +8,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import onnx_ir as ir
@@ -17,10 +17,11 @@ from graphopt.backend_base import Backend
 from graphopt.calibration import Dataset, Metric, Score
 from graphopt.compile.request import Request
 from graphopt.errors import DataError, ModelError, PassError
-from graphopt.fidelity import FeedFolder, compare, free_memory, needed_memory, run_apart
+from graphopt.fidelity import compare, free_memory, needed_memory, run_apart
 from graphopt.model_io import input_specs
 from graphopt.reference import Feed, Reference, random_feed
 from graphopt.report.data import Accuracy, Agreement, Fidelity, Inputs
+from graphopt.session import FeedFolder
 
 __all__ = ["Checker", "Checks", "evaluator"]
 
@@ -56,7 +57,7 @@ class Checker:
         self._expected: FeedFolder | None = None
         self._not_run: str | None = None
 
-    def __enter__(self) -> Checker:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *error: object) -> None:

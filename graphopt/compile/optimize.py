@@ -28,7 +28,7 @@ from graphopt.pass_base import Context, Progress
 from graphopt.recipe import seconds
 from graphopt.records import from_text, to_text
 from graphopt.report.data import BackendReport, Data, FileEntry, Limit, ModelSummary, Report, StepReport
-from graphopt.report.html import render_html, render_measured_html
+from graphopt.report.html import render_html
 from graphopt.runner import StepRun, run_pipeline
 
 __all__ = ["Result", "optimize", "plan"]
@@ -133,7 +133,7 @@ def run(request: Request, model: ir.Model, progress: Progress | None = None) -> 
         built = None if backend is None else _compile(backend, candidate, state, checker, folder, options)
         report = _report(state, candidate, missed, built, folder)
         code = ExitCode.OK if report.verdict == "ok" else ExitCode.LIMIT_MISSED
-        _write(request, report, folder, key, code)
+        _write(report, folder, key, code)
         measured = _measure(request, folder, report) if request.measure else None
     return Result(request.out, report, measured, code)
 
@@ -205,9 +205,7 @@ def _take(state: _Run, step: StepRun) -> None:
 def _candidate(state: _Run, model: ir.Model, steps: int, checker: Checker, folder: Path) -> Candidate:
     size = _save(state, model, folder, modified=any(step.modified for step in state.steps[:steps]))
     checks = checker.check(folder / "model.onnx")
-    limits = judge(
-        state.request.limits, checks, file_bytes=size, input_bytes=state.input_bytes, in_time=state.in_time
-    )
+    limits = judge(state.request.limits, checks, file_bytes=size, input_bytes=state.input_bytes, in_time=state.in_time)
     return Candidate(model, steps, size, checks, limits)
 
 
@@ -308,7 +306,7 @@ def _report(
     )
 
 
-def _write(request: Request, report: Report, folder: Path, key: str | None, code: ExitCode) -> None:
+def _write(report: Report, folder: Path, key: str | None, code: ExitCode) -> None:
     """Write the reports and the manifest."""
     write_text(folder / "report.json", to_text(report))
     write_text(folder / "report.html", render_html(report))

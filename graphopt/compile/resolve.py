@@ -120,9 +120,7 @@ def _passes(given: str | Sequence[Pass | str] | None, registry: Registry, defaul
     if isinstance(given, str):
         return registry.passes_from_text(given)
     return tuple(
-        step
-        for item in given
-        for step in ((item,) if isinstance(item, Pass) else registry.passes_from_text(item))
+        step for item in given for step in ((item,) if isinstance(item, Pass) else registry.passes_from_text(item))
     )
 
 

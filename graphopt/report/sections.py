@@ -32,7 +32,7 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]], *, numbers: Collec
 
 def how_badge(how: str) -> Markup:
     """A word that says how a figure was obtained."""
-    return tag("span", how, cls=f"badge {_MOODS.get(how, '')}".strip())
+    return tag("span", how, cls=f"badge how {_MOODS.get(how, '')}".strip())
 
 
 # ---------------------------------------------------------------- layers
@@ -160,8 +160,8 @@ def fidelity(report: Report) -> Markup:
         )
         for out in found.outputs
     ]
-    lead = f"The result against the original in ONNX Runtime on {plural(found.samples, 'sample')}, {found.inputs}."
-    return section(title, lead, how_badge(found.how), table(head, rows, numbers=range(1, 7)))
+    text = f"The result against the original in ONNX Runtime on {plural(found.samples, 'sample')}, {found.inputs}: "
+    return section(title, join((text, how_badge(found.how))), table(head, rows, numbers=range(1, 7)))
 
 
 def backend(report: Report) -> Markup:

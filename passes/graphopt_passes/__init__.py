@@ -12,5 +12,6 @@ __all__ = ["graphopt_passes"]
 def graphopt_passes() -> list[type[Pass]]:
     """Return the built-in passes."""
     from graphopt_passes.fold import Fold
+    from graphopt_passes.prune import Prune
 
-    return [Fold]
+    return [Fold, Prune]

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 import onnx_ir as ir
 
 from graphopt.allocation import Site, allocate
-from graphopt.analyses import Constants, Cost
+from graphopt.analyses import Constants, Cost, Shapes
 from graphopt.analyses.channels import ChannelGroup
 
-__all__ = ["Budget", "ladder", "plan_global", "plan_uniform", "step_of"]
+__all__ = ["Budget", "Facts", "ladder", "plan_global", "plan_uniform", "step_of"]
 
 AxisName = tuple[str, int]
 Measure = Literal["macs", "params", "bytes"]
@@ -22,20 +23,26 @@ _LEAST_KEPT = 1 / 8
 _SMALL_LAYER_STEPS = 4
 
 
+@dataclass(frozen=True)
+class Facts:
+    """What is known about a model."""
+
+    cost: Cost
+    shapes: Shapes
+    constants: Constants
+
+
 class Budget:
     """Cost of the whole model by units removed: a sum of terms, each proportional to the lengths of some axes.
 
     Args:
         model: The model.
-        cost: Its cost.
-        constants: Its constants.
+        facts: What is known about it.
         groups: The groups that may lose units.
         of: What is counted.
     """
 
-    def __init__(
-        self, model: ir.Model, cost: Cost, constants: Constants, groups: Sequence[ChannelGroup], of: Measure
-    ) -> None:
+    def __init__(self, model: ir.Model, facts: Facts, groups: Sequence[ChannelGroup], of: Measure) -> None:
         counted = {(place.value, place.axis): place.size for group in groups for place in group.places}
         index = {axis: i for i, axis in enumerate(counted)}
         self.copies = np.zeros((len(counted), len(groups)))
@@ -43,9 +50,9 @@ class Budget:
             for place in group.places:
                 self.copies[index[place.value, place.axis], column] = place.positions.shape[1]
         self.sizes = np.array(list(counted.values()), dtype=np.float64)
-        terms = list(_mac_terms(model, cost) if of == "macs" else _weight_terms(constants, of))
+        terms = list(_mac_terms(model, facts) if of == "macs" else _weight_terms(facts.constants, of))
         self.terms = [(amount, [index[axis] for axis in axes if axis in index]) for amount, axes in terms]
-        self.rest = float(cost.macs) - sum(amount for amount, _ in terms) if of == "macs" else 0.0
+        self.rest = float(facts.cost.macs) - sum(amount for amount, _ in terms) if of == "macs" else 0.0
         self.whole = self.rest + sum(amount for amount, _ in terms)
 
     def after(self, removed: Sequence[int]) -> float:
@@ -54,26 +61,24 @@ class Budget:
         return self.rest + sum(amount * math.prod(kept[axis] for axis in axes) for amount, axes in self.terms)
 
 
-def _mac_terms(model: ir.Model, cost: Cost) -> Iterator[tuple[float, list[AxisName]]]:
+def _mac_terms(model: ir.Model, facts: Facts) -> Iterator[tuple[float, list[AxisName]]]:
     for i, node in enumerate(model.graph):
-        counted = cost.nodes.get(node.name or f"{node.op_type}_{i}")
+        counted = facts.cost.nodes.get(node.name or f"{node.op_type}_{i}")
         if counted is not None and counted.macs:
-            yield float(counted.macs), list(_mac_axes(node))
+            yield float(counted.macs), list(_mac_axes(node, facts.shapes))
 
 
-def _mac_axes(node: ir.Node) -> Iterator[AxisName]:
+def _mac_axes(node: ir.Node, shapes: Shapes) -> Iterator[AxisName]:
     """Axes that the multiply-accumulates of a linear node are proportional to."""
-    left, right, output = node.inputs[0], node.inputs[1], node.outputs[0]
+    left, right = node.inputs[0], node.inputs[1]
     if left is None or right is None:
         return
     if node.op_type in ("Conv", "ConvTranspose"):
-        yield from (((right.name or "", 0), (right.name or "", 1)))
+        yield from ((right.name or "", axis) for axis in (0, 1))
     elif node.op_type in ("Gemm", "MatMul"):
-        transposed = node.op_type == "Gemm" and node.attributes.get_int("transA", 0)
-        rank = left.shape.rank() if left.shape is not None else 2
-        yield left.name or "", 0 if transposed else rank - 1
-        for axis in range(output.shape.rank() if output.shape is not None else 2):
-            yield output.name or "", axis
+        yield from ((left.name or "", axis) for axis in range(shapes.rank(left) or 0))
+        flipped = node.op_type == "Gemm" and node.attributes.get_int("transB", 0)
+        yield right.name or "", 0 if flipped else (shapes.rank(right) or 1) - 1
 
 
 def _weight_terms(constants: Constants, of: Measure) -> Iterator[tuple[float, list[AxisName]]]:
@@ -166,10 +171,3 @@ def _settled(budget: Budget, ladders: Sequence[Sequence[int]], plan: list[int], 
         if best is None:
             return plan
         error, plan = best
-
-
-def details(groups: Sequence[ChannelGroup], removed: Sequence[int]) -> Mapping[str, tuple[int, int]]:
-    """Units before and after by group name."""
-    return {
-        group.name: (group.units, group.units - lost) for group, lost in zip(groups, removed, strict=True)
-    }

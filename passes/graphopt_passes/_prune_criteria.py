@@ -1,14 +1,14 @@
 """How much each unit of a group matters, from weights alone.
 
-    l1, l2      norm of the weights that make a channel (Li et al., Pruning Filters, 2017), behind a batch norm as it
-                scales them, averaged over all layers that share the channel (group norm of DepGraph, Fang et al., 2023)
-    bn-scale    size of the batch norm's scale (Liu et al., Network Slimming, 2017); l2 where a group has none
-    random      the baseline that a criterion has to beat
+l1, l2      norm of the weights that make a channel (Li et al., Pruning Filters, 2017), behind a batch norm as it
+            scales them, averaged over all layers that share the channel (group norm of DepGraph, Fang et al., 2023)
+bn-scale    size of the batch norm's scale (Liu et al., Network Slimming, 2017); l2 where a group has none
+random      the baseline that a criterion has to beat
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Literal
 
 import numpy as np
@@ -19,7 +19,7 @@ from graphopt.analyses.channels import ChannelGroup, Place
 
 __all__ = ["Criterion", "scores"]
 
-Criterion = Literal["l1", "l2", "bn-scale", "random"]
+Criterion = Literal["l2", "l1", "bn-scale", "random", "taylor"]
 
 
 def scores(

@@ -155,8 +155,7 @@ def _drop_unused(graph: ir.Graph, value: ir.Value) -> None:
         return
     node = value.producer()
     if node is None:
-        if value.name in graph.initializers:
-            del graph.initializers[value.name]
+        graph.initializers.pop(value.name or "", None)
         return
     if any(output.uses() or output.is_graph_output() for output in node.outputs):
         return

@@ -10,12 +10,12 @@ from typing import ClassVar, Literal
 import numpy as np
 import onnx_ir as ir
 
-from graphopt.analyses import CHANNEL_GROUPS, CONSTANTS, COST, ChannelGroup, ChannelGroups, Cost
+from graphopt.analyses import CHANNEL_GROUPS, CONSTANTS, COST, SHAPES, ChannelGroup, ChannelGroups, Cost
 from graphopt.errors import OptionError, nearest
 from graphopt.options import opt
 from graphopt.pass_base import Change, Context, Pass, PassResult
-from graphopt_passes._prune_budget import Budget, ladder, plan_global, plan_uniform, step_of
-from graphopt_passes._prune_criteria import scores
+from graphopt_passes._prune_budget import Budget, Facts, ladder, plan_global, plan_uniform, step_of
+from graphopt_passes._prune_criteria import Criterion, scores
 from graphopt_passes._prune_removal import remove
 
 __all__ = ["Prune"]
@@ -51,7 +51,7 @@ class Prune(Pass):
 
     ratio: float = opt(0.3, help="fraction removed, of what `of` names", ge=0, lt=1)
     of: Literal["macs", "params", "bytes"] = opt("macs", help="what `ratio` is a fraction of")
-    criterion: Literal["l2", "l1", "bn-scale", "random", "taylor"] = opt("l2", help="how channels are judged")
+    criterion: Criterion = opt("l2", help="how channels are judged")
     scope: Literal["uniform", "global"] = opt(
         "uniform", help="the same fraction from every layer, or more where channels matter less"
     )
@@ -73,13 +73,15 @@ class Prune(Pass):
             glob = layers.unmatched(globs)
             if glob is not None:
                 known = {*layers.operators, *layers.operators.values()}
-                raise OptionError(f"prune.{option}", f"{glob!r} fits no layer that makes channels", nearest(glob, known))
+                raise OptionError(
+                    f"prune.{option}", f"{glob!r} fits no layer that makes channels", nearest(glob, known)
+                )
 
     def run(self, model: ir.Model, ctx: Context) -> PassResult:
         """Choose units within the budget and remove them."""
         groups, before = ctx.fact(CHANNEL_GROUPS), ctx.fact(COST)
         chosen, reasons = self._candidates(model, groups, ctx)
-        budget = Budget(model, before, ctx.fact(CONSTANTS), chosen, self.of)
+        budget = Budget(model, Facts(before, ctx.fact(SHAPES), ctx.fact(CONSTANTS)), chosen, self.of)
         worth = [scores(model, ctx.fact(CONSTANTS), group, self.criterion, ctx.rng) for group in chosen]
         removed = self._plan(budget, chosen, worth, ctx)
         lost = [np.sort(np.argsort(w, kind="stable")[:n]) for w, n in zip(worth, removed, strict=True)]
@@ -89,7 +91,9 @@ class Prune(Pass):
             ctx.drop_facts()
         after = ctx.fact(COST)
         taken = {id(group): len(units) for group, units in removals}
-        changes = [_change(group, taken.get(id(group), 0), reasons.get(id(group)), before, after) for group in groups.groups]
+        changes = [
+            _change(group, taken.get(id(group), 0), reasons.get(id(group)), before, after) for group in groups.groups
+        ]
         changes += [Change.skipped(name, reason) for name, reason in groups.elsewhere.items()]
         return PassResult(bool(removals), tuple(changes), metrics=self._metrics(before, after))
 
@@ -97,6 +101,7 @@ class Prune(Pass):
         self, model: ir.Model, groups: ChannelGroups, ctx: Context
     ) -> tuple[list[ChannelGroup], dict[int, str]]:
         """Groups that may lose units, and by identity why the others may not."""
+        blind = self.of == "macs" and not ctx.fact(COST).macs
         layers, chosen, reasons = _layers(model, groups), list[ChannelGroup](), dict[int, str]()
         for group in groups.groups:
             reason = group.pin
@@ -104,6 +109,8 @@ class Prune(Pass):
                 reason = "not in prune.only"
             if reason is None and (name := next((n for n in group.producers if layers.match(n, self.skip)), None)):
                 reason = f"prune.skip names {name!r}"
+            if reason is None and blind:
+                reason = "no shape is known to count multiply-accumulates with; give --shape, or of=params"
             if reason is None and len(self._ladder(group, ctx)) == 1:
                 reason = f"{group.units} channels are too few to remove any"
             if reason is None:

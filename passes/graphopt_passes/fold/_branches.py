@@ -26,24 +26,24 @@ def inline_branches(model: ir.Model, names: FreshNames) -> list[Change]:
 
 
 def _inline(graph: ir.Graph, node: ir.Node, branch: ir.Graph, names: FreshNames) -> None:
-    results = list(branch.outputs)
+    place, results = site(node), list(branch.outputs)
     branch.outputs.clear()
     for held in list(branch.initializers.values()):
         branch.initializers.pop(held.name or "")
-        held.name = names.make(f"{site(node)}_{held.name}")
+        held.name = names.make(f"{place}_{held.name}")
         graph.register_initializer(held)
     for inner in list(branch):
         branch.remove(inner)
-        inner.name = f"{site(node)}_{inner.name}"
+        inner.name = f"{place}_{inner.name}"
         for value in inner.outputs:
             if value.name:  # left-out outputs stay left out
-                value.name = names.make(f"{site(node)}_{value.name}")
+                value.name = names.make(f"{place}_{value.name}")
         graph.insert_before(node, inner)
     for i, (output, result) in enumerate(zip(node.outputs, results, strict=True)):
         name, output.name = output.name, names.make(f"{output.name}_before")
         outlet = ir.Value(name=name, type=output.type, shape=output.shape, doc_string=output.doc_string)
         outlet.metadata_props.update(output.metadata_props)
         outlet.meta.update(output.meta)
-        graph.insert_before(node, ir.Node("", "Identity", [result], outputs=[outlet], name=f"{site(node)}_result{i}"))
+        graph.insert_before(node, ir.Node("", "Identity", [result], outputs=[outlet], name=f"{place}_result{i}"))
         output.replace_all_uses_with(outlet, replace_graph_outputs=True)
     graph.remove(node, safe=True)

@@ -35,6 +35,8 @@ def fold_shapes(model: ir.Model, shapes: Shapes, names: FreshNames) -> list[Chan
         node = value.producer()
         if numbers is None or node is None or not _read_by_others(value, known.computed):
             continue
+        if node.op_type == "Identity" and constant(node.inputs[0]) is not None:
+            continue  # how a constant output stands in the model
         kind = shapes.dtype(value) or value.dtype
         if kind is not None and kind in _INTEGERS:
             make_constant(value, numbers.astype(kind.numpy()), names)

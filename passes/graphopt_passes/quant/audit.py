@@ -51,6 +51,8 @@ def layer_quality(
 
     The mean over feeds of decibels, so that quiet samples count like loud ones.
     """
+    if not sites:
+        return {}
     shadowed, probes = _shadow(model, plan, grids, sites, bits=bits, per_channel=per_channel)
     session = Reference(shadowed, threads=ctx.threads, extensions=ctx.extensions)
     found: dict[str, list[float]] = {key: [] for key in probes}

@@ -55,6 +55,8 @@ class Plan:
             for index in self.inputs.get(key_of(node), ()):
                 value = node.inputs[index]
                 found[self.grid_of(value.name or "" if value is not None else "")] = None
+            made = (output.name or "" for output in node.outputs)
+            found |= dict.fromkeys(self.grid_of(name) for name in made if name in self.results)
         return tuple(found)
 
     def touched(self, model: ir.Model) -> tuple[str, ...]:
