@@ -52,10 +52,8 @@ $(VENV)/.run: pyproject.toml | $(BIN)/python
 	$(PIP) -e .
 	@touch $@
 
-# the first call of pyright fetches it; afterwards lint needs no network
 $(VENV)/.dev: $(VENV)/.run
 	$(PIP) --group dev
-	@$(BIN)/pyright --version
 	@touch $@
 
 # cross compiler and emulator: from apt where that is possible, else a compiler from PyPI and no emulator

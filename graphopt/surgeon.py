@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import numpy as np
 import onnx
 import onnx_ir as ir
+from onnx_ir.passes.common import ShapeInferencePass
 
 from graphopt.errors import ModelError, nearest
 from graphopt.model_io import to_proto
@@ -148,13 +149,18 @@ def extract(model: ir.Model, inputs: Sequence[str], outputs: Sequence[str]) -> i
         outputs: Names of the values that the part returns; empty: the outputs of the model.
 
     Raises:
-        ModelError: A name is unknown, or the part needs a value that is not among `inputs`.
+        ModelError: A name is unknown, the part needs a value that is not among `inputs`, or the type of an input or
+            output cannot be inferred.
     """
-    graph = model.graph
-    known = ir.convenience.create_value_mapping(graph, include_subgraphs=False)
+    known = ir.convenience.create_value_mapping(model.graph, include_subgraphs=False)
     for name in (*inputs, *outputs):
         if name not in known:
             raise ModelError(f"value {name!r}", "no such value in the main graph", nearest(name, known))
+    if any(known[name].type is None or known[name].shape is None for name in (*inputs, *outputs)):
+        model = model.clone()
+        ShapeInferencePass()(model)
+        known = ir.convenience.create_value_mapping(model.graph, include_subgraphs=False)
+    graph = model.graph
     ends = list(outputs) or [value.name or "" for value in graph.outputs]
     starts = list(inputs) or [value.name or "" for value in _needed_inputs(graph, [known[name] for name in ends])]
     _refuse_loose_ends(known, starts, ends)
@@ -183,6 +189,9 @@ def extract(model: ir.Model, inputs: Sequence[str], outputs: Sequence[str]) -> i
 
 
 def _refuse_loose_ends(known: Mapping[str, ir.Value], starts: Sequence[str], ends: Sequence[str]) -> None:
+    for name in (*starts, *ends):
+        if known[name].type is None:
+            raise ModelError(f"value {name!r}", "its type cannot be inferred", "choose a value beside it")
     for kind, names in (("input", starts), ("output", ends)):
         twice = [name for i, name in enumerate(names) if name in names[:i]]
         if twice:

@@ -44,7 +44,13 @@ def test_help_and_version_load_nothing_heavy(arguments: list[str]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("words", "offered"), [("graphopt --pas", "--passes"), ("graphopt be", "bench"), ("graphopt bench --", "--threads")]
+    ("words", "offered"),
+    [
+        ("graphopt --pas", "--passes"),
+        ("graphopt model.onnx --rec", "--recipe"),
+        ("graphopt be", "bench"),
+        ("graphopt bench --", "--threads"),
+    ],
 )
 def test_completion_loads_nothing_heavy(words: str, offered: str) -> None:
     environment = {"_GRAPHOPT_COMPLETE": "bash_complete", "COMP_WORDS": words, "COMP_CWORD": str(words.count(" "))}

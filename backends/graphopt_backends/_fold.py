@@ -1,7 +1,7 @@
 """Evaluate what does not depend on the inputs: shapes of values, chains of constants, branches never taken.
 
-Weights stay as they are: nothing that would make a constant larger than what it is made of is evaluated, and a
-DequantizeLinear keeps its integers.
+Weights stay as they are: nothing that would make a constant larger than what it is made of is evaluated, and the
+DequantizeLinear of a linear operator keeps its integers.
 """
 
 from __future__ import annotations
@@ -22,11 +22,12 @@ _ROUNDS = 32
 _FREE_BYTES = 1 << 16
 _NEVER = frozenset(
     {
-        "DequantizeLinear", "QuantizeLinear", "DynamicQuantizeLinear", "Dropout", "RandomNormal", "RandomNormalLike",
+        "QuantizeLinear", "DynamicQuantizeLinear", "Dropout", "RandomNormal", "RandomNormalLike",
         "RandomUniform", "RandomUniformLike", "Multinomial", "Bernoulli", "If", "Loop", "Scan", "SequenceEmpty",
         "Optional", "SequenceConstruct",
     }
 )  # fmt: skip
+_LINEAR = frozenset({"Conv", "ConvTranspose", "Gemm", "MatMul"})
 _log = logging.getLogger(__name__)
 
 
@@ -151,6 +152,8 @@ def _fold_one_by_one(model: ir.Model, nodes: list[ir.Node]) -> bool:
 def _foldable(node: ir.Node, known: set[str]) -> bool:
     if node.domain not in ("", "ai.onnx") or node.op_type in _NEVER:
         return False
+    if node.op_type == "DequantizeLinear" and not _small_parameter(node):
+        return False
     if any(a.type in (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS) for a in node.attributes.values()):
         return False
     inputs = [value for value in node.inputs if value is not None]
@@ -167,6 +170,15 @@ def _foldable(node: ir.Node, known: set[str]) -> bool:
         else:
             written += math.ceil(math.prod(shape) * output.dtype.itemsize)
     return written <= max(read, _FREE_BYTES)
+
+
+def _small_parameter(node: ir.Node) -> bool:
+    """True for dequantized constants that no linear operator reads: those of a normalisation, for one."""
+    output = node.outputs[0]
+    shape = static_shape(node.inputs[0])
+    if shape is None or 4 * math.prod(shape) > _FREE_BYTES:
+        return False
+    return not any(user.op_type in _LINEAR for user, _ in output.uses())
 
 
 def _evaluate(model: ir.Model, nodes: list[ir.Node], wanted: list[ir.Value]) -> dict[str, np.ndarray] | None:

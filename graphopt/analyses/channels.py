@@ -231,8 +231,9 @@ def _signatures(
     where = np.repeat(np.arange(len(axes)), [len(axis.roots) for axis in axes])
     kept = carries[every]
     pairs, counts = np.unique(np.stack([every[kept], where[kept]]), axis=1, return_counts=True)
+    rows: list[tuple[int, int, int]] = list(zip(*pairs.tolist(), counts.tolist(), strict=True))
     occurrences: dict[int, list[tuple[int, int]]] = {}
-    for root, axis, count in zip(*pairs.tolist(), counts.tolist(), strict=True):
+    for root, axis, count in rows:
         if pins[root] == _FREE or axes[axis].makes:
             occurrences.setdefault(root, []).append((axis, count))
     found: dict[tuple[tuple[int, ...], tuple[int, ...], str | None], list[int]] = {}

@@ -13,6 +13,7 @@ from types import FrameType
 from typing import Any, NoReturn
 
 import click
+from click.shell_completion import CompletionItem
 
 from graphopt.cli.compile import compile_command
 from graphopt.cli.verbs import VERBS
@@ -28,6 +29,15 @@ class _Graphopt(click.Group):
         if args and args[0] not in self.commands and args[0] not in ("--help", "-h", "--version"):
             args = ["compile", *args]
         return super().parse_args(ctx, args)
+
+    def shell_complete(self, ctx: click.Context, incomplete: str) -> list[CompletionItem]:
+        """Offer verbs, and what compile takes: options and model files."""
+        # files come first: bash turns to them where no verb fits
+        files = [] if incomplete.startswith("-") else [CompletionItem(incomplete, type="file")]
+        own = super().shell_complete(ctx, incomplete)
+        known = {item.value for item in own}
+        options = [item for item in compile_command.shell_complete(ctx, incomplete) if item.value not in known]
+        return [*files, *own, *options]
 
     def format_usage(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         formatter.write_usage("graphopt", "MODEL [OPTIONS]")

@@ -8,11 +8,13 @@ from collections.abc import Sequence
 import onnx_ir as ir
 
 from graphopt.analyses import COST, Cost, NodeCost
-from graphopt.pass_base import Change, Context
+from graphopt.pass_base import Context
 from graphopt.report.data import LayerCost, LayerNote, LayerRow, ModelSummary, Port, StepReport, Totals
 from graphopt.runner import StepRun
 
 __all__ = ["layer_rows", "model_summary", "step_report", "totals"]
+
+_LEAST_PARAMS = 16  # below lie indices, axes and bounds, which are no weights
 
 
 def totals(model: ir.Model, ctx: Context) -> Totals:
@@ -48,22 +50,18 @@ def layer_rows(before: Cost, after: Cost, steps: Sequence[StepReport]) -> tuple[
     notes: dict[str, list[LayerNote]] = {}
     for step in steps:
         for change in step.changes:
-            notes.setdefault(change.site, []).append(_note(step, change))
-    return tuple(
-        LayerRow(
-            name=cost.node,
-            operator=cost.operator,
-            before=_layer_cost(cost),
-            after=_layer_cost(after.nodes[cost.node]) if cost.node in after.nodes else None,
-            notes=tuple(notes.get(cost.node, ())),
+            notes.setdefault(change.site, []).append(LayerNote(step.step, change.action, change.done))
+    rows: list[LayerRow] = []
+    for cost in before.nodes.values():
+        if cost.macs == 0 and cost.params < _LEAST_PARAMS:
+            continue
+        now, said = after.nodes.get(cost.node), list(notes.get(cost.node, ()))
+        if now is not None and now.params != cost.params and not any(note.done for note in said):
+            said.append(LayerNote("with its neighbours", "changed as they did", done=True))
+        rows.append(
+            LayerRow(cost.node, cost.operator, _layer_cost(cost), _layer_cost(now) if now else None, tuple(said))
         )
-        for cost in before.nodes.values()
-        if cost.params and cost.operator not in ("Constant", "If", "Loop", "Scan")
-    )
-
-
-def _note(step: StepReport, change: Change) -> LayerNote:
-    return LayerNote(step.step, change.action, change.done)
+    return tuple(rows)
 
 
 def _layer_cost(cost: NodeCost) -> LayerCost:

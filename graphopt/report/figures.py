@@ -30,6 +30,7 @@ __all__ = [
     "scalar",
     "score",
     "size",
+    "slower",
     "speedup",
     "spread",
     "untimed",
@@ -38,6 +39,7 @@ __all__ = [
 
 _PERCENT_METRICS = ("top1", "top5")
 _SKIPPED = "skipped: "
+_SLOWER = 1.05
 _UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
@@ -78,8 +80,9 @@ def macs_text(model: ModelSummary) -> str:
 
 
 def milliseconds(value: float) -> str:
-    """Write a time with three digits: `4.02 ms`, `31.5 ms`."""
-    digits = 0 if value >= 99.95 else 1 if value >= 9.995 else 2 if value >= 0.0995 else 4
+    """Write a time with three digits or so: `4.02 ms`, `31.5 ms`, `0.087 ms`."""
+    steps = ((99.95, 0), (9.995, 1), (0.9995, 2), (0.00995, 3))
+    digits = next((digits for least, digits in steps if value >= least), 5)
     return f"{value:,.{digits}f} ms"
 
 
@@ -125,6 +128,20 @@ def speedup(before: float, after: float) -> str:
     if 0.98 < faster < 1.02:
         return "same"
     return f"{faster:.2f}x faster" if faster > 1 else f"{1 / faster:.2f}x slower"
+
+
+def slower(measured: Measured) -> tuple[str, ...]:
+    """Sentences about results that are slower than the original; noise of a few percent is not called slow."""
+    found: list[str] = []
+    for row in measured.rows:
+        first = measured.find("original", threads=row.threads)
+        if row.side == "original" or row.times is None or first is None or first.times is None:
+            continue
+        factor = row.times.median / first.times.median if first.times.median else 1.0
+        if factor > _SLOWER:
+            where = f"{clean(row.engine)}, {plural(row.threads, 'thread')}"
+            found.append(f"the result is {factor:.2f}x slower than the original in ONNX Runtime ({where})")
+    return tuple(found)
 
 
 def spread(times: Times) -> str:

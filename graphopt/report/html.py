@@ -19,6 +19,7 @@ from graphopt.report.figures import (
     runs_text,
     score,
     size,
+    slower,
     speedup,
     untimed,
     worst,
@@ -28,6 +29,8 @@ from graphopt.report.plots import pair, time_bar
 from graphopt.report.sections import backend, fidelity, how_badge, layers, model, reproduce, section, steps, table
 
 __all__ = ["render_html", "render_measured_html"]
+
+_BEYOND_QUARTILE = 1.2  # one slow run must not squeeze all bars
 
 
 def render_html(report: Report) -> str:
@@ -54,6 +57,7 @@ def render_measured_html(report: Report | None, measured: Measured) -> str:
     body = (
         tag("header", tag("div", "graphopt benchmark", cls="eyebrow"), tag("h1", title)),
         *(_latency(measured, threads) for threads in sorted({row.threads for row in measured.rows})),
+        _slow(measured),
         _unmeasured(measured),
         _machine(measured),
         _footer(report.version if report else None, "Times hold for this machine and this moment only."),
@@ -64,7 +68,7 @@ def render_measured_html(report: Report | None, measured: Measured) -> str:
 def _header(report: Report) -> Markup:
     chips = [tag("span", step.step, cls="chip") for step in report.steps] or [tag("span", "no passes", cls="chip")]
     word, mood = ("ok", "good") if report.ok else ("attention", "bad")
-    told = "all checks passed" if report.limits or report.backend else "finished"
+    told = "every limit is met" if report.limits else "finished; no limit was set"
     verdict = tag("div", tag("span", word), tag("span", told if report.ok else report.verdict), cls=f"verdict {mood}")
     title = tag("h1", report.model, " ", tag("span", "\u2192", cls="to"), " ", report.target)
     return tag("header", tag("div", "graphopt report", cls="eyebrow"), title, tag("div", *chips, cls="chips"), verdict)
@@ -125,11 +129,11 @@ def _latency(measured: Measured, threads: int) -> Markup:
     rows = [row for row in measured.rows if row.threads == threads and row.times is not None]
     if not rows:
         return EMPTY
-    largest = max(row.times.maximum for row in rows if row.times)
+    largest = _BEYOND_QUARTILE * max(row.times.high for row in rows if row.times)
     first = measured.find("original", threads=threads)
     head = ("", "latency", "median", "quartiles", "against the original", "peak memory", "deployed", "how")
     body = [_latency_row(row, largest, first) for row in rows]
-    lead = "Bars reach to the median; the box spans the quartiles, the line the fastest and the slowest run."
+    lead = "Bars reach to the median; the box spans the quartiles, the line the fastest and the slowest run, cut at the edge."
     return section(f"Latency, {plural(threads, 'thread')}", lead, table(head, body, numbers=(2, 3, 4, 5, 6)))
 
 
@@ -146,6 +150,11 @@ def _latency_row(row: Measurement, largest: float, first: Measurement | None) ->
     memory = "" if row.peak_memory_mb is None else f"{row.peak_memory_mb:,.0f} MB"
     figures = (milliseconds(times.median), quartiles, against, memory, size(row.file_bytes))
     return name, plot, *figures, how_badge(row.how)
+
+
+def _slow(measured: Measured) -> Markup:
+    items = [tag("li", tag("span", "note", cls="badge warn"), " ", text) for text in slower(measured)]
+    return section("Notes", "", tag("ul", *items, cls="notes")) if items else EMPTY
 
 
 def _unmeasured(measured: Measured) -> Markup:

@@ -73,6 +73,8 @@ def _layer(row: LayerRow, most_macs: int, most_bytes: int) -> Markup:
 def _cost(
     what: str, values: tuple[int | None, int | None], largest: int, text: Callable[[int | None], str], fill: str
 ) -> Markup:
+    if values == (0, 0):
+        return tag("div")
     before, after = (text(value) for value in values)
     line = tag("div", f"{before} \u2192 ", tag("b", after), f" {ratio(*values)}" if values[1] else "", cls="cost")
     return tag("div", line, layer_bars(*values, largest, fill, f"{what}: {before} before, {after} after"))

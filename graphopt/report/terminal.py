@@ -22,6 +22,7 @@ from graphopt.report.figures import (
     reasons,
     score,
     size,
+    slower,
     speedup,
 )
 from graphopt.report.layout import Line, columns, cut, print_lines, width_of, wrapped
@@ -62,7 +63,7 @@ def _lines(report: Report, measured: Measured | None, width: int, verbose: bool)
     for label, text, how in _checked(report):
         yield from wrapped(label, text, how, width)
     yield from _left_alone(report, width, verbose)
-    for note in report.notes:
+    for note in (*report.notes, *(slower(measured) if measured else ())):
         yield from wrapped("note", clean(note), "", width, style="yellow")
     for limit in report.limits:
         yield from wrapped("limit", limit_text(limit), "", width, style="" if limit.met else "red")
@@ -90,15 +91,14 @@ def _scored(report: Report) -> Iterator[Row]:
 
 
 def _timed(measured: Measured | None) -> Iterator[Row]:
-    """Latency in ONNX Runtime; only rows that were executed carry times."""
-    if measured is None:
-        return
-    for threads in sorted({row.threads for row in measured.rows}):
-        before, after = measured.find("original", threads=threads), measured.find("result", threads=threads)
-        if before and after and before.times and after.times:
-            label = f"latency ({plural(threads, 'thread')})"
-            old, new = before.times.median, after.times.median
-            yield label, milliseconds(old), milliseconds(new), speedup(old, new), after.how
+    """Latency of everything that was executed, against the original in ONNX Runtime."""
+    for row in measured.rows if measured else ():
+        before = measured.find("original", threads=row.threads) if measured else None
+        if row.side == "result" and row.times and before and before.times:
+            kind = "latency" if row.engine == before.engine else f"{clean(row.engine)} kernel"
+            old, new = before.times.median, row.times.median
+            label = f"{kind} ({plural(row.threads, 'thread')})"
+            yield label, milliseconds(old), milliseconds(new), speedup(old, new), row.how
 
 
 def _checked(report: Report) -> Iterator[tuple[str, str, str]]:

@@ -15,7 +15,7 @@ from graphopt.errors import OptionError, nearest
 from graphopt.options import opt
 from graphopt.pass_base import Change, Context, Pass, PassResult
 from graphopt_passes._prune_budget import Budget, Facts, ladder, plan_global, plan_uniform, step_of
-from graphopt_passes._prune_criteria import Criterion, scores
+from graphopt_passes._prune_criteria import scores
 from graphopt_passes._prune_removal import remove
 
 __all__ = ["Prune"]
@@ -51,7 +51,7 @@ class Prune(Pass):
 
     ratio: float = opt(0.3, help="fraction removed, of what `of` names", ge=0, lt=1)
     of: Literal["macs", "params", "bytes"] = opt("macs", help="what `ratio` is a fraction of")
-    criterion: Criterion = opt("l2", help="how channels are judged")
+    criterion: Literal["l2", "l1", "bn-scale", "random", "taylor"] = opt("l2", help="how channels are judged")
     scope: Literal["uniform", "global"] = opt(
         "uniform", help="the same fraction from every layer, or more where channels matter less"
     )

@@ -6,7 +6,7 @@ from html.parser import HTMLParser
 
 import pytest
 
-from graphopt.measured import Measured
+from graphopt.measured import Measured, Times
 from graphopt.report.data import LayerCost, LayerRow, Report
 from graphopt.report.html import render_html, render_measured_html
 from graphopt.report.markup import Markup, join, tag
@@ -108,7 +108,19 @@ def test_a_missed_limit_shows_in_the_verdict_and_in_the_list(report: Report) -> 
     text = Page(render_html(replace(report, limits=(limit,), verdict="--max-drop missed"))).text
     assert "attention --max-drop missed" in text
     assert "missed --max-drop at most 1.00 points, got 2.50 points" in text
-    assert "all checks passed" not in text
+    assert "every limit is met" not in text
+
+
+def test_without_a_limit_the_page_does_not_claim_one_was_met(report: Report) -> None:
+    assert "ok every limit is met" in Page(render_html(report)).text
+    assert "ok finished; no limit was set" in Page(render_html(replace(report, limits=()))).text
+
+
+def test_a_result_that_is_slower_is_said_to_be(measured: Measured) -> None:
+    slow = replace(measured.rows[1], times=Times(8.0, 7.0, 7.5, 9.0, 10.0))
+    note = "the result is 2.00x slower than the original in ONNX Runtime (onnxruntime, 1 thread)"
+    assert note in Page(render_measured_html(None, replace(measured, rows=(measured.rows[0], slow)))).text
+    assert "slower" not in Page(render_measured_html(None, measured)).text
 
 
 def test_without_labels_the_distance_takes_the_place_of_accuracy(report: Report, nothing_run: Report) -> None:

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 from rich.console import Console
 
-from graphopt.measured import Measured
+from graphopt.measured import Measured, Times
 from graphopt.pass_base import Change
 from graphopt.report.data import Report
 from graphopt.report.terminal import render, render_bench
@@ -48,6 +48,14 @@ def test_emulated_rows_add_no_latency(report: Report, measured: Measured) -> Non
     emulated = replace(measured, rows=measured.rows[2:])
     assert "latency" not in printed(report, emulated)
     assert "latency" not in printed(report)
+
+
+def test_a_kernel_that_was_executed_has_its_latency_beside_the_models(report: Report, measured: Measured) -> None:
+    kernel = replace(measured.rows[1], engine="x86", times=Times(8.0, 7.0, 7.5, 9.0, 10.0))
+    text = printed(report, replace(measured, rows=(*measured.rows[:2], kernel)))
+    assert "latency (1 thread)     4.00 ms  2.00 ms  2.00x faster  executed" in text
+    assert "x86 kernel (1 thread)  4.00 ms  8.00 ms  2.00x slower  executed" in text
+    assert "note        the result is 2.00x slower than the original in ONNX Runtime (x86, 1" in text
 
 
 def test_a_kernel_that_did_not_run_is_compiled_only(report: Report) -> None:

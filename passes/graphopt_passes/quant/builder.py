@@ -11,10 +11,11 @@ import onnx_ir as ir
 
 from graphopt_passes.quant._maths import Grid, decibel, quantize_weight, weight_scales
 
-__all__ = ["Builder", "Integers"]
+__all__ = ["NAME_LENGTH", "Builder", "Integers"]
 
 Array = np.ndarray[Any, np.dtype[Any]]
 _LOOPS = frozenset({"Loop", "Scan", "SequenceMap"})
+NAME_LENGTH = 40  # some exporters join the names of all they merged; every new node would repeat that five times
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,8 @@ class Builder:
                         self._owners[id(inner)] = node
 
     def name(self, wish: str) -> str:
-        """Reserve a name nobody has."""
+        """Reserve a name nobody has; a long one loses its beginning."""
+        wish = wish[-NAME_LENGTH:]
         name, number = wish, 1
         while name in self._taken:
             name, number = f"{wish}_{number}", number + 1
@@ -104,11 +106,7 @@ class Builder:
             dtype = ir.DataType.UINT8 if grid.dtype == "uint8" else ir.DataType.INT8
             down = self.node("QuantizeLinear", [value, scale, zero], f"{name}_q", dtype, shape=value.shape)
             up = self.node(
-                "DequantizeLinear",
-                [down.outputs[0], scale, zero],
-                f"{name}_dq",
-                ir.DataType.FLOAT,
-                shape=value.shape,
+                "DequantizeLinear", [down.outputs[0], scale, zero], f"{name}_dq", ir.DataType.FLOAT, shape=value.shape
             )
             self.insert_behind(value, [down, up])
             self._pairs[name] = up.outputs[0]

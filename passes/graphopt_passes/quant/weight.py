@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import onnx_ir as ir
 
 from graphopt.pass_base import Change
-from graphopt_passes.quant.builder import Builder
+from graphopt_passes.quant.builder import NAME_LENGTH, Builder
 from graphopt_passes.quant.sites import Site, Weight, keyed_nodes, tensor_of
 
 __all__ = ["quantize_weights", "saved_bytes"]
@@ -22,7 +22,7 @@ def saved_bytes(weight: Weight, *, per_channel: bool, bias: int = 0) -> int:
     A DequantizeLinear names its output, itself, its integers and its scales, and these name their tensors again.
     """
     scales = weight.channels if per_channel else 1
-    names = 2 * _NODE_BYTES + 6 * (len(weight.value) + 6)
+    names = 2 * _NODE_BYTES + 6 * min(NAME_LENGTH, len(weight.value) + 6)
     saved = 4 * weight.size - weight.size - 4 * scales - names
     return saved - (4 * (bias if per_channel else 1) + names if bias else 0)
 

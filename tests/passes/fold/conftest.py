@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -22,20 +21,19 @@ class Bench:
     """Builds models from text and folds them."""
 
     @staticmethod
-    def model(body: str, weights: Mapping[str, np.ndarray] | None = None, head: str = HEAD) -> ir.Model:
-        """Parse a model; inputs named in `weights` become initializers."""
-        model = ir.from_onnx_text(head + body)
-        for name, array in (weights or {}).items():
+    def model(body: str, head: str = HEAD) -> ir.Model:
+        return ir.from_onnx_text(head + body)
+
+    @staticmethod
+    def with_weights(model: ir.Model, **arrays: np.ndarray) -> ir.Model:
+        """Turn the inputs of these names into initializers."""
+        for name, array in arrays.items():
             value = next(v for v in model.graph.inputs if v.name == name)
             model.graph.inputs.remove(value)
             value.const_value = ir.Tensor(array, name=name)
             value.shape, value.type = ir.Shape(array.shape), ir.TensorType(value.const_value.dtype)
             model.graph.register_initializer(value)
         return model
-
-    @staticmethod
-    def weight(*shape: int, seed: int = 0, dtype: type = np.float32) -> np.ndarray:
-        return np.asarray(np.random.default_rng(seed).standard_normal(shape)).astype(dtype)
 
     @staticmethod
     def operators(model: ir.Model) -> list[str]:

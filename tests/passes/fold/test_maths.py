@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+
 from graphopt_passes.fold import _batchnorm as maths
 
 RNG = np.random.default_rng(0)
