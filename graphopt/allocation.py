@@ -16,7 +16,7 @@ from graphopt.errors import UsageError
 
 __all__ = ["Allocation", "Site", "allocate"]
 
-_NODES = 50_000
+_STEPS = 10_000
 _BISECTIONS = 200
 Floats = np.ndarray[Any, np.dtype[np.float64]]
 
@@ -161,7 +161,7 @@ def _branch_and_bound(
     steps = 0
     while stack:
         steps += 1
-        if steps > _NODES:
+        if steps > _STEPS:
             return best, False
         chosen, saving, cost = stack.pop()
         depth = len(chosen)

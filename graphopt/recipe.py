@@ -38,7 +38,7 @@ from graphopt.pass_base import Pass
 from graphopt.pipeline_text import format_pipeline
 from graphopt.plugins import Registry
 
-__all__ = ["Limits", "Recipe", "load_recipe", "parse_recipe", "seconds"]
+__all__ = ["Limits", "Recipe", "load_recipe", "parse_recipe", "recipe_summaries", "seconds"]
 
 _SECTIONS = ("pass", "limits", "shapes", "dims")
 _DURATION = re.compile(r"(\d+(?:\.\d+)?)(s|m|h|)")
@@ -112,17 +112,26 @@ def load_recipe(source: str | Path, registry: Registry) -> Recipe:
     raise UsageError(f"--recipe {text}", fact, nearest(text, known))
 
 
+def recipe_summaries(registry: Registry) -> Mapping[str, str]:
+    """What each recipe of a plugin is for, by name; only the summary is looked at.
+
+    Raises:
+        OptionError: A recipe is not TOML.
+    """
+    found: dict[str, str] = {}
+    for name, file in registry.recipes().items():
+        found[name] = str(_table(_read(file, name), f"recipe {name}").get("summary", ""))
+    return found
+
+
 def parse_recipe(text: str, registry: Registry, origin: str) -> Recipe:
     """Build a recipe from TOML text; `origin` is what errors call it.
 
     Raises:
         OptionError: The text does not follow the format; the message names the key.
     """
-    try:
-        table = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as e:
-        raise OptionError(f"recipe {origin}", f"not TOML: {e}") from e
     subject = f"recipe {origin}"
+    table = _table(text, subject)
     known = [spec.name for spec in specs(_Head)]
     for key in table:
         if key not in (*known, *_SECTIONS):
@@ -147,6 +156,13 @@ def seconds(text: str, subject: str) -> float:
     if match is None or float(match[1]) == 0:
         raise OptionError(subject, f"{text!r} is not a duration", "write 90s, 10m or 2h")
     return float(match[1]) * _UNITS[match[2]]
+
+
+def _table(text: str, subject: str) -> dict[str, Any]:
+    try:
+        return tomllib.loads(text)
+    except tomllib.TOMLDecodeError as e:
+        raise OptionError(subject, f"not TOML: {e}") from e
 
 
 def _passes(tables: Any, registry: Registry, subject: str) -> tuple[Pass, ...]:

@@ -8,7 +8,7 @@ the pass did not declare preserved are dropped.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any
@@ -23,7 +23,7 @@ from graphopt.pass_base import Context, Pass, PassResult
 from graphopt.reference import Feed, Reference, random_feed
 from graphopt.structure import fingerprint, interface, verify
 
-__all__ = ["LOSSLESS_TOLERANCE", "StepRun", "check_feeds", "differing_output", "run_pass", "run_pipeline"]
+__all__ = ["LOSSLESS_TOLERANCE", "StepRun", "check_feeds", "differing_output", "run_pass", "run_step"]
 
 LOSSLESS_TOLERANCE = 1e-4
 """Largest difference, as a fraction of an output's largest magnitude, that counts as equal."""
@@ -46,36 +46,42 @@ class StepRun:
     unchecked: str = ""
 
 
-def run_pipeline(
-    passes: Sequence[Pass], ctx: Context, instruments: Sequence[Instrument] = (), *, seed: int = 0, check: bool = True
-) -> Iterator[StepRun]:
-    """Run passes on `ctx.model` in place, yielding each step as it ends.
+def run_step(
+    step: Pass,
+    number: int,
+    ctx: Context,
+    instruments: Sequence[Instrument] = (),
+    *,
+    seed: int = 0,
+    check: bool = True,
+) -> StepRun:
+    """Run one step of a pipeline on `ctx.model` in place.
 
     Args:
-        passes: The steps.
-        ctx: Holds the model; its `rng` is replaced by a stream of each step's own.
-        instruments: Callbacks around each step.
+        step: The pass.
+        number: Its place in the pipeline, counted from 1.
+        ctx: Holds the model; its `rng` is replaced by a stream of the step's own.
+        instruments: Callbacks around the step.
         seed: Seed of all random streams.
-        check: Check lossless passes in ONNX Runtime.
+        check: Check a lossless pass in ONNX Runtime.
 
     Raises:
-        GraphoptError: A step failed; the subject names the step.
+        GraphoptError: The step failed; the subject names it.
     """
-    for number, step in enumerate(passes):
-        ctx.rng = np.random.default_rng(_stream(seed, number, step))
+    ctx.rng = np.random.default_rng(_stream(seed, number, step))
+    for instrument in instruments:
+        instrument.before_pass(step.step(), ctx.model, ctx)
+    try:
+        run = run_pass(step, ctx, check=check)
+    except GraphoptError as e:
         for instrument in instruments:
-            instrument.before_pass(step.step(), ctx.model, ctx)
-        try:
-            run = run_pass(step, ctx, check=check)
-        except GraphoptError as e:
-            for instrument in instruments:
-                instrument.failed(step.step(), e)
-            if isinstance(e, PassError) and len(passes) > 1:
-                e.subject = f"{e.subject} (step {number + 1} of {len(passes)})"
-            raise
-        for instrument in instruments:
-            instrument.after_pass(step.step(), ctx.model, ctx, run.result)
-        yield run
+            instrument.failed(step.step(), e)
+        if isinstance(e, PassError):
+            e.subject = f"{e.subject} (step {number})"
+        raise
+    for instrument in instruments:
+        instrument.after_pass(step.step(), ctx.model, ctx, run.result)
+    return run
 
 
 def run_pass(step: Pass, ctx: Context, *, check: bool = True) -> StepRun:

@@ -16,7 +16,7 @@ from graphopt.options import opt
 from graphopt.pass_base import Context, Pass, PassResult
 from graphopt.pipeline_text import parse_pipeline
 from graphopt.plugins import Registry, load_plugins
-from graphopt.recipe import Limits, load_recipe, parse_recipe, seconds
+from graphopt.recipe import Limits, load_recipe, parse_recipe, recipe_summaries, seconds
 from graphopt.targets import TargetTable
 
 
@@ -197,3 +197,4 @@ def test_the_built_in_recipes_build(registry: Registry, name: str, steps: list[s
 
 def test_every_built_in_recipe_is_tested(registry: Registry) -> None:
     assert set(registry.recipes()) == {"int8", "small"}
+    assert all(recipe_summaries(registry).values())

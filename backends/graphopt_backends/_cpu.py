@@ -69,12 +69,12 @@ class CpuBackend(Backend):
             plan = _build_parts(lowered.model, parts, target, folder, options, linker)
             write_plan(plan, folder)
             extra = copy_runtime(runtime, folder, _SOURCES / "model.h")
-            _write_sources(plan, folder, isa)
+            sources = _write_sources(plan, folder, isa)
             _build_runner(folder, runtime, linker, isa, cache)
         made = [name for part in plan.parts for name in (part.file, part.weights) if name]
         made += [p.name for p in sorted(folder.glob("model*.ll")) + sorted(folder.glob("model*.s"))]
         compiled = [part.file for part in plan.parts if part.engine == "tvm"]
-        files = (*made, PLAN, "run", "run.cc", "example.cc", *extra)
+        files = (*made, PLAN, "run", *sources, *extra)
         facts = _facts(lowered, plan, isa, linker, folder, options)
         return Build(compiled[0] if compiled else None, files, facts, tuple(refused.values()))
 
@@ -170,20 +170,19 @@ def _specs(values: Sequence[ir.Value]) -> tuple[TensorSpec, ...]:
     )
 
 
-def _write_sources(plan: Plan, folder: Path, isa: Isa) -> None:
-    """Put the runner's source and an example for this model into the bundle."""
+def _write_sources(plan: Plan, folder: Path, isa: Isa) -> tuple[str, ...]:
+    """Put the runner's source and, for a model in one library, an example into the bundle."""
     compiler = f"{isa.machine}-linux-gnu-g++"
     run = (_SOURCES / "run.cc").read_text("utf8").replace("@COMPILER@", compiler)
     (folder / "run.cc").write_text(run, "utf8")
-    libraries = [part for part in plan.parts if part.engine == "tvm"]
+    if len(plan.parts) != 1 or plan.parts[0].engine != "tvm":
+        return ("run.cc",)
+    part, known = plan.parts[0], {spec.name: spec for spec in plan.inputs}
+    library = f'"{part.file}", 1, "{part.weights}"' if part.weights else f'"{part.file}"'
+    inputs = "\n".join(_example_input(known[name]) for name in part.inputs)
     text = (_SOURCES / "example.cc").read_text("utf8").replace("@COMPILER@", compiler)
-    known = {spec.name: spec for spec in plan.inputs}
-    if len(plan.parts) == 1 and libraries:
-        part = libraries[0]
-        arguments = f'"{part.file}", 1, "{part.weights}"' if part.weights else f'"{part.file}"'
-        lines = [_example_input(known[name]) for name in part.inputs if name in known]
-        text = text.replace("@LIBRARY@", arguments).replace("@INPUTS@", "\n".join(lines))
-        (folder / "example.cc").write_text(text, "utf8")
+    (folder / "example.cc").write_text(text.replace("@LIBRARY@", library).replace("@INPUTS@", inputs), "utf8")
+    return ("run.cc", "example.cc")
 
 
 def _example_input(spec: TensorSpec) -> str:

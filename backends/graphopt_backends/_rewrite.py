@@ -4,17 +4,19 @@
     explicit_pads       auto_pad SAME_*, VALID                  pads
     widen_small_ints    int4 and uint4 constants                int8 and uint8 constants
     plain_norm          BatchNormalization, constant statistics Mul, Add
+    unroll_steps        LSTM, GRU of a short, fixed length      MatMul, Sigmoid, Tanh, ... for each step
     flatten_blocks      DequantizeLinear with block_size        Cast, Sub, Reshape, Mul on blocks
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import onnx_ir as ir
 
 from graphopt_backends._fold import add_constant, is_constant, static_shape
+from graphopt_backends._recurrent import unroll
 
 __all__ = ["rewrite"]
 
@@ -112,6 +114,19 @@ def _plain_norm(graph: ir.Graph, node: ir.Node) -> bool:
     return True
 
 
+def _unroll_steps(graph: ir.Graph, node: ir.Node) -> bool:
+    """LSTM and GRU of a short, fixed length."""
+    make = _Builder(graph, node)
+    results = unroll(node, make)
+    if results is None:
+        return False
+    for output, result in zip(node.outputs, results, strict=False):
+        if result is not None and (output.uses() or output.is_graph_output()):
+            make.put("Identity", [result], output)
+    graph.remove(node, safe=True)
+    return True
+
+
 class _Builder:
     """Adds nodes before the one they replace, under names made from its name."""
 
@@ -126,7 +141,7 @@ class _Builder:
         self._graph.insert_before(self._node, made)
         return made.outputs[0]
 
-    def ints(self, values: tuple[int, ...] | list[int]) -> ir.Value:
+    def ints(self, values: Sequence[int]) -> ir.Value:
         return self.array(np.asarray(values, np.int64))
 
     def array(self, array: np.ndarray) -> ir.Value:
@@ -134,13 +149,17 @@ class _Builder:
         return add_constant(self._graph, f"{self._node.name}/const_{self._count}", array)
 
     def finish(self, op: str, inputs: list[ir.Value | None], output: ir.Value) -> None:
-        """Make the last node; it takes over the name of `output`."""
+        """Make the last node, which takes over the name of `output`, and remove the old one."""
+        self.put(op, inputs, output)
+        self._graph.remove(self._node, safe=True)
+
+    def put(self, op: str, inputs: list[ir.Value | None], output: ir.Value) -> None:
+        """Make a node that takes over the name and uses of `output`."""
         new = self(op, inputs)
         new.type, new.shape = output.type, output.shape
         name, output.name = output.name, f"{output.name}/replaced"
         ir.convenience.replace_all_uses_with(output, new, replace_graph_outputs=True)
         new.name = name
-        self._graph.remove(self._node, safe=True)
 
 
 _RULES: dict[str, Rule] = {
@@ -148,6 +167,8 @@ _RULES: dict[str, Rule] = {
     "BatchNormalization": _plain_norm,
     "Conv": _explicit_pads,
     "DequantizeLinear": _flatten_blocks,
+    "GRU": _unroll_steps,
+    "LSTM": _unroll_steps,
     "LpPool": _explicit_pads,
     "MaxPool": _explicit_pads,
 }

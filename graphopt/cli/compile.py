@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import click
 
@@ -170,7 +170,7 @@ def _show_plan(plan: Mapping[str, Any], *, as_json: bool) -> None:
         click.echo(json.dumps(plan, indent=1))
         return
     for name, value in plan.items():
-        text = ", ".join(map(str, value)) if isinstance(value, list) else value
+        text = ", ".join(map(str, cast("list[str]", value))) if isinstance(value, list) else value
         click.echo(f"{name.replace('_', ' '):12} {text}")
 
 

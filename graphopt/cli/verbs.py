@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from graphopt.cli.compile import cache_folder, dims_option, parse_dims, parse_shapes, shape_option
-from graphopt.errors import ExitCode, ModelError, OptionError, UsageError, nearest
+from graphopt.errors import ExitCode, OptionError, UsageError, nearest
 
 __all__ = ["VERBS"]
 
@@ -40,13 +40,14 @@ def inspect_command(model: Path, shape: Any, dim: Any, no_plugin: Any, as_json: 
 def list_command(no_plugin: Any, as_json: bool) -> int:
     """List passes, targets, backends, recipes and plugins."""
     from graphopt.plugins import load_plugins
+    from graphopt.recipe import recipe_summaries
 
     registry = load_plugins(disable=no_plugin)
     found: dict[str, Any] = {
         "passes": {name: _first_line(cls) for name, cls in registry.passes.items()},
         "targets": {str(target): target.summary for target in registry.targets},
         "backends": {name: _first_line(type(backend)) for name, backend in registry.backends.items()},
-        "recipes": {name: str(file.name) for name, file in registry.recipes().items()},
+        "recipes": recipe_summaries(registry),
         "plugins": {f"{p.name} {p.version}": ", ".join(p.hooks) for p in registry.plugins if not p.builtin},
     }
     if as_json:
@@ -141,40 +142,32 @@ def doctor_command(fetch: str | None, no_plugin: Any, as_json: bool) -> int:
 @click.option("--threads", default="1", show_default=True, metavar="N,...", help="Threads, several side by side.")
 @click.option("--warmup", type=click.IntRange(min=0), default=3, show_default=True, help="Runs before the clock.")
 @click.option("--repeats", type=click.IntRange(min=1), default=20, show_default=True, help="Timed runs a round.")
-@click.option("--rounds", type=click.IntRange(min=1), default=3, show_default=True, help="Interleaved rounds.")
+@click.option("--rounds", type=click.IntRange(min=1), default=5, show_default=True, help="Interleaved rounds.")
 @shape_option
 @dims_option
 @_plugin_option
 @_json_option
 def bench_command(subjects: tuple[Path, ...], as_json: bool, **given: Any) -> int:
     """Time models and bundles side by side: median, spread, size, peak memory, original against result."""
+    from graphopt.bench import Plan
     from graphopt.cli.benching import bench_subjects
     from graphopt.cli.console import log_to_stderr, out_console
-    from graphopt.report.terminal import render_bench
+    from graphopt.report.benchmark import render_bench
 
     log_to_stderr(0, quiet=False)
     threads = [int(part) for part in given["threads"].split(",") if part.isdigit() and int(part)]
     if len(threads) != len(given["threads"].split(",")):
         raise OptionError("--threads", f"{given['threads']!r} is not a list of whole numbers", "write 1,2")
-    missing = next((path for path in subjects if not path.exists()), None)
-    if missing is not None:
-        raise ModelError(str(missing), "no such file or bundle")
     measured = bench_subjects(
         subjects,
         data=given["data"],
-        threads=threads,
-        warmup=given["warmup"],
-        repeats=given["repeats"],
-        rounds=given["rounds"],
+        plan=Plan(tuple(threads), given["warmup"], given["repeats"], given["rounds"]),
         shapes=parse_shapes(given["shape"]),
         dims=parse_dims(given["dim"]),
         disable=given["no_plugin"],
-        cache=cache_folder(),
     )
     if as_json:
-        from graphopt.records import to_text
-
-        click.echo(to_text(measured), nl=False)
+        click.echo(measured.to_json(), nl=False)
     else:
         render_bench(measured, out_console())
     return ExitCode.OK

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from shutil import copyfile
 from typing import Any
@@ -16,24 +16,26 @@ from graphopt.analyses import COST, Cost
 from graphopt.backend_base import Backend, BuildOptions, Finding
 from graphopt.bundle import MEASURED, Manifest, file_digests, new_folder, up_to_date, write_manifest, write_text
 from graphopt.compile.checks import Checker, Checks, agreement, evaluator
+from graphopt.compile.clock import measure, slowdown, write_decisions
 from graphopt.compile.limits import Candidate, better, judge, keeps_quality, verdict
 from graphopt.compile.request import Request, cache_key, command_line, shape_texts, versions
 from graphopt.compile.resolve import resolve
 from graphopt.compile.summary import layer_rows, model_summary, step_report, totals
 from graphopt.errors import BackendError, ExitCode
-from graphopt.instruments import instruments_for
+from graphopt.instruments import Instrument, instruments_for
 from graphopt.measured import Measured
 from graphopt.model_io import external_files, save_model, weight_bytes
-from graphopt.pass_base import Context, Progress
+from graphopt.pass_base import Context, Pass, Progress
 from graphopt.recipe import seconds
 from graphopt.records import from_text, to_text
 from graphopt.report.data import BackendReport, Data, FileEntry, Limit, ModelSummary, Report, StepReport
 from graphopt.report.html import render_html
-from graphopt.runner import StepRun, run_pipeline
+from graphopt.runner import StepRun, run_step
 
 __all__ = ["Result", "optimize", "plan"]
 
 _log = logging.getLogger("graphopt")
+_SLOWER = 1.05  # within five percent a machine's noise decides
 
 
 @dataclass(frozen=True)
@@ -67,8 +69,13 @@ class _Run:
     deadline: float | None
     steps: list[StepReport]
     notes: list[str]
+    left_out: list[int] = field(default_factory=list[int])
     in_time: bool = True
-    modified: bool = False
+
+    def leave_out(self, number: int, step: Pass, reason: str) -> None:
+        """Write down that a step, counted from 1, was left out."""
+        self.left_out.append(number)
+        self.notes.append(f"{step} left out: {reason}")
 
 
 def plan(request: Request) -> dict[str, Any]:
@@ -134,7 +141,7 @@ def run(request: Request, model: ir.Model, progress: Progress | None = None) -> 
         report = _report(state, candidate, missed, built, folder)
         code = ExitCode.OK if report.verdict == "ok" else ExitCode.LIMIT_MISSED
         _write(report, folder, key, code)
-        measured = _measure(request, folder, report) if request.measure else None
+        measured = measure(request, folder, report) if request.measure else None
     return Result(request.out, report, measured, code)
 
 
@@ -163,23 +170,27 @@ def _choose(state: _Run, checker: Checker, folder: Path) -> tuple[Candidate, Seq
     """Run the passes and pick what to ship; returns it with the limits that the whole pipeline missed."""
     request, ctx = state.request, state.ctx
     keep = request.limits.max_drop is not None or request.limits.min_sqnr is not None
-    snapshots = [(0, ctx.model.clone())] if keep else []
+    snapshots = [ctx.model.clone()] if keep else []
     instruments = instruments_for(request.registry, {"target": str(request.target), "pipeline": request.pipeline})
-    steps = run_pipeline(request.passes, ctx, instruments, seed=request.seed, check=request.check != "none")
-    for number in range(1, len(request.passes) + 1):
+    for number, step in enumerate(request.passes, 1):
         if state.deadline is not None and time.monotonic() > state.deadline:
             state.in_time = False
-            left_out = ", ".join(map(str, request.passes[number - 1 :]))
-            state.notes.append(f"the time limit ran out: {left_out} left out")
+            rest = ", ".join(map(str, request.passes[number - 1 :]))
+            state.notes.append(f"the time limit ran out: {rest} left out")
             break
-        _take(state, next(steps))
-        if keep:
-            snapshots.append((number, ctx.model.clone()))
+        if number in (request.decisions or ()):
+            state.leave_out(number, step, "as decided before")
+            continue
+        _step(state, number, step, instruments)
+        if keep and len(snapshots) == len(state.steps):
+            snapshots.append(ctx.model.clone())
+    if request.guard or request.decisions is not None:
+        write_decisions(folder, request.pipeline, state.left_out)
     last = _candidate(state, ctx.model, len(state.steps), checker, folder)
     if keeps_quality(last.limits):
         return last, last.limits
     best = last
-    for number, model in reversed(snapshots[:-1]):
+    for number, model in reversed(list(enumerate(snapshots[:-1]))):
         other = _candidate(state, model, number, checker, folder)
         best = better(best, other)
         if keeps_quality(other.limits):
@@ -190,6 +201,19 @@ def _choose(state: _Run, checker: Checker, folder: Path) -> tuple[Candidate, Seq
         state.steps = state.steps[: best.steps]
     _save(state, best.model, folder, modified=any(step.modified for step in state.steps))
     return best, last.limits
+
+
+def _step(state: _Run, number: int, step: Pass, instruments: Sequence[Instrument]) -> None:
+    """Run one step; with `--guard` undo it if it makes the model slower."""
+    request, ctx = state.request, state.ctx
+    before = ctx.model.clone() if request.guard and step.lossy else None
+    ran = run_step(step, number, ctx, instruments, seed=request.seed, check=request.check != "none")
+    if before is not None and ran.result.modified and slowdown(request, before, ctx.model) > _SLOWER:
+        ctx.model = before
+        ctx.drop_facts()
+        state.leave_out(number, step, "it made the model slower")
+        return
+    _take(state, ran)
 
 
 def _take(state: _Run, step: StepRun) -> None:
@@ -334,7 +358,7 @@ def _existing(request: Request, manifest: Manifest) -> Result:
     file = request.out / MEASURED / "bench.json"
     measured = from_text(Measured, file.read_text("utf8")) if file.is_file() else None
     if measured is None and request.measure:
-        measured = _measure(request, request.out, report)
+        measured = measure(request, request.out, report)
     return Result(request.out, report, measured, ExitCode(manifest.exit_code), up_to_date=True)
 
 

@@ -12,10 +12,12 @@ import onnx_ir as ir
 
 from graphopt.bundle import check_out
 from graphopt.calibration import Dataset, metric, open_calibration, open_evaluation
+from graphopt.compile.clock import read_decisions
 from graphopt.compile.request import CheckMode, Request
 from graphopt.errors import UsageError
 from graphopt.model_io import InputSpec, ShapeBinding, check_binding, input_specs, load_model, model_digest
 from graphopt.pass_base import Pass
+from graphopt.pipeline_text import format_pipeline
 from graphopt.plugins import Registry, load_plugins
 from graphopt.recipe import Limits, load_recipe
 
@@ -44,7 +46,7 @@ def resolve(
     verify: bool = True,
     measure: bool = False,
     guard: bool = False,
-    decisions: Sequence[int] | None = None,
+    decisions: str | Path | None = None,
     emit: Sequence[str] = (),
     seed: int | None = None,
     threads: int = 0,
@@ -81,8 +83,11 @@ def resolve(
     outputs = [value.name or "" for value in loaded.graph.outputs]
     calibration_data = _calibration(calibration, specs, binding, registry)
     evaluation_data = _evaluation(evaluation, specs, outputs, binding, registry)
+    if guard and decisions is not None:
+        raise UsageError("--decisions", "cannot stand beside --guard", "a replay does not look at the clock")
     if metric_name and evaluation_data is None:
         raise UsageError("--metric", "needs labelled data", "give it with --eval")
+    pipeline = format_pipeline(step.step() for step in steps)
     folder = Path(out) if out is not None else Path(f"{path.stem}.{chosen}".replace(":", "-"))
     check_out(folder, [path], overwrite=overwrite)
     return Request(
@@ -101,7 +106,7 @@ def resolve(
         verify=verify,
         measure=measure,
         guard=guard,
-        decisions=None if decisions is None else tuple(decisions),
+        decisions=None if decisions is None else read_decisions(Path(decisions), pipeline),
         emit=tuple(emit),
         seed=next((value for value in (seed, given.seed if given else None) if value is not None), 0),
         threads=threads or min(os.cpu_count() or 1, _MAX_THREADS),

@@ -133,7 +133,7 @@ def _latency(measured: Measured, threads: int) -> Markup:
     first = measured.find("original", threads=threads)
     head = ("", "latency", "median", "quartiles", "against the original", "peak memory", "deployed", "how")
     body = [_latency_row(row, largest, first) for row in rows]
-    lead = "Bars reach to the median; the box spans the quartiles, the line the fastest and the slowest run, cut at the edge."
+    lead = "Bars reach to the median; the box spans the quartiles, the line all runs as far as there is room."
     return section(f"Latency, {plural(threads, 'thread')}", lead, table(head, body, numbers=(2, 3, 4, 5, 6)))
 
 

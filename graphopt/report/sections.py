@@ -42,7 +42,8 @@ def layers(report: Report) -> Markup:
     """Every layer with weights: what it cost, what it costs, and why."""
     if not report.layers:
         return EMPTY
-    rows = [_layer(row, _largest(report.layers, "macs"), _largest(report.layers, "bytes")) for row in report.layers]
+    most_macs, most_bytes = _largest(report.layers, "macs"), _largest(report.layers, "bytes")
+    rows = [_layer(row, most_macs, most_bytes) for row in report.layers]
     legend = [tag("span", tag("i", cls=f"i-{name}"), text) for name, text in _LEGEND]
     head = tag("div", *(tag("div", text) for text in ("layer", "MACs", "weights", "what happened")), cls="layer head")
     rest = rows[_SHOWN_LAYERS:]

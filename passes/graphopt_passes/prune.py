@@ -129,7 +129,9 @@ class Prune(Pass):
             return [0] * len(groups)
         ladders, target = [self._ladder(group, ctx) for group in groups], budget.whole * (1 - self.ratio)
         if self.scope == "global":
-            return plan_global(budget, ladders, [np.sort(w) for w in worth], target)
+            # a channel that many layers share is missed by all of them
+            shared = [np.sort(w) * len(group.producers) for group, w in zip(groups, worth, strict=True)]
+            return plan_global(budget, ladders, shared, target)
         return plan_uniform(budget, ladders, [group.units for group in groups], target)
 
     def _metrics(self, before: Cost, after: Cost) -> dict[str, int | float | str | bool]:

@@ -114,7 +114,9 @@ CASES = [
     Case("unknown metric", lambda f: command(f, eval=str(f / "eval.npz"), metric="top2"), 2, "no such metric"),
     Case("metric without data", argv(metric="top1"), 2, "needs labelled data"),
     Case("unknown pass", argv(passes="prun"), 2, "no pass called 'prun'; did you mean 'prune'?"),
-    Case("misspelled option", argv(passes="prune{ration=0.3}"), 2, "prune.ration: no such option; did you mean 'ratio'?"),
+    Case(
+        "misspelled option", argv(passes="prune{ration=0.3}"), 2, "prune.ration: no such option; did you mean 'ratio'?"
+    ),
     Case("out of range", argv(passes="prune{ratio=1.5}"), 2, "prune.ratio: 1.5 is not less than 1"),
     Case("wrong type", argv(passes="prune{ratio=much}"), 2, "prune.ratio: 'much' is not a number"),
     Case("unclosed brace", argv(passes="prune{ratio=0.3"), 2, "'{' is never closed"),

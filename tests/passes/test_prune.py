@@ -8,8 +8,6 @@ from pathlib import Path
 import numpy as np
 import onnx_ir as ir
 import pytest
-from graphopt_passes._prune_removal import remove
-from graphopt_passes.prune import Prune
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -21,6 +19,8 @@ from graphopt.pass_base import Context, PassResult
 from graphopt.pipeline_text import parse_pipeline
 from graphopt.reference import Feed, Reference, random_feed
 from graphopt.targets import Target
+from graphopt_passes._prune_removal import remove
+from graphopt_passes.prune import Prune
 
 Shape = tuple[int, ...]
 IMAGE = "(float[N,3,8,8] x) => (float[N,5] y)"
@@ -28,11 +28,10 @@ IMAGE = "(float[N,3,8,8] x) => (float[N,5] y)"
 
 def build(signature: str, body: str, weights: dict[str, Shape], opset: int = 17, seed: int = 0) -> ir.Model:
     rng = np.random.default_rng(seed)
-    tensors = [
-        ir.tensor((np.abs if name.startswith("var") else np.asarray)(rng.standard_normal(shape)).astype(np.float32), name=name)
-        for name, shape in weights.items()
-    ]  # fmt: skip
-    text = f'<ir_version: 8, opset_import: ["" : {opset}]>\nmain {signature} {{\n{body}\n}}'
+    arrays = {name: rng.standard_normal(shape).astype(np.float32) for name, shape in weights.items()}
+    tensors = [ir.tensor(np.abs(a) if name.startswith("var") else a, name=name) for name, a in arrays.items()]
+    declared = ", ".join(f"float[{','.join(map(str, shape))}] {name}" for name, shape in weights.items())
+    text = f'<ir_version: 8, opset_import: ["" : {opset}]>\nmain {signature} <{declared}> {{\n{body}\n}}'
     return ir.from_onnx_text(text, initializers=tensors)
 
 
@@ -72,6 +71,10 @@ def assert_removal_is_exact(model: ir.Model, removals: list[tuple[ChannelGroup, 
         for name, wanted in outputs.items():
             scale = max(1.0, float(np.abs(wanted).max()))
             np.testing.assert_allclose(session.run(feed)[name], wanted, atol=1e-5 * scale)
+
+
+def parameters(model: ir.Model) -> int:
+    return sum(value.const_value.size for name, value in model.graph.initializers.items() if name[0] == "w")
 
 
 class Drawing:
@@ -198,10 +201,9 @@ def test_removing_channels_that_are_zero_changes_no_output(model: ir.Model, data
     removals = [
         (group, sorted(data.draw(st.sets(st.integers(0, group.units - 1), max_size=group.units - 1)))) for group in free
     ]
-    before = sum(value.const_value.size for value in model.graph.initializers.values())
+    before = parameters(model)
     assert_removal_is_exact(model, removals)
-    after = sum(value.const_value.size for value in model.graph.initializers.values())
-    assert (after < before) == any(units for _, units in removals)
+    assert (parameters(model) < before) == any(units for _, units in removals)
 
 
 @pytest.mark.parametrize("block", BLOCKS)
@@ -253,7 +255,7 @@ def test_the_weakest_channels_go() -> None:
         array[[2, 5]] *= 1e-3
         value.const_value = ir.tensor(array, name=name)
     kept = np.delete(model.graph.initializers["w1"].const_value.numpy(), [2, 5], axis=0)
-    prune(model, ratio=0.2)
+    prune(model, ratio=0.29)
     np.testing.assert_array_equal(model.graph.initializers["w1"].const_value.numpy(), kept)
 
 
@@ -332,7 +334,7 @@ def test_a_pinned_group_cannot_be_removed_from() -> None:
 def test_an_axis_is_never_emptied() -> None:
     model = golden()
     groups = context(model).fact(CHANNEL_GROUPS)
-    with pytest.raises(PassError, match="axis 0 of 'w1' would be left empty"):
+    with pytest.raises(PassError, match="axis 1 of 'a' would be left empty"):
         remove(model, groups, [(groups.groups[0], range(8))])
 
 
@@ -442,7 +444,6 @@ MAY = (
 def test_real_models_run_after_pruning_and_every_layer_is_accounted_for(case: str, zoo: Callable[[str], Path]) -> None:
     folder = zoo(case)
     model = load_model(folder / "model.onnx")
-    before = model_bytes(model) if case in MAY else b""
     result = prune(model, ratio=0.3)
     groups = context(load_model(folder / "model.onnx")).fact(CHANNEL_GROUPS)
     assert len(result.changes) == len(groups.groups) + len(groups.elsewhere)
@@ -450,11 +451,12 @@ def test_real_models_run_after_pruning_and_every_layer_is_accounted_for(case: st
     if case in MUST:
         assert result.metrics["achieved"] == pytest.approx(0.3, abs=0.02)
     elif not result.modified:
-        assert model_bytes(model) == before
+        assert model_bytes(model) == model_bytes(load_model(folder / "model.onnx"))
     original, pruned = Reference(folder / "model.onnx"), Reference(model)
     assert interface(original) == interface(pruned)
     data = np.load(folder / "calib.npz")
     ranks = {spec.name: spec.rank for spec in input_specs(model)}
-    feed = {name: data[name][:1] if data[name].ndim == ranks[name] else data[name][0] for name in original.inputs}
+    arrays = {name: data[name] for name in original.inputs}
+    feed = {name: a[:1] if a.ndim == ranks[name] else np.asarray(a[0]) for name, a in arrays.items()}
     for name, wanted in original.run(feed).items():
         assert pruned.run(feed)[name].shape == wanted.shape

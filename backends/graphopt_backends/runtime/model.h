@@ -258,7 +258,8 @@ class Model {
   // `weights`: the file model.weights, where the bundle has one; it is mapped, not read.
   explicit Model(const std::string& library, int threads = 1, const std::string& weights = "") {
     using namespace detail;
-    Object module = object(call(global("ffi.ModuleLoadFromFile"), {any(library.c_str())}), library.c_str());
+    std::string path = library.find('/') == std::string::npos ? "./" + library : library;
+    Object module = object(call(global("ffi.ModuleLoadFromFile"), {any(path.c_str())}), path.c_str());
     machine_ = object(call(method(module, "vm_load_executable"), {}), "vm_load_executable");
     call(method(machine_, "vm_initialization"), {integer(kDLCPU), integer(0), integer(2)});
     call(global("runtime.config_threadpool"), {integer(1), integer(threads)});

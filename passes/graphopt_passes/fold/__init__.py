@@ -2,28 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import ClassVar
 
 import onnx_ir as ir
 from onnx_ir.passes import common
 
-from graphopt.analyses import SHAPES, Shapes
 from graphopt.options import opt
 from graphopt.pass_base import Change, Context, Pass, PassResult
 from graphopt_passes.fold._affine import fold_affine
 from graphopt_passes.fold._branches import inline_branches
 from graphopt_passes.fold._constants import fold_constants
 from graphopt_passes.fold._duplicates import merge_duplicates
+from graphopt_passes.fold._large import fold_large_weights
 from graphopt_passes.fold._no_operations import merge_transposes, remove_no_operations
-from graphopt_passes.fold._rewiring import FreshNames, site, snapshot, subgraphs
+from graphopt_passes.fold._rewiring import FreshNames, site, snapshot
 from graphopt_passes.fold._shape_values import fold_shapes
+from graphopt_passes.fold._sure_shapes import sure_shapes
 
 __all__ = ["Fold"]
 
 _ROUNDS = 24
-_LOOPS = frozenset({"Loop", "Scan", "SequenceMap"})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,11 +62,12 @@ class Fold(Pass):
 
     def _round(self, model: ir.Model, ctx: Context, refused: dict[str, str]) -> Iterator[list[Change]]:
         yield _clean(model)
-        shapes, names = _shapes(model, ctx), FreshNames(model)
+        shapes, names = sure_shapes(model, ctx), FreshNames(model)
         yield remove_no_operations(model, shapes)
         yield merge_transposes(model)
         if self.constants:
             yield inline_branches(model, names)
+            yield fold_large_weights(model, shapes, names)
             yield fold_constants(model, shapes, names, self.limit, refused)
             yield fold_shapes(model, shapes, names)
         if self.batchnorm:
@@ -103,36 +104,6 @@ def _lift_constants(model: ir.Model) -> list[Change]:
     if not lifted:
         return []
     return [Change(model.graph.name or "model", f"held {len(lifted)} constants as initializers")]
-
-
-def _shapes(model: ir.Model, ctx: Context) -> Shapes:
-    """Shapes and types that hold whenever their value is computed.
-
-    Facts go by name. A name that two branches use says nothing about either, and inside a loop a shape may change
-    from turn to turn; both are left out.
-    """
-    ctx.drop_facts()
-    shapes = ctx.fact(SHAPES)
-    seen: set[str] = set()
-    unsure: set[str] = set()
-    inside = {
-        name for node in _nodes(model) if node.op_type in _LOOPS for sub in subgraphs(node) for name in _names(sub)
-    }
-    for graph in model.graphs():
-        names = _names(graph, nested=False)
-        unsure |= seen & names
-        seen |= names
-
-    def kept(facts: Mapping[str, object], without: set[str]) -> dict[str, object]:
-        return {name: fact for name, fact in facts.items() if name not in without}
-
-    return replace(shapes, shapes=kept(shapes.shapes, unsure | inside), types=kept(shapes.types, unsure))
-
-
-def _names(graph: ir.Graph, *, nested: bool = True) -> set[str]:
-    graphs = (graph, *graph.subgraphs()) if nested else (graph,)
-    values = (v for g in graphs for v in (*g.inputs, *g.initializers.values(), *(o for n in g for o in n.outputs)))
-    return {value.name for value in values if value.name}
 
 
 def _nodes(model: ir.Model) -> Iterator[ir.Node]:

@@ -172,7 +172,7 @@ def _fold(model: ir.Model, part: _Part, names: FreshNames, limit: int, refused: 
             node = value.producer()
             place = value.name if node is None else site(node)
             freed -= min(freed, array.nbytes)
-            make_constant(value, array, names)
+            make_constant(value, ir.Tensor(np.ascontiguousarray(array).reshape(array.shape)), names)
             changes.append(Change(place or "", f"folded: a constant of shape {list(array.shape)}"))
     return changes
 

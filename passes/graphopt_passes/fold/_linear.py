@@ -11,13 +11,12 @@ import onnx_ir as ir
 
 from graphopt.analyses import Shapes
 from graphopt_passes.fold import _batchnorm as maths
-from graphopt_passes.fold._rewiring import ANNOTATION, FreshNames, constant, only_reader, site
+from graphopt_passes.fold._rewiring import ANNOTATION, LARGE, FreshNames, constant, only_reader, site
 
 __all__ = ["Linear", "Refusal", "find_linear", "input_channels_of", "store"]
 
 Array = np.ndarray[Any, np.dtype[Any]]
 _FLOATS = frozenset({ir.DataType.FLOAT, ir.DataType.DOUBLE, ir.DataType.FLOAT16})
-_LAZY_ABOVE = 1 << 26
 
 
 class Refusal(Exception):  # noqa: N818  a reason, not an error
@@ -91,6 +90,8 @@ def find_linear(value: ir.Value | None, reader: ir.Node, shapes: Shapes) -> Line
         adder, node = node, _multiplier(node)
     if value is None or node is None or node.op_type not in _CHANNELS or not _is_onnx(node):
         return None
+    if node.op_type == "MatMul" and constant(node.inputs[1]) is None:
+        return None  # a product of two activations, as in attention
     for step, result in ((reader, value), *([(adder, node.outputs[0])] if adder is not None else [])):
         _refuse_other_readers(result, step)
     if node.graph is not reader.graph:
@@ -174,7 +175,7 @@ def store(node: ir.Node, index: int, compute: Callable[[], Array], names: FreshN
 
 def _tensor(array: Array, compute: Callable[[], Array], kind: ir.DataType, name: str | None) -> ir.TensorProtocol:
     """Large weights are computed again when they are written, one at a time, instead of piling up in memory."""
-    if array.nbytes <= _LAZY_ABOVE:
+    if array.nbytes <= LARGE:
         return ir.Tensor(array, name=name)
     shape = ir.Shape(array.shape)
     return ir.LazyTensor(lambda: ir.Tensor(compute().astype(kind.numpy())), dtype=kind, shape=shape, name=name)

@@ -6,12 +6,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import onnx_ir as ir
 
 __all__ = [
     "ANNOTATION",
     "DETERMINISTIC_DOMAINS",
+    "LARGE",
     "RANDOM",
     "FreshNames",
     "Same",
@@ -27,6 +27,8 @@ __all__ = [
 
 ANNOTATION = "quant_parameter_tensor_names"
 DETERMINISTIC_DOMAINS = frozenset({"", "ai.onnx"})
+LARGE = 1 << 24
+"""Bytes above which a computed weight is not kept in memory but computed again whenever it is read."""
 RANDOM = frozenset(
     {"RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike", "Multinomial", "Bernoulli"}
 )
@@ -114,7 +116,7 @@ def bypass(node: ir.Node, source: ir.Value) -> str | None:
     return None
 
 
-def make_constant(value: ir.Value, array: np.ndarray[Any, Any], names: FreshNames) -> None:
+def make_constant(value: ir.Value, tensor: ir.TensorProtocol, names: FreshNames) -> None:
     """Replace a computed value by an initializer of its name; its node, if then unused, is left to clean-up.
 
     What the model returns stays the output of a node, as some compilers demand: an Identity of the constant.
@@ -122,12 +124,11 @@ def make_constant(value: ir.Value, array: np.ndarray[Any, Any], names: FreshName
     node = value.producer()
     assert node is not None and node.graph is not None
     name = value.name or names.make("constant")
-    tensor = ir.Tensor(np.ascontiguousarray(array).reshape(array.shape))
     returned = value.is_graph_output()
     inner = names.make(f"{name}_constant") if returned else name
     value.name = names.make(f"{name}_folded")
     tensor.name = inner
-    shape = ir.Shape(array.shape)
+    shape = ir.Shape(tensor.shape.numpy())
     held = ir.Value(name=inner, shape=shape, type=ir.TensorType(tensor.dtype), const_value=tensor)
     node.graph.register_initializer(held)
     if returned:

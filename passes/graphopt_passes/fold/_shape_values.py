@@ -39,7 +39,7 @@ def fold_shapes(model: ir.Model, shapes: Shapes, names: FreshNames) -> list[Chan
             continue  # how a constant output stands in the model
         kind = shapes.dtype(value) or value.dtype
         if kind is not None and kind in _INTEGERS:
-            make_constant(value, numbers.astype(kind.numpy()), names)
+            make_constant(value, ir.Tensor(numbers.astype(kind.numpy())), names)
             changes.append(Change(site(node), f"folded: always {numbers.tolist()}"))
     for graph in known.graphs:
         for node in graph:

@@ -6,10 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import onnx_ir as ir
 import pytest
 
 from graphopt.model_io import model_bytes
+from graphopt.testing import check_pass
+from graphopt_passes.fold import Fold
 
 GOLDEN = Path(__file__).parent.parent.parent.parent / "fixtures" / "golden"
 
@@ -149,6 +152,57 @@ def test_fold_transposes_a_weight_above_the_limit_because_nothing_grows(bench: A
     weight = np.random.default_rng(0).standard_normal((16, 32)).astype(np.float32)
     bench.check(bench.with_weights(model, w=weight), limit=0)
     assert bench.operators(model) == ["MatMul"]
+
+
+@pytest.mark.parametrize(
+    ("node", "shape"),
+    [("t = Transpose <perm = [1,0]> (w)", (16, 32)), ("t = Transpose (w)", (16, 32)), ("t = Reshape(w, k)", (16, 32))],
+)
+def test_fold_moves_large_weights_only_when_they_are_written(
+    bench: Any, monkeypatch: pytest.MonkeyPatch, node: str, shape: tuple[int, ...]
+) -> None:
+    monkeypatch.setattr("graphopt_passes.fold._large.LARGE", 100)
+    body = f"g (float[2,32] x, float[16,32] w) => (float[2,16] y) <int64[2] k = {{32, 16}}> {{ {node} \n y = MatMul(x, t) }}"
+    model = bench.model(body)
+    weight = np.random.default_rng(0).standard_normal(shape).astype(np.float32)
+    bench.check(bench.with_weights(model, w=weight), limit=0)
+    assert bench.operators(model) == ["MatMul"]
+    assert isinstance(model.graph.initializers["t"].const_value, ir.LazyTensor)
+
+
+def test_fold_does_not_believe_sizes_left_from_a_fixed_batch(bench: Any) -> None:
+    """A file whose batch was made dynamic by hand still says 1 for its intermediate values."""
+    model = bench.model(
+        """g (float[N,6] x) => (float[N,6] y, int64[2] z) <float[1,6] h> {
+          h = Relu(x)
+          s = Shape(h)
+          z = Identity(s)
+          y = Reshape(h, s)
+        }"""
+    )
+    assert str(model.graph[0].outputs[0].shape) == "[1,6]"
+    bench.check(model)
+    assert "Shape" in bench.operators(model)
+
+
+def test_fold_keeps_sparse_constants_nodes(bench: Any) -> None:
+    model = bench.model("g (float[3] x) => (float[3] y) { y = Add (x, x) }")
+    values = onnx.helper.make_tensor("v", onnx.TensorProto.FLOAT, [1], [2.0])
+    indices = onnx.helper.make_tensor("i", onnx.TensorProto.INT64, [1], [1])
+    proto = ir.to_proto(model)
+    sparse = onnx.helper.make_sparse_tensor(values, indices, [3])
+    node = onnx.helper.make_node("Constant", [], ["c"], sparse_value=sparse)
+    proto.graph.node.insert(0, node)
+    proto.graph.node[1].input[1] = "c"
+    model = ir.from_proto(proto)
+    result = bench.check(model)
+    assert "it is sparse" in bench.reasons(result)["c"]
+
+
+@pytest.mark.parametrize("name", ["digits_cnn", "digits_transformer"])
+def test_fold_fulfils_the_contract_of_a_pass(fixtures: Path, name: str) -> None:
+    result = check_pass(Fold(), fixtures / name / "model.onnx")
+    assert result.modified
 
 
 def test_fold_leaves_quantization_of_constants_alone(bench: Any) -> None:

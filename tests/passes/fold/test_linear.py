@@ -209,7 +209,7 @@ def test_fold_without_batchnorm_leaves_weights_alone(bench: Any) -> None:
 
 
 def test_fold_computes_large_weights_only_when_they_are_written(bench: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("graphopt_passes.fold._linear._LAZY_ABOVE", 100)
+    monkeypatch.setattr("graphopt_passes.fold._linear.LARGE", 100)
     model = norm_model(
         bench, "h = Conv (x, w)", "float[N,4,5,5]", "float[6,4,3,3]", "float[N,6,3,3]", w=weight(6, 4, 3, 3)
     )

@@ -1,0 +1,190 @@
+"""LSTM and GRU of a fixed, short length as plain operators, one copy of the cell for each step.
+
+Only what stands in the operators' formulas with default activations is unrolled; everything else (peepholes, sequence
+lengths, clipping, other activations, long sequences) is left for the caller to refuse.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import onnx_ir as ir
+
+from graphopt_backends._fold import is_constant, static_shape
+
+__all__ = ["unroll"]
+
+_STEPS = 128
+_GATES = {"LSTM": 4, "GRU": 3}
+_DEFAULTS = {"LSTM": ("sigmoid", "tanh", "tanh"), "GRU": ("sigmoid", "tanh")}
+_PEEPHOLES, _LENGTHS = 7, 4
+
+
+class Make(Protocol):
+    """Adds a node before the one that is replaced."""
+
+    def __call__(self, op: str, inputs: list[ir.Value | None], **attributes: object) -> ir.Value: ...  # noqa: D102
+    def array(self, array: np.ndarray) -> ir.Value: ...  # noqa: D102
+    def ints(self, values: Sequence[int]) -> ir.Value: ...  # noqa: D102
+
+
+@dataclass(frozen=True)
+class _Direction:
+    """Weights of one direction: input (I, G*H), recurrence (H, G*H), both biases (G*H)."""
+
+    input: np.ndarray
+    recurrence: np.ndarray
+    input_bias: np.ndarray
+    recurrence_bias: np.ndarray
+
+
+def unroll(node: ir.Node, make: Make) -> list[ir.Value | None] | None:
+    """Make the outputs Y, Y_h (and Y_c) of an LSTM or GRU; None if it is not one that can be unrolled."""
+    shape = static_shape(node.inputs[0])
+    if shape is None or not _plain(node) or node.attributes.get_int("layout", 0):
+        return None
+    hidden = node.attributes.get_int("hidden_size", 0) or (static_shape(node.inputs[2]) or (0,))[-1]
+    mode = node.attributes.get_string("direction", "forward")
+    count = 2 if mode == "bidirectional" else 1
+    steps, batch = shape[0], shape[1]
+    if steps * count > _STEPS:
+        return None
+    starts = _starts(node, make, count, (batch, hidden))
+    rows: list[list[ir.Value]] = []
+    last_hidden: list[ir.Value] = []
+    last_cell: list[ir.Value] = []
+    for d in range(count):
+        weights = _weights(node, d)
+        backward = mode == "reverse" or d == 1
+        order = range(steps - 1, -1, -1) if backward else range(steps)
+        outputs, state = _run(node, make, weights, [s[d] for s in starts], order, hidden)
+        rows.append(outputs[::-1] if backward else outputs)
+        last_hidden.append(state[0])
+        last_cell.extend(state[1:])
+    return [
+        _stack_rows(make, rows, (batch, hidden)),
+        _stack(make, last_hidden, (batch, hidden)),
+        *([_stack(make, last_cell, (batch, hidden))] if node.op_type == "LSTM" else []),
+    ]
+
+
+def _plain(node: ir.Node) -> bool:
+    attributes = node.attributes
+    count = 2 if attributes.get_string("direction", "forward") == "bidirectional" else 1
+    given = attributes.get_strings("activations")
+    if given and tuple(name.lower() for name in given) != _DEFAULTS[node.op_type] * count:
+        return False
+    if attributes.get_float("clip", 0.0) or attributes.get_int("input_forget", 0):
+        return False
+    inputs = [*node.inputs, *([None] * 8)]
+    if inputs[_LENGTHS] is not None or (node.op_type == "LSTM" and inputs[_PEEPHOLES] is not None):
+        return False
+    bias = inputs[3]
+    return is_constant(inputs[1]) and is_constant(inputs[2]) and (bias is None or is_constant(bias))
+
+
+def _weights(node: ir.Node, direction: int) -> _Direction:
+    def array(i: int) -> np.ndarray:
+        return node.inputs[i].const_value.numpy()[direction]  # type: ignore[union-attr]
+
+    inward, recurrent = array(1), array(2)
+    if len(node.inputs) > 3 and node.inputs[3] is not None:  # noqa: PLR2004
+        first, second = np.split(array(3), 2)
+    else:
+        first = second = np.zeros(inward.shape[0], inward.dtype)
+    return _Direction(inward.T.copy(), recurrent.T.copy(), first, second)
+
+
+def _starts(node: ir.Node, make: Make, count: int, shape: tuple[int, int]) -> list[list[ir.Value]]:
+    """First hidden state (and cell) of each direction, (N, H)."""
+    found: list[list[ir.Value]] = []
+    for i in (5, 6) if node.op_type == "LSTM" else (5,):
+        given = node.inputs[i] if len(node.inputs) > i else None
+        if given is None:
+            zeros = np.zeros(shape, node.inputs[1].const_value.dtype.numpy())  # type: ignore[union-attr]
+            found.append([make.array(zeros) for _ in range(count)])
+        else:
+            found.append([_row(make, given, d, shape) for d in range(count)])
+    return found
+
+
+def _row(make: Make, value: ir.Value, index: int, shape: tuple[int, ...]) -> ir.Value:
+    cut = make("Slice", [value, make.ints([index]), make.ints([index + 1]), make.ints([0])])
+    return make("Reshape", [cut, make.ints(shape)])
+
+
+def _run(
+    node: ir.Node, make: Make, weights: _Direction, state: list[ir.Value], order: Sequence[int], hidden: int
+) -> tuple[list[ir.Value], list[ir.Value]]:
+    """All steps of one direction; returns the hidden state after each, in the order of computing, and the last state."""
+    lstm = node.op_type == "LSTM"
+    source = node.inputs[0]
+    width = _GATES[node.op_type] * hidden
+    batch = (static_shape(source) or (0, 1))[1]
+    late = not lstm and bool(node.attributes.get_int("linear_before_reset", 0))
+    bias = weights.input_bias + weights.recurrence_bias
+    if late:
+        bias[2 * hidden :] = weights.input_bias[2 * hidden :]
+    inward = make("Add", [make("MatMul", [source, make.array(weights.input)]), make.array(bias)])
+    recurrence = make.array(weights.recurrence if lstm else weights.recurrence[:, : 2 * hidden].copy())
+    candidate = None if lstm else make.array(weights.recurrence[:, 2 * hidden :].copy())
+    late_bias = make.array(weights.recurrence_bias[2 * hidden :].copy()) if late else None
+    outputs: list[ir.Value] = []
+    for t in order:
+        gates = _row(make, inward, t, (batch, width))
+        if lstm:
+            state = _lstm(make, gates, state, recurrence, hidden)
+        else:
+            state = [_gru(make, gates, state[0], (recurrence, candidate, late_bias), hidden)]
+        outputs.append(state[0])
+    return outputs, state
+
+
+def _columns(make: Make, value: ir.Value, start: int, end: int) -> ir.Value:
+    return make("Slice", [value, make.ints([start]), make.ints([end]), make.ints([1])])
+
+
+def _lstm(make: Make, gates: ir.Value, state: list[ir.Value], recurrence: ir.Value, hidden: int) -> list[ir.Value]:
+    """Gates in ONNX's order: input, output, forget, cell."""
+    before, cell = state
+    gates = make("Add", [gates, make("MatMul", [before, recurrence])])
+    i, o, f = (make("Sigmoid", [_columns(make, gates, k * hidden, (k + 1) * hidden)]) for k in range(3))
+    c = make("Tanh", [_columns(make, gates, 3 * hidden, 4 * hidden)])
+    cell = make("Add", [make("Mul", [f, cell]), make("Mul", [i, c])])
+    return [make("Mul", [o, make("Tanh", [cell])]), cell]
+
+
+def _gru(
+    make: Make,
+    gates: ir.Value,
+    before: ir.Value,
+    weights: tuple[ir.Value, ir.Value | None, ir.Value | None],
+    hidden: int,
+) -> ir.Value:
+    """Gates in ONNX's order: update, reset, hidden; a late bias means linear_before_reset."""
+    recurrence, candidate, late_bias = weights
+    both = make("Add", [_columns(make, gates, 0, 2 * hidden), make("MatMul", [before, recurrence])])
+    z, r = (make("Sigmoid", [_columns(make, both, k * hidden, (k + 1) * hidden)]) for k in range(2))
+    if late_bias is None:
+        inner = make("MatMul", [make("Mul", [r, before]), candidate])
+    else:
+        inner = make("Mul", [r, make("Add", [make("MatMul", [before, candidate]), late_bias])])
+    h = make("Tanh", [make("Add", [_columns(make, gates, 2 * hidden, 3 * hidden), inner])])
+    # (1 - z) * h + z * before
+    return make("Add", [h, make("Mul", [z, make("Sub", [before, h])])])
+
+
+def _stack(make: Make, values: list[ir.Value], shape: tuple[int, int]) -> ir.Value:
+    """(D, N, H) from D times (N, H)."""
+    rows = [make("Reshape", [value, make.ints((1, *shape))]) for value in values]
+    return rows[0] if len(rows) == 1 else make("Concat", [*rows], axis=0)
+
+
+def _stack_rows(make: Make, rows: list[list[ir.Value]], shape: tuple[int, int]) -> ir.Value:
+    """(T, D, N, H) from D lists of T times (N, H)."""
+    flat = [rows[d][t] for t in range(len(rows[0])) for d in range(len(rows))]
+    stacked = _stack(make, flat, shape)
+    return make("Reshape", [stacked, make.ints((len(rows[0]), len(rows), *shape))])

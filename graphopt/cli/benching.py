@@ -1,0 +1,52 @@
+"""`graphopt bench`: from paths to subjects of one benchmark."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from graphopt.bench import Plan, Subject, bench, bundle_subjects, feeds_for
+from graphopt.bundle import read_manifest
+from graphopt.calibration import open_calibration
+from graphopt.errors import ModelError
+from graphopt.measured import Measured
+from graphopt.model_io import ShapeBinding, check_binding, input_specs, load_model
+from graphopt.plugins import load_plugins
+
+__all__ = ["bench_subjects"]
+
+
+def bench_subjects(
+    paths: Sequence[Path],
+    *,
+    data: str | None,
+    plan: Plan,
+    shapes: Mapping[str, tuple[int, ...]],
+    dims: Mapping[str, int],
+    disable: Sequence[str],
+) -> Measured:
+    """Measure models and bundles side by side; the first path is what all others are compared with.
+
+    Raises:
+        ModelError: A path is neither a model nor a bundle.
+        DataError: The data does not fit the first model.
+    """
+    registry = load_plugins(disable=disable)
+    subjects: list[Subject] = []
+    for path in paths:
+        side = "result" if subjects else "original"
+        manifest = read_manifest(path) if path.is_dir() else None
+        if manifest is not None:
+            backend = registry.targets.resolve(manifest.target).backend
+            subjects += bundle_subjects(path, manifest.target, backend, manifest.kernel)
+        elif path.is_file():
+            subjects.append(Subject(path.name, path, side))
+        else:
+            raise ModelError(
+                str(path), "is neither a model nor a bundle" if path.exists() else "no such file or bundle"
+            )
+    first = subjects[0].model
+    binding, specs = ShapeBinding(shapes, dims), input_specs(load_model(first))
+    check_binding(specs, binding)
+    dataset = open_calibration(data, specs, binding, registry.calibration) if data else None
+    return bench(subjects, feeds_for(first, dataset, binding), plan, disable=disable)
