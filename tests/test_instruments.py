@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar
@@ -15,7 +16,7 @@ from graphopt.instruments import Dump, Instrument, LogLines
 from graphopt.model_io import load_model, model_bytes
 from graphopt.pass_base import Change, Context, Pass, PassResult
 from graphopt.pipeline_text import Step
-from graphopt.runner import run_pipeline
+from graphopt.runner import run_step
 from graphopt.targets import Target
 
 
@@ -56,6 +57,11 @@ class Watch(Instrument):
         self.events.append(f"failed {step}")
 
 
+def run(passes: Sequence[Pass], ctx: Context, instruments: Sequence[Instrument]) -> None:
+    for number, step in enumerate(passes, 1):
+        run_step(step, number, ctx, instruments)
+
+
 @pytest.fixture
 def ctx(fixtures: Path) -> Context:
     return Context(load_model(fixtures / "digits_cnn" / "model.onnx"), Target(name="ort"))
@@ -64,7 +70,7 @@ def ctx(fixtures: Path) -> Context:
 def test_an_instrument_hears_of_every_step(ctx: Context) -> None:
     watch = Watch()
     with pytest.raises(PassError):
-        list(run_pipeline([Rename(), Refuse()], ctx, [watch]))
+        run([Rename(), Refuse()], ctx, [watch])
     assert watch.events == ["before rename", "after rename True", "before refuse", "failed refuse"]
 
 
@@ -81,13 +87,13 @@ def test_the_base_does_nothing(ctx: Context) -> None:
 def test_log_lines_count_what_was_done_and_left_alone(ctx: Context, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.DEBUG, "graphopt")
     before = len(list(ctx.model.graph.all_nodes()))
-    list(run_pipeline([Rename()], ctx, [LogLines()]))
+    run([Rename()], ctx, [LogLines()])
     assert f"rename: 1 sites changed, 1 left alone, {before} nodes" in caplog.messages
     assert "rename: node: skipped: has a name" in caplog.messages
 
 
 def test_a_dump_holds_the_model_after_each_step(ctx: Context, tmp_path: Path) -> None:
-    list(run_pipeline([Rename(), Rename()], ctx, [Dump(tmp_path)]))
+    run([Rename(), Rename()], ctx, [Dump(tmp_path)])
     names = sorted(path.name for path in tmp_path.iterdir())
     assert names == ["01-rename.onnx", "02-rename.onnx"]
     first, second = (load_model(tmp_path / name).graph.name or "" for name in names)

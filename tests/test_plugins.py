@@ -100,6 +100,21 @@ def test_a_damaged_recording_is_one_line(plugins: Install, fixtures: Path, tmp_p
     assert ran.err.count("\n") == 1
 
 
+def test_its_pass_keeps_the_contract(plugins: Install, fixtures: Path) -> None:
+    code = f"""
+from acme_graphopt.clip_weights import ClipWeights
+from graphopt.testing import check_pass
+result = {{}}
+for name in ("digits_cnn", "digits_transformer"):
+    for sigmas in (1.5, 100.0):
+        done = check_pass(ClipWeights(sigmas=sigmas), {str(fixtures)!r} + "/" + name + "/model.onnx")
+        result[f"{{name}} {{sigmas:g}}"] = [done.modified, len(done.changes)]
+"""
+    result = python(code, plugins("acme_graphopt"))
+    assert [modified for modified, _ in result.values()] == [True, False, True, False]
+    assert all(sites for _, sites in result.values())
+
+
 def test_its_recipe_is_found_by_name(plugins: Install) -> None:
     code = """
 from graphopt.recipe import load_recipe

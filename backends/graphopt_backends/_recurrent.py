@@ -29,6 +29,7 @@ class Make(Protocol):
     def __call__(self, op: str, inputs: list[ir.Value | None], **attributes: object) -> ir.Value: ...  # noqa: D102
     def array(self, array: np.ndarray) -> ir.Value: ...  # noqa: D102
     def ints(self, values: Sequence[int]) -> ir.Value: ...  # noqa: D102
+    def split(self, value: ir.Value, parts: int, axis: int) -> list[ir.Value]: ...  # noqa: D102
 
 
 @dataclass(frozen=True)
@@ -107,13 +108,13 @@ def _starts(node: ir.Node, make: Make, count: int, shape: tuple[int, int]) -> li
             zeros = np.zeros(shape, node.inputs[1].const_value.dtype.numpy())  # type: ignore[union-attr]
             found.append([make.array(zeros) for _ in range(count)])
         else:
-            found.append([_row(make, given, d, shape) for d in range(count)])
+            found.append(_rows(make, given, count, shape))
     return found
 
 
-def _row(make: Make, value: ir.Value, index: int, shape: tuple[int, ...]) -> ir.Value:
-    cut = make("Slice", [value, make.ints([index]), make.ints([index + 1]), make.ints([0])])
-    return make("Reshape", [cut, make.ints(shape)])
+def _rows(make: Make, value: ir.Value, count: int, shape: tuple[int, ...]) -> list[ir.Value]:
+    """The entries of the first axis. One Split, so that the steps after it are the same function for the compiler."""
+    return [make("Reshape", [row, make.ints(shape)]) for row in make.split(value, count, 0)]
 
 
 def _run(
@@ -133,46 +134,39 @@ def _run(
     candidate = None if lstm else make.array(weights.recurrence[:, 2 * hidden :].copy())
     late_bias = make.array(weights.recurrence_bias[2 * hidden :].copy()) if late else None
     outputs: list[ir.Value] = []
-    for t in order:
-        gates = _row(make, inward, t, (batch, width))
+    rows = _rows(make, inward, len(order), (batch, width))
+    for gates in (rows[t] for t in order):
         if lstm:
-            state = _lstm(make, gates, state, recurrence, hidden)
+            state = _lstm(make, gates, state, recurrence)
         else:
-            state = [_gru(make, gates, state[0], (recurrence, candidate, late_bias), hidden)]
+            state = [_gru(make, gates, state[0], (recurrence, candidate, late_bias))]
         outputs.append(state[0])
     return outputs, state
 
 
-def _columns(make: Make, value: ir.Value, start: int, end: int) -> ir.Value:
-    return make("Slice", [value, make.ints([start]), make.ints([end]), make.ints([1])])
-
-
-def _lstm(make: Make, gates: ir.Value, state: list[ir.Value], recurrence: ir.Value, hidden: int) -> list[ir.Value]:
+def _lstm(make: Make, gates: ir.Value, state: list[ir.Value], recurrence: ir.Value) -> list[ir.Value]:
     """Gates in ONNX's order: input, output, forget, cell."""
     before, cell = state
     gates = make("Add", [gates, make("MatMul", [before, recurrence])])
-    i, o, f = (make("Sigmoid", [_columns(make, gates, k * hidden, (k + 1) * hidden)]) for k in range(3))
-    c = make("Tanh", [_columns(make, gates, 3 * hidden, 4 * hidden)])
-    cell = make("Add", [make("Mul", [f, cell]), make("Mul", [i, c])])
+    parts = make.split(gates, 4, 1)
+    i, o, f = (make("Sigmoid", [part]) for part in parts[:3])
+    cell = make("Add", [make("Mul", [f, cell]), make("Mul", [i, make("Tanh", [parts[3]])])])
     return [make("Mul", [o, make("Tanh", [cell])]), cell]
 
 
 def _gru(
-    make: Make,
-    gates: ir.Value,
-    before: ir.Value,
-    weights: tuple[ir.Value, ir.Value | None, ir.Value | None],
-    hidden: int,
+    make: Make, gates: ir.Value, before: ir.Value, weights: tuple[ir.Value, ir.Value | None, ir.Value | None]
 ) -> ir.Value:
     """Gates in ONNX's order: update, reset, hidden; a late bias means linear_before_reset."""
     recurrence, candidate, late_bias = weights
-    both = make("Add", [_columns(make, gates, 0, 2 * hidden), make("MatMul", [before, recurrence])])
-    z, r = (make("Sigmoid", [_columns(make, both, k * hidden, (k + 1) * hidden)]) for k in range(2))
+    given = make.split(gates, 3, 1)
+    past = make.split(make("MatMul", [before, recurrence]), 2, 1)
+    z, r = (make("Sigmoid", [make("Add", [a, b])]) for a, b in zip(given[:2], past, strict=True))
     if late_bias is None:
         inner = make("MatMul", [make("Mul", [r, before]), candidate])
     else:
         inner = make("Mul", [r, make("Add", [make("MatMul", [before, candidate]), late_bias])])
-    h = make("Tanh", [make("Add", [_columns(make, gates, 2 * hidden, 3 * hidden), inner])])
+    h = make("Tanh", [make("Add", [given[2], inner])])
     # (1 - z) * h + z * before
     return make("Add", [h, make("Mul", [z, make("Sub", [before, h])])])
 

@@ -148,6 +148,20 @@ class _Builder:
         self._count += 1
         return add_constant(self._graph, f"{self._node.name}/const_{self._count}", array)
 
+    def split(self, value: ir.Value, parts: int, axis: int) -> list[ir.Value]:
+        """Cut a value into equal parts."""
+        if parts == 1:
+            return [value]
+        size = (static_shape(value) or self._sizes.get(value, ()))[axis] // parts
+        self._count += 1
+        name = f"{self._node.name}/Split_{self._count}"
+        attributes = ir.convenience.convert_attributes({"axis": axis})
+        made = ir.Node("", "Split", [value, self.ints([size] * parts)], attributes, num_outputs=parts, name=name)
+        for i, output in enumerate(made.outputs):
+            output.name = f"{name}_{i}"
+        self._graph.insert_before(self._node, made)
+        return list(made.outputs)
+
     def finish(self, op: str, inputs: list[ir.Value | None], output: ir.Value) -> None:
         """Make the last node, which takes over the name of `output`, and remove the old one."""
         self.put(op, inputs, output)

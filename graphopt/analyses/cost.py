@@ -26,8 +26,8 @@ class NodeCost:
         node: Name of the node.
         operator: Operator type.
         macs: Multiply-accumulates; 0 for everything but linear operators, None where a shape is unknown.
-        params: Elements of its constant inputs.
-        weight_bytes: Bytes of its constant inputs.
+        params: Elements of its constant inputs; a weight behind DequantizeLinear counts for the node that uses it.
+        weight_bytes: Bytes of its constant inputs as stored.
         moved_bytes: Bytes of activations read and written, where shapes are known.
     """
 
@@ -78,11 +78,22 @@ class CostAnalysis(Analysis[Cost]):
 
 
 def _node_cost(name: str, node: ir.Node, shapes: Shapes, constants: Constants) -> NodeCost:
-    weights = [t for v in node.inputs if (t := constants.of(v)) is not None]
+    weights = [] if node.op_type == "DequantizeLinear" else [t for v in node.inputs for t in _stored(v, constants)]
     activations = [v for v in (*node.inputs, *node.outputs) if v is not None and constants.of(v) is None]
     moved = sum(_bytes(v, shapes) for v in activations)
     macs = _macs(node, shapes)
     return NodeCost(name, node.op_type, macs, sum(t.size for t in weights), sum(t.nbytes for t in weights), moved)
+
+
+def _stored(value: ir.Value | None, constants: Constants) -> list[ir.TensorProtocol]:
+    """The constant behind an input; of a quantized weight what is stored: integers, scales, zero points."""
+    tensor = constants.of(value)
+    if tensor is not None:
+        return [tensor]
+    producer = value.producer() if value is not None else None
+    if producer is None or producer.op_type != "DequantizeLinear" or constants.of(producer.inputs[0]) is None:
+        return []
+    return [t for v in producer.inputs if (t := constants.of(v)) is not None]
 
 
 def _bytes(value: ir.Value, shapes: Shapes) -> int:

@@ -27,8 +27,8 @@ from graphopt.measured import Measured
 from graphopt.model_io import external_files, save_model, weight_bytes
 from graphopt.pass_base import Context, Pass, Progress
 from graphopt.recipe import seconds
-from graphopt.records import from_text, to_text
 from graphopt.report.data import BackendReport, Data, FileEntry, Limit, ModelSummary, Report, StepReport
+from graphopt.report.encoding import from_json, to_json
 from graphopt.report.html import render_html
 from graphopt.runner import StepRun, run_step
 
@@ -332,7 +332,7 @@ def _report(
 
 def _write(report: Report, folder: Path, key: str | None, code: ExitCode) -> None:
     """Write the reports and the manifest."""
-    write_text(folder / "report.json", to_text(report))
+    write_text(folder / "report.json", to_json(report))
     write_text(folder / "report.html", render_html(report))
     manifest = Manifest(
         graphopt=report.version,
@@ -354,9 +354,9 @@ def _write(report: Report, folder: Path, key: str | None, code: ExitCode) -> Non
 
 def _existing(request: Request, manifest: Manifest) -> Result:
     """The bundle that is there already; measured now if that was asked for and was not done."""
-    report = from_text(Report, (request.out / "report.json").read_text("utf8"))
+    report = from_json((request.out / "report.json").read_text("utf8"))
     file = request.out / MEASURED / "bench.json"
-    measured = from_text(Measured, file.read_text("utf8")) if file.is_file() else None
+    measured = Measured.from_json(file.read_text("utf8")) if file.is_file() else None
     if measured is None and request.measure:
         measured = measure(request, request.out, report)
     return Result(request.out, report, measured, ExitCode(manifest.exit_code), up_to_date=True)
@@ -378,6 +378,9 @@ def _closing_notes(state: _Run, candidate: Candidate, checks: Checks) -> list[st
         notes.append(f"the result is larger than its input: {candidate.file_bytes} bytes, was {state.input_bytes}")
     if not any(step.modified for step in state.steps):
         notes.append("no step changed anything: model.onnx is the input")
+    if checks.accuracy is not None and checks.accuracy.drop > 1 and state.request.limits.max_drop is None:
+        lost = f"{checks.accuracy.drop:.3g} {'points' if checks.accuracy.higher_is_better else '%'}"
+        notes.append(f"{checks.accuracy.metric} lost {lost}; with --max-drop that becomes exit code 4")
     if any(output.nan for output in checks.fidelity.outputs):
         notes.append("the result returns NaN where the original does not")
     if checks.fidelity.not_run is None and checks.fidelity.inputs == "random inputs":

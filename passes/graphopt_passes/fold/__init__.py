@@ -56,6 +56,8 @@ class Fold(Pass):
             changes = [*(c for c in changes if c.done), *found]
             if not any(change.done for change in found):
                 break
+        else:
+            ctx.log.warning("fold still found something to do after %d rounds", _ROUNDS)
         modified = snapshot(model) != before
         metrics = {"nodes_before": nodes_before, "nodes_after": _count(model)}
         return PassResult(modified=modified, changes=_distinct(changes), metrics=metrics)
@@ -85,9 +87,12 @@ def _clean(model: ir.Model) -> list[Change]:
     dead = [node for node in before if node not in after]
     changes += [Change(site(node), f"removed: nobody reads this {node.op_type}") for node in dead]
     for graph in model.graphs():
-        for value in list(graph.initializers.values()):
-            if not value.uses() and not value.is_graph_output() and not value.is_graph_input():
-                graph.initializers.pop(value.name or "")
+        held = list(graph.initializers.values())
+        unread = [v for v in held if not v.uses() and not v.is_graph_output() and not v.is_graph_input()]
+        for value in unread:
+            graph.initializers.pop(value.name or "")
+        if unread:
+            changes.append(Change(graph.name or "model", "dropped constants that nobody reads"))
     common.RemoveUnusedFunctionsPass()(model)
     common.RemoveUnusedOpsetsPass()(model)
     return changes
@@ -95,9 +100,6 @@ def _clean(model: ir.Model) -> list[Change]:
 
 def _lift_constants(model: ir.Model) -> list[Change]:
     held = [node for node in _nodes(model) if node.op_type == "Constant" and node.domain == ""]
-    sparse = [node for node in held if "sparse_value" in node.attributes]
-    if sparse:  # onnx_ir gives up on the whole model
-        return [Change.skipped(site(node), "it is sparse, so all constants stay nodes") for node in sparse]
     common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
     left = set(_nodes(model))
     lifted = [node for node in held if node not in left]

@@ -72,10 +72,10 @@ class Bench:
 
 def _feeds(model: ir.Model) -> list[dict[str, np.ndarray]]:
     rng, found = np.random.default_rng(1), []
-    for _ in range(2):
+    for dynamic in (2, 3):
         feed: dict[str, np.ndarray] = {}
         for spec in input_specs(model):
-            shape, kind = spec.concrete(ShapeBinding(), default=2), spec.dtype.numpy()
+            shape, kind = spec.concrete(ShapeBinding(), default=dynamic), spec.dtype.numpy()
             values = rng.standard_normal(shape) if spec.dtype.is_floating_point() else rng.integers(0, 2, shape)
             feed[spec.name] = np.asarray(values).astype(kind)
         found.append(feed)

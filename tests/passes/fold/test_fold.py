@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx
 import onnx_ir as ir
 import pytest
 
@@ -29,6 +28,13 @@ def test_fold_says_when_there_is_nothing_to_do(bench: Any) -> None:
     result = bench.check(bench.model("g (float[2,3] x) => (float[2,3] y) { y = Relu(x) }"))
     assert not result.modified
     assert result.changes == ()
+
+
+def test_fold_reports_the_constants_it_drops(bench: Any) -> None:
+    model = bench.model("g (float[2] x) => (float[2] y) <float[3] w = {1, 2, 3}> { y = Relu(x) }")
+    result = bench.check(model)
+    assert [change.action for change in result.changes] == ["dropped constants that nobody reads"]
+    assert not model.graph.initializers
 
 
 def test_fold_gives_the_same_bytes_twice(bench: Any) -> None:
@@ -162,8 +168,10 @@ def test_fold_moves_large_weights_only_when_they_are_written(
     bench: Any, monkeypatch: pytest.MonkeyPatch, node: str, shape: tuple[int, ...]
 ) -> None:
     monkeypatch.setattr("graphopt_passes.fold._large.LARGE", 100)
-    body = f"g (float[2,32] x, float[16,32] w) => (float[2,16] y) <int64[2] k = {{32, 16}}> {{ {node} \n y = MatMul(x, t) }}"
-    model = bench.model(body)
+    constants = "int64[2] k = {32, 16}"
+    model = bench.model(
+        f"g (float[2,32] x, float[16,32] w) => (float[2,16] y) <{constants}> {{ {node} \n y = MatMul(x, t) }}"
+    )
     weight = np.random.default_rng(0).standard_normal(shape).astype(np.float32)
     bench.check(bench.with_weights(model, w=weight), limit=0)
     assert bench.operators(model) == ["MatMul"]
@@ -183,20 +191,6 @@ def test_fold_does_not_believe_sizes_left_from_a_fixed_batch(bench: Any) -> None
     assert str(model.graph[0].outputs[0].shape) == "[1,6]"
     bench.check(model)
     assert "Shape" in bench.operators(model)
-
-
-def test_fold_keeps_sparse_constants_nodes(bench: Any) -> None:
-    model = bench.model("g (float[3] x) => (float[3] y) { y = Add (x, x) }")
-    values = onnx.helper.make_tensor("v", onnx.TensorProto.FLOAT, [1], [2.0])
-    indices = onnx.helper.make_tensor("i", onnx.TensorProto.INT64, [1], [1])
-    proto = ir.to_proto(model)
-    sparse = onnx.helper.make_sparse_tensor(values, indices, [3])
-    node = onnx.helper.make_node("Constant", [], ["c"], sparse_value=sparse)
-    proto.graph.node.insert(0, node)
-    proto.graph.node[1].input[1] = "c"
-    model = ir.from_proto(proto)
-    result = bench.check(model)
-    assert "it is sparse" in bench.reasons(result)["c"]
 
 
 @pytest.mark.parametrize("name", ["digits_cnn", "digits_transformer"])

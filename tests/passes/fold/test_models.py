@@ -82,6 +82,64 @@ def test_fold_agrees_on_random_towers(bench: Any, tower: tuple[str, dict[str, np
     bench.check(bench.with_weights(bench.model(body), **held), tolerance=1e-4)
 
 
+@st.composite
+def shape_programs(draw: st.DrawFn) -> str:
+    """Integer arithmetic on the shape of `float[N,3,4]`: vectors and scalars, combined at random."""
+    lines, vectors, scalars, held = ["v0 = Shape(x)"], {"v0": 3}, ["two"], ["int64 two = {2}"]
+
+    def constant(values: list[int], *, scalar: bool = False) -> str:
+        name = f"k{len(held)}"
+        shape = "" if scalar else f"[{len(values)}]"
+        held.append(f"int64{shape} {name} = {{{', '.join(map(str, values))}}}")
+        return name
+
+    for i in range(draw(st.integers(2, 9))):
+        vector = draw(st.sampled_from(sorted(vectors)))
+        size = vectors[vector]
+        kind = draw(st.sampled_from(["pick", "cut", "join", "calculate", "calculate_scalar", "wrap", "choose"]))
+        if kind == "pick":
+            index = draw(st.integers(-size, size - 1))
+            scalars.append(f"s{i}")
+            lines.append(f"s{i} = Gather({vector}, {constant([index], scalar=True)})")
+            continue
+        if kind == "calculate_scalar":
+            operator, left = draw(st.sampled_from(["Add", "Sub", "Mul"])), draw(st.sampled_from(scalars))
+            lines.append(f"s{i} = {operator}({left}, {draw(st.sampled_from(scalars))})")
+            scalars.append(f"s{i}")
+            continue
+        if kind == "cut":
+            start = draw(st.integers(0, size - 1))
+            stop = draw(st.integers(start + 1, size + 2))
+            lines.append(f"v{i + 1} = Slice({vector}, {constant([start])}, {constant([stop])})")
+            vectors[f"v{i + 1}"] = min(stop, size) - start
+        elif kind == "join":
+            other = draw(st.sampled_from(sorted(vectors)))
+            lines.append(f"v{i + 1} = Concat <axis = 0> ({vector}, {other})")
+            vectors[f"v{i + 1}"] = size + vectors[other]
+        elif kind == "wrap":
+            lines.append(f"v{i + 1} = Unsqueeze({draw(st.sampled_from(scalars))}, {constant([0])})")
+            vectors[f"v{i + 1}"] = 1
+        elif kind == "choose":
+            number, other = constant([draw(st.integers(-1, 4))]), constant([9])
+            lines.append(f"q{i} = Equal({vector}, {number})")
+            lines.append(f"v{i + 1} = Where(q{i}, {other}, {vector})")
+            vectors[f"v{i + 1}"] = size
+        else:
+            operator = draw(st.sampled_from(["Add", "Sub", "Mul", "Div"]))
+            lines.append(f"v{i + 1} = {operator}({vector}, {constant([draw(st.integers(1, 3))] * size)})")
+            vectors[f"v{i + 1}"] = size
+    last = max(vectors, key=lambda name: int(name[1:]))
+    lines.append(f"y = Neg({last})")
+    body = "\n".join(lines)
+    return f"g (float[N,3,4] x) => (int64[{vectors[last]}] y) <{', '.join(held)}> {{ {body} }}"
+
+
+@settings(max_examples=60, deadline=None)
+@given(program=shape_programs())
+def test_fold_agrees_on_random_shape_arithmetic(bench: Any, program: str) -> None:
+    bench.check(bench.model(program))
+
+
 @pytest.mark.parametrize("case", ZOO)
 def test_fold_keeps_what_a_real_model_computes(bench: Any, zoo: Callable[[str], Path], case: str) -> None:
     folder = zoo(case)
