@@ -29,7 +29,7 @@ class Make(Protocol):
     def __call__(self, op: str, inputs: list[ir.Value | None], **attributes: object) -> ir.Value: ...  # noqa: D102
     def array(self, array: np.ndarray) -> ir.Value: ...  # noqa: D102
     def ints(self, values: Sequence[int]) -> ir.Value: ...  # noqa: D102
-    def split(self, value: ir.Value, parts: int, axis: int) -> list[ir.Value]: ...  # noqa: D102
+    def split(self, value: ir.Value, parts: int, axis: int, size: int) -> list[ir.Value]: ...  # noqa: D102
 
 
 @dataclass(frozen=True)
@@ -114,7 +114,7 @@ def _starts(node: ir.Node, make: Make, count: int, shape: tuple[int, int]) -> li
 
 def _rows(make: Make, value: ir.Value, count: int, shape: tuple[int, ...]) -> list[ir.Value]:
     """The entries of the first axis. One Split, so that the steps after it are the same function for the compiler."""
-    return [make("Reshape", [row, make.ints(shape)]) for row in make.split(value, count, 0)]
+    return [make("Reshape", [row, make.ints(shape)]) for row in make.split(value, count, 0, 1)]
 
 
 def _run(
@@ -137,30 +137,34 @@ def _run(
     rows = _rows(make, inward, len(order), (batch, width))
     for gates in (rows[t] for t in order):
         if lstm:
-            state = _lstm(make, gates, state, recurrence)
+            state = _lstm(make, gates, state, recurrence, hidden)
         else:
-            state = [_gru(make, gates, state[0], (recurrence, candidate, late_bias))]
+            state = [_gru(make, gates, state[0], (recurrence, candidate, late_bias), hidden)]
         outputs.append(state[0])
     return outputs, state
 
 
-def _lstm(make: Make, gates: ir.Value, state: list[ir.Value], recurrence: ir.Value) -> list[ir.Value]:
+def _lstm(make: Make, gates: ir.Value, state: list[ir.Value], recurrence: ir.Value, hidden: int) -> list[ir.Value]:
     """Gates in ONNX's order: input, output, forget, cell."""
     before, cell = state
     gates = make("Add", [gates, make("MatMul", [before, recurrence])])
-    parts = make.split(gates, 4, 1)
+    parts = make.split(gates, 4, 1, hidden)
     i, o, f = (make("Sigmoid", [part]) for part in parts[:3])
     cell = make("Add", [make("Mul", [f, cell]), make("Mul", [i, make("Tanh", [parts[3]])])])
     return [make("Mul", [o, make("Tanh", [cell])]), cell]
 
 
 def _gru(
-    make: Make, gates: ir.Value, before: ir.Value, weights: tuple[ir.Value, ir.Value | None, ir.Value | None]
+    make: Make,
+    gates: ir.Value,
+    before: ir.Value,
+    weights: tuple[ir.Value, ir.Value | None, ir.Value | None],
+    hidden: int,
 ) -> ir.Value:
     """Gates in ONNX's order: update, reset, hidden; a late bias means linear_before_reset."""
     recurrence, candidate, late_bias = weights
-    given = make.split(gates, 3, 1)
-    past = make.split(make("MatMul", [before, recurrence]), 2, 1)
+    given = make.split(gates, 3, 1, hidden)
+    past = make.split(make("MatMul", [before, recurrence]), 2, 1, hidden)
     z, r = (make("Sigmoid", [make("Add", [a, b])]) for a, b in zip(given[:2], past, strict=True))
     if late_bias is None:
         inner = make("MatMul", [make("Mul", [r, before]), candidate])

@@ -148,11 +148,10 @@ class _Builder:
         self._count += 1
         return add_constant(self._graph, f"{self._node.name}/const_{self._count}", array)
 
-    def split(self, value: ir.Value, parts: int, axis: int) -> list[ir.Value]:
-        """Cut a value into equal parts."""
+    def split(self, value: ir.Value, parts: int, axis: int, size: int) -> list[ir.Value]:
+        """Cut a value into parts of one size."""
         if parts == 1:
             return [value]
-        size = (static_shape(value) or self._sizes.get(value, ()))[axis] // parts
         self._count += 1
         name = f"{self._node.name}/Split_{self._count}"
         attributes = ir.convenience.convert_attributes({"axis": axis})

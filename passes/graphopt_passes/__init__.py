@@ -13,5 +13,6 @@ def graphopt_passes() -> list[type[Pass]]:
     """Return the built-in passes."""
     from graphopt_passes.fold import Fold
     from graphopt_passes.prune import Prune
+    from graphopt_passes.quant import Quant
 
-    return [Fold, Prune]
+    return [Fold, Prune, Quant]

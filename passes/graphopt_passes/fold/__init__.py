@@ -81,18 +81,17 @@ class Fold(Pass):
 def _clean(model: ir.Model) -> list[Change]:
     """Hold constants as initializers and drop what nobody reads."""
     changes = _lift_constants(model)
-    before = list(_nodes(model))
+    before, held = list(_nodes(model)), _held(model)
     common.RemoveUnusedNodesPass()(model)
     after = set(_nodes(model))
     dead = [node for node in before if node not in after]
     changes += [Change(site(node), f"removed: nobody reads this {node.op_type}") for node in dead]
     for graph in model.graphs():
-        held = list(graph.initializers.values())
-        unread = [v for v in held if not v.uses() and not v.is_graph_output() and not v.is_graph_input()]
-        for value in unread:
-            graph.initializers.pop(value.name or "")
-        if unread:
-            changes.append(Change(graph.name or "model", "dropped constants that nobody reads"))
+        for value in list(graph.initializers.values()):
+            if not value.uses() and not value.is_graph_output() and not value.is_graph_input():
+                graph.initializers.pop(value.name or "")
+    if _held(model) < held:
+        changes.append(Change(model.graph.name or "model", "dropped constants that nobody reads"))
     common.RemoveUnusedFunctionsPass()(model)
     common.RemoveUnusedOpsetsPass()(model)
     return changes
@@ -110,6 +109,10 @@ def _lift_constants(model: ir.Model) -> list[Change]:
 
 def _nodes(model: ir.Model) -> Iterator[ir.Node]:
     return iter(ir.traversal.RecursiveGraphIterator(model.graph))
+
+
+def _held(model: ir.Model) -> int:
+    return sum(len(graph.initializers) for graph in model.graphs())
 
 
 def _count(model: ir.Model) -> int:

@@ -1,4 +1,4 @@
-"""The pass: what is quantized how, checked before it replaces the model."""
+"""The pass: what is quantized how, and checked before it replaces the model."""
 
 from __future__ import annotations
 
@@ -6,87 +6,135 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
-import numpy as np
 import onnx_ir as ir
 
 from graphopt.analyses import SHAPES, RangesAnalysis
-from graphopt.errors import ModelError, OptionError, UsageError
-from graphopt.model_io import input_specs, model_bytes, weight_bytes
-from graphopt.opset import opset_version, raise_opset
+from graphopt.errors import GraphoptError, ModelError, OptionError
+from graphopt.model_io import model_bytes, weight_bytes
 from graphopt.options import opt
 from graphopt.pass_base import Change, Context, Pass, PassResult
-from graphopt.reference import Feed, Reference, random_feed
 from graphopt_passes.fold._affine import fold_affine
 from graphopt_passes.fold._rewiring import FreshNames
-from graphopt_passes.quant.audit import layer_quality, output_quality, sample_feeds
-from graphopt_passes.quant.builder import Builder
-from graphopt_passes.quant.dynamic import quantize_dynamic, why_not_dynamic
-from graphopt_passes.quant.plan import Plan, make_plan
+from graphopt_passes.quant.audit import sample_feeds
+from graphopt_passes.quant.decide import Decision, Settings, Workbench, fall_back, guard_layers, guard_outputs
+from graphopt_passes.quant.plan import make_plan
+from graphopt_passes.quant.prepare import raise_as_needed
 from graphopt_passes.quant.sites import Site, choose, find_sites, keyed_nodes, unshared
-from graphopt_passes.quant.static import apply_plan, make_grids, why_not_static
-from graphopt_passes.quant.weight import quantize_weights
+from graphopt_passes.quant.static import why_not_static
 
 __all__ = ["Quant"]
 
-Mode = Literal["static", "dynamic", "weight"]
+_FEEDS = 16
+_COMPARE_BYTES = 256 << 20  # smaller models are written out to compare sizes
 
 
 @dataclass(frozen=True, kw_only=True)
 class Quant(Pass):
-    """Store weights in 8 bits and compute on 8-bit integers where that keeps the results."""
+    """Store weights in 8 bits, and compute on 8-bit integers where that keeps the results.
+
+    With calibration data, Conv, Gemm and MatMul compute on integers with ranges fitted to the data, and so do the
+    additions, concatenations and poolings between them; weights have one scale for each output channel, biases 32
+    bits. Without data, MatMul and Gemm find the range of their input on every run, and all other layers store int8
+    weights and compute in float. The result is plain ONNX: QuantizeLinear, DequantizeLinear and MatMulInteger.
+
+    Batch norms are folded into the layers before them. Outputs of the model, Softmax, normalizations and everything
+    else stay float. A layer whose result 8 bits would drown in noise, measured on the calibration data, takes the
+    next weaker form. The opset is raised to what the form needs: 10, dynamic 11, one scale a channel 13.
+
+    Leaves alone, with the reason: layers that are quantized already, weights that are computed, shared with other
+    operators or replaceable by the caller, other types than float32, and tensors so small that scales would cost
+    more than they save.
+    """
 
     name: ClassVar[str] = "quant"
     lossy: ClassVar[bool] = True
 
-    mode: Literal["auto", "static", "dynamic", "weight"] = opt("auto", help="m")
-    bits: Literal[8] = opt(8, help="bits")
-    calibrator: Literal["minmax", "percentile", "mse"] = opt("minmax", help="c")
-    per_channel: bool = opt(True, help="one scale for each output channel")
-    min_sqnr: float = opt(10.0, help="dB")
-    floor: float = opt(10.0, help="dB")
+    mode: Literal["auto", "static", "dynamic", "weight"] = opt(
+        "auto",
+        help="static: calibrated ranges; dynamic: ranges found on every run; weight: float arithmetic; "
+        "auto: the first of these that the data and the layer allow",
+    )
+    bits: Literal[8] = opt(8, help="bits of weights and activations")
+    calibrator: Literal["minmax", "percentile", "mse"] = opt("minmax", help="how activation ranges are cut")
+    per_channel: bool = opt(True, help="one weight scale for each output channel instead of one for the tensor")
+    min_sqnr: float = opt(20.0, help="signal to noise in dB below which a layer leaves static int8")
+    min_output_sqnr: float = opt(15.0, help="signal to noise in dB below which the noisiest layers step back")
     only: tuple[str, ...] = opt((), help="only layers whose name matches one of these patterns")
     skip: tuple[str, ...] = opt((), help="leave layers alone whose name matches one of these patterns")
 
+    def requires(self, model: ir.Model, ctx: Context) -> None:
+        """Check that data is there for static ranges, and that the patterns match something.
+
+        Raises:
+            OptionError: They are not, or do not.
+        """
+        if ctx.calibration is None and self.mode == "static":
+            raise OptionError("quant.mode", "'static' needs calibration data", "give --calibration, or mode=auto")
+        if ctx.target.integers.static_only:
+            if self.mode in ("dynamic", "weight"):
+                fact = f"{self.mode!r} does not run on {ctx.target}, which computes on static int8 only"
+                raise OptionError("quant.mode", fact, "use mode=static with --calibration")
+            if ctx.calibration is None:
+                fact = f"{ctx.target} computes on static int8 only, which needs calibration data"
+                raise OptionError("quant", fact, "give --calibration")
+        choose(find_sites(model)[0], self.only, self.skip)
+
     def run(self, model: ir.Model, ctx: Context) -> PassResult:
-        sites, changes = find_sites(model)
+        """Quantize a copy and, if it is better, let its graph replace the model's."""
+        sites, changes = self._sites(model)
+        if not sites:
+            return PassResult(False, changes)
         work = model.clone()
-        if opset_version(work) < 13:
-            raise_opset(work, 13)
+        per_channel = self.per_channel and ctx.target.integers.per_channel
+        opset = raise_as_needed(self, work, sites, per_channel=per_channel, ctx=ctx)
+        static = ctx.calibration is not None and self.mode in ("auto", "static")
         inner = replace(ctx, model=work, _facts={})
-        fold_affine(work, inner.fact(SHAPES), FreshNames(work), 0)
-        inner.drop_facts()
-        sites, changes = find_sites(work)
+        if static:
+            fold_affine(work, inner.fact(SHAPES), FreshNames(work), 0)
+            _drop_unread(work)
+            inner.drop_facts()
+        sites, changes = self._sites(work)
+        bench = self._bench(work, inner, ctx, sites, opset, per_channel=per_channel and opset >= 13)
+        decisions = guard_layers(bench, self._first_choice(bench, sites, static=static))
+        result, made, decisions, quality = guard_outputs(bench, decisions)
+        changes = (*changes, *made)
+        if not any(d.kind != "float" for d in decisions):
+            return PassResult(False, changes)
+        grown = "" if ctx.target.integers.static_only else _grown(model, result)
+        if grown:
+            return PassResult(False, tuple(Change.skipped(c.site, grown) if c.done else c for c in changes))
+        model.graph, model.ir_version = result.graph, result.ir_version
+        return PassResult(True, changes, metrics=_metrics(decisions, quality))
+
+    def _sites(self, model: ir.Model) -> tuple[tuple[Site, ...], tuple[Change, ...]]:
+        sites, skipped = find_sites(model)
+        chosen, left = choose(sites, self.only, self.skip)
+        kept, shared = unshared(model, chosen)
+        return kept, (*skipped, *left, *shared)
+
+    def _bench(
+        self, work: ir.Model, inner: Context, ctx: Context, sites: Sequence[Site], opset: int, *, per_channel: bool
+    ) -> Workbench:
         rules = ctx.target.integers
-        nodes = keyed_nodes(work)
-        why = {s.key: why_not_static(s, nodes[s.key], rules, True) for s in sites}
-        linear = [s for s in sites if not why[s.key]]
-        plan = make_plan(work, linear, inner.fact(SHAPES), rules)
-        ranges = inner.fact(RangesAnalysis(values=plan.touched(work)))
-        grids = make_grids(work, plan, ranges, self.calibrator, rules)
-        feeds = sample_feeds(ctx, 16)
-        quality = layer_quality(work, plan, grids, linear, ranges, feeds, ctx, bits=rules.weight_bits, per_channel=True)
-        for s in linear:
-            if quality[s.key] < self.min_sqnr:
-                why[s.key] = f"8 bits would leave {quality[s.key]:.1f} dB"
-        linear = [s for s in sites if not why[s.key]]
-        plan = make_plan(work, linear, inner.fact(SHAPES), rules)
-        grids = make_grids(work, plan, ranges, self.calibrator, rules)
-        result = work.clone()
-        b = Builder(result, rules.weight_bits)
-        done = apply_plan(b, plan, grids, linear, per_channel=True)
-        changes = list(changes) + [Change(s.name, "int8", details={"sqnr": quality[s.key], "w": done[s.key]}) for s in linear]
-        rest = [s for s in sites if why[s.key]]
-        dyn = {}
-        nodes = keyed_nodes(result)
-        weightonly = []
-        for s in rest:
-            wd = why_not_dynamic(s, nodes[s.key], per_channel=True)
-            if s.operator in ("MatMul", "Gemm") and not wd and self.mode == "auto":
-                changes.append(quantize_dynamic(b, nodes[s.key], s, dyn, per_channel=True, why=why[s.key]))
-            else:
-                weightonly.append((s, why[s.key]))
-        changes += quantize_weights(b, weightonly, per_channel=True)
-        q = output_quality(Reference(model), Reference(result), feeds, ctx)
-        model.graph = result.graph
-        model.ir_version = result.ir_version
-        return PassResult(True, tuple(changes), metrics={f"sqnr_{k}": v for k, v in q.items()})
+        settings = Settings(
+            calibrator=self.calibrator,
+            per_channel=per_channel,
+            bits=min(self.bits, rules.weight_bits),
+            min_sqnr=self.min_sqnr,
+            min_output_sqnr=self.min_output_sqnr,
+            dynamic=self.mode in ("auto", "dynamic") and opset >= 11 and not rules.static_only,
+            weight_only=not rules.static_only,
+            rules=rules,
+        )
+        return Workbench(work, inner, inner.fact(SHAPES), None, sample_feeds(ctx, _FEEDS), settings)
+
+    def _first_choice(self, bench: Workbench, sites: Sequence[Site], *, static: bool) -> list[Decision]:
+        raise NotImplementedError
+
+
+def _metrics(decisions: Sequence[Decision], quality: dict[str, float]) -> dict[str, int | float | str | bool]:
+    counts = {kind: sum(d.kind == kind for d in decisions) for kind in ("static", "dynamic", "weight", "float")}
+    found: dict[str, int | float | str | bool] = {f"layers_{kind}": count for kind, count in counts.items()}
+    if quality:
+        found["output_sqnr_db"] = round(min(quality.values()), 1)
+    return found

@@ -36,7 +36,12 @@ def output_noise(
 ) -> dict[str, float]:
     """Noise power over signal power at the worst output, the mean over feeds, for every site by key."""
     copy = model.clone()
-    flags = _wire(copy, plan, grids, static, weight_only, bits=bits, per_channel=per_channel)
+    board = _Board(copy, plan, grids, bits, per_channel)
+    for site in static:
+        board.add(site, activations=True)
+    for site in weight_only:
+        board.add(site, activations=False)
+    flags = board.flags
     session = Reference(copy, threads=ctx.threads, extensions=ctx.extensions)
     off = {name: np.array(False) for name in flags.values()}
     found: dict[str, list[float]] = {key: [] for key in flags}
@@ -47,72 +52,52 @@ def output_noise(
     return {key: float(np.mean(ratios)) for key, ratios in found.items()}
 
 
-def _wire(
-    copy: ir.Model,
-    plan: Plan,
-    grids: Mapping[str, Grid],
-    static: Collection[Site],
-    weight_only: Collection[Site],
-    *,
-    bits: int,
-    per_channel: bool,
-) -> dict[str, str]:
-    """Build the switches in; returns the names of the inputs by site."""
-    builder, nodes = Builder(copy, bits), keyed_nodes(copy)
-    computed = {site.key for site in static}
-    flags: dict[str, str] = {}
-    for site in (*static, *weight_only):
-        node = nodes[site.key]
-        flag = ir.Value(
-            name=builder.name(f"switch_{len(flags)}"), type=ir.TensorType(ir.DataType.BOOL), shape=ir.Shape([])
-        )
-        copy.graph.inputs.append(flag)
-        flags[site.key] = flag.name or ""
+class _Board:
+    """Builds the switches into a copy of the model."""
+
+    def __init__(self, copy: ir.Model, plan: Plan, grids: Mapping[str, Grid], bits: int, per_channel: bool) -> None:
+        self.builder = Builder(copy, bits)
+        self.nodes = keyed_nodes(copy)
+        self.plan = plan
+        self.grids = grids
+        self.per_channel = per_channel
+        self.flags: dict[str, str] = {}
+        self._exact: dict[ir.Value, ir.Value] = {}  # choice -> the value before any rounding
+
+    def add(self, site: Site, *, activations: bool) -> None:
+        """Give a site its switch."""
+        node, name = self.nodes[site.key], self.builder.name(f"switch_{len(self.flags)}")
+        flag = ir.Value(name=name, type=ir.TensorType(ir.DataType.BOOL), shape=ir.Shape([]))
+        self.builder.model.graph.inputs.append(flag)
+        self.flags[site.key] = name
         for weight in site.weights:
             value = node.inputs[weight.index]
             tensor = tensor_of(value)
             if value is not None and tensor is not None:
-                rounded, _ = builder.dequantized(value, tensor, weight.axis if per_channel else None, node)
-                node.replace_input_with(weight.index, _choice(builder, flag, rounded, value, node))
-        if site.key in computed:
-            _wire_activations(builder, node, plan, grids, flag)
-    return flags
+                axis = weight.axis if self.per_channel else None
+                rounded, _ = self.builder.dequantized(value, tensor, axis, node)
+                self._choose(flag, rounded, value, node, weight.index)
+        if activations:
+            for index in self.plan.inputs[site.key]:
+                value = node.inputs[index]
+                if value is not None:
+                    self._choose(flag, self._rounded(self._exact.get(value, value)), value, node, index)
+            result = result_of(node)
+            if result.name in self.plan.results:
+                for user, index in tuple(result.uses()):
+                    self._choose(flag, self._rounded(result), result, user, index)
 
+    def _rounded(self, value: ir.Value) -> ir.Value:
+        return self.builder.pair(value, self.grids[self.plan.grid_of(value.name or "")])
 
-def _wire_activations(
-    builder: Builder, node: ir.Node, plan: Plan, grids: Mapping[str, Grid], flag: ir.Value
-) -> None:
-    for index in plan.inputs[next(o.name for o in node.outputs if o.name) or ""]:
-        value = _source(node.inputs[index])
-        if value is not None:
-            rounded = builder.pair(value, grids[plan.grid_of(value.name or "")])
-            node.replace_input_with(index, _choice(builder, flag, rounded, value, node))
-    result = result_of(node)
-    if result.name in plan.results:
-        maker = result.producer()
-        users = [(user, index) for user, index in result.uses() if user.op_type not in ("QuantizeLinear", "Where")]
-        rounded = builder.pair(result, grids[plan.grid_of(result.name or "")])
-        if maker is None or not users:
-            return
-        choice = builder.node("Where", [flag, rounded, result], f"{result.name}_choice", ir.DataType.FLOAT)
-        builder.model.graph.insert_after(rounded.producer() or maker, choice)
-        for user, index in users:
-            user.replace_input_with(index, choice.outputs[0])
-
-
-def _source(value: ir.Value | None) -> ir.Value | None:
-    """The activation behind a switch that the layer before has put in."""
-    producer = value.producer() if value is not None else None
-    return producer.inputs[2] if producer is not None and producer.op_type == "Where" else value
-
-
-def _choice(builder: Builder, flag: ir.Value, rounded: ir.Value, exact: ir.Value, user: ir.Node) -> ir.Value:
-    node = builder.node("Where", [flag, rounded, exact], f"{exact.name}_choice", ir.DataType.FLOAT)
-    graph = user.graph
-    if not isinstance(graph, ir.Graph):
-        raise TypeError(f"node {user.name!r} is in no graph")
-    graph.insert_before(user, node)
-    return node.outputs[0]
+    def _choose(self, flag: ir.Value, rounded: ir.Value, exact: ir.Value, user: ir.Node, index: int) -> None:
+        node = self.builder.node("Where", [flag, rounded, exact], f"{exact.name}_choice", ir.DataType.FLOAT)
+        graph = user.graph
+        if not isinstance(graph, ir.Graph):
+            raise TypeError(f"node {user.name!r} is in no graph")
+        graph.insert_before(user, node)
+        user.replace_input_with(index, node.outputs[0])
+        self._exact[node.outputs[0]] = self._exact.get(exact, exact)
 
 
 def _worst(exact: Feed, rounded: Feed) -> float:

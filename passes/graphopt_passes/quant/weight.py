@@ -11,7 +11,7 @@ from graphopt.pass_base import Change
 from graphopt_passes.quant.builder import NAME_LENGTH, Builder
 from graphopt_passes.quant.sites import Site, Weight, keyed_nodes, tensor_of
 
-__all__ = ["quantize_weights", "saved_bytes"]
+__all__ = ["quantize_weights", "saved_bytes", "why_not_weight"]
 
 _NODE_BYTES = 40  # what a node costs in the file besides its names
 
@@ -25,6 +25,14 @@ def saved_bytes(weight: Weight, *, per_channel: bool, bias: int = 0) -> int:
     names = 2 * _NODE_BYTES + 6 * min(NAME_LENGTH, len(weight.value) + 6)
     saved = 4 * weight.size - weight.size - 4 * scales - names
     return saved - (4 * (bias if per_channel else 1) + names if bias else 0)
+
+
+def why_not_weight(site: Site, *, per_channel: bool) -> str:
+    """Reason why the weights of a site stay float; empty if one of them is worth storing in int8."""
+    if any(saved_bytes(weight, per_channel=per_channel) > 0 for weight in site.weights):
+        return ""
+    size = sum(weight.size for weight in site.weights)
+    return f"{size} weights, so few that scales would cost more than int8 saves"
 
 
 def quantize_weights(builder: Builder, sites: Sequence[tuple[Site, str]], *, per_channel: bool) -> list[Change]:
@@ -55,10 +63,6 @@ def _quantize_site(builder: Builder, node: ir.Node, site: Site, why: str, per_ch
             worst = min(worst, sqnr)
         builder.discard(value)
         done += weight.size
-    if not done:
-        size = sum(weight.size for weight in site.weights)
-        reason = f"{size} weights, so few that scales would cost more than int8 saves"
-        return Change.skipped(site.name, f"{why}; {reason}" if why else reason)
     details = {"bits": builder.bits, "weights": done, "scales": "channel" if per_channel else "tensor"}
     action = "weights in int8, arithmetic in float" + (f": {why}" if why else "")
     return Change(site.name, action, details={**details, "weight_sqnr_db": round(worst, 1)})
