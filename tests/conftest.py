@@ -20,7 +20,7 @@ def fixtures() -> Path:
 
 
 @pytest.fixture(scope="session")
-def zoo(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+def zoo(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     """Export a case of the zoo named by GRAPHOPT_ZOO; the folder holds model.onnx, calib.npz and eval.npz."""
     folder = os.environ.get("GRAPHOPT_ZOO")
     if not folder:
@@ -32,10 +32,10 @@ def zoo(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     spec.loader.exec_module(module)
     root = tmp_path_factory.mktemp("zoo")
 
-    def export(case: str) -> Path:
-        target = root / case
+    def export(case: str, samples: int = 64, limit: int = 200) -> Path:
+        target = root / f"{case}-{samples}-{limit}"
         if not target.exists():
-            module.export(case, target, samples=64, limit=200)
+            module.export(case, target, samples=samples, limit=limit)
         return target
 
     return export

@@ -8,7 +8,7 @@ random      the baseline that a criterion has to beat
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Literal
 
 import numpy as np
@@ -39,18 +39,23 @@ def scores(
     """
     if criterion == "random":
         return rng.random(group.units) * 2
-    found: list[np.ndarray] = []
-    if criterion == "bn-scale":
-        found = [_sizes(constants, place, 1) for place in group.places if place.constant and place.role == "scale"]
-    if not found:
-        power = 1 if criterion == "l1" else 2
-        found = list(_norms(model, constants, group, power))
+    scales = [_sizes(constants, place, 1) for place in group.places if place.constant and place.role == "scale"]
+    if criterion == "bn-scale" and scales:
+        return _balanced(scales, group.units)
+    power = 1 if criterion == "l1" else 2
+    read = [_sizes(constants, place, power) for place in group.places if place.constant and place.role == "input"]
+    made = _balanced(list(_norms(model, constants, group, power)), group.units)
+    return _balanced([made * _balanced(read, group.units)], group.units)
+
+
+def _balanced(found: Sequence[np.ndarray], units: int) -> np.ndarray:
+    """Mean over layers, each brought to a mean of 1 first; all 1 where nothing is known."""
     means = [values / values.mean() for values in found if values.mean() > 0]
-    return np.mean(means, axis=0) if means else np.ones(group.units)
+    return np.mean(means, axis=0) if means else np.ones(units)
 
 
 def _norms(model: ir.Model, constants: Constants, group: ChannelGroup, power: int) -> Iterator[np.ndarray]:
-    """Norm of the weights that make each unit, one array per layer; embeddings of one tensor each."""
+    """Norm of the weights that make each unit, one array per layer."""
     for place in group.places:
         if place.constant and place.role == "output":
             norms = _sizes(constants, place, power)

@@ -19,6 +19,7 @@ from graphopt.pass_base import Context, PassResult
 from graphopt.pipeline_text import parse_pipeline
 from graphopt.reference import Feed, Reference, random_feed
 from graphopt.targets import Target
+from graphopt.testing import check_pass
 from graphopt_passes._prune_removal import remove
 from graphopt_passes.prune import Prune
 
@@ -230,6 +231,22 @@ GOLDEN_WEIGHTS: dict[str, Shape] = {
 
 def golden() -> ir.Model:
     return build(IMAGE, GOLDEN, GOLDEN_WEIGHTS)
+
+
+GOLDEN_FILES = Path(__file__).parents[2] / "fixtures" / "golden"
+
+
+@pytest.mark.parametrize("before", sorted(GOLDEN_FILES.glob("prune_*.before.onnxtxt")), ids=lambda path: path.stem)
+def test_prune_writes_the_golden_text(before: Path) -> None:
+    model = ir.from_onnx_text(before.read_text("utf8"))
+    prune(model, ratio=0.4)
+    after = before.with_name(before.name.replace(".before.", ".after."))
+    assert ir.to_onnx_text(model) + "\n" == after.read_text("utf8")
+
+
+@pytest.mark.parametrize("options", [{}, {"ratio": 0.6, "scope": "global", "criterion": "random"}, {"ratio": 0.0}])
+def test_prune_keeps_the_contract_of_passes(options: dict[str, object]) -> None:
+    assert check_pass(Prune(**options), golden()).modified == (options.get("ratio") != 0)  # type: ignore[arg-type]
 
 
 def test_the_ratio_is_met_and_every_group_is_reported() -> None:

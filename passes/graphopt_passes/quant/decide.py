@@ -19,11 +19,11 @@ from graphopt_passes.quant.builder import Builder
 from graphopt_passes.quant.dynamic import quantize_dynamic, why_not_dynamic
 from graphopt_passes.quant.plan import Plan, make_plan
 from graphopt_passes.quant.sites import Site, keyed_nodes
-from graphopt_passes.quant.static import apply_plan, make_grids
+from graphopt_passes.quant.static import apply_plan, make_grids, why_not_static
 from graphopt_passes.quant.switches import output_noise
 from graphopt_passes.quant.weight import quantize_weights, why_not_weight
 
-__all__ = ["Decision", "Kind", "Settings", "Workbench", "assemble", "fall_back", "guard_layers", "guard_outputs"]
+__all__ = ["Decision", "Kind", "Settings", "Workbench", "assemble", "first_choice", "guard_layers", "guard_outputs"]
 
 Kind = Literal["static", "dynamic", "weight", "float"]
 _ROUNDS = 3
@@ -93,18 +93,41 @@ class Workbench:
         return plan, make_grids(self.model, plan, self.ranges, self.settings.calibrator, self.settings.rules)
 
 
-def fall_back(bench: Workbench, decision: Decision, why: str, sqnr: float | None = None) -> Decision:
-    """The next best way to compute a site."""
-    site, settings = decision.site, bench.settings
-    node = keyed_nodes(bench.model)[site.key]
-    if decision.kind == "static" and settings.dynamic:
-        if not why_not_dynamic(site, node, per_channel=settings.per_channel):
-            return Decision(site, "dynamic", why, sqnr)
+def first_choice(
+    model: ir.Model, sites: Sequence[Site], settings: Settings, *, static: bool, why: str = ""
+) -> list[Decision]:
+    """The strongest form that each site allows.
+
+    Args:
+        model: The model.
+        sites: Its sites.
+        settings: What was asked for.
+        static: Ranges can be calibrated.
+        why: Said of layers that are not on integers because they cannot.
+    """
+    nodes, chosen = keyed_nodes(model), list[Decision]()
+    for site in sites:
+        node = nodes[site.key]
+        wanted = Decision(site, "static")
+        refusal = why_not_static(site, node, settings.rules, settings.per_channel) if static else why
+        chosen.append(wanted if static and not refusal else fall_back(wanted, node, settings, refusal))
+    return chosen
+
+
+def fall_back(decision: Decision, node: ir.Node, settings: Settings, why: str, sqnr: float | None = None) -> Decision:
+    """The next weaker form of a site."""
+    site = decision.site
+    if (
+        decision.kind == "static"
+        and settings.dynamic
+        and not why_not_dynamic(site, node, per_channel=settings.per_channel)
+    ):
+        return Decision(site, "dynamic", why, sqnr)
     if decision.kind in ("static", "dynamic") and settings.weight_only:
         refusal = why_not_weight(site, per_channel=settings.per_channel)
         if not refusal:
             return Decision(site, "weight", why, sqnr)
-        why = why if refusal in why else f"{why}; {refusal}"
+        why = why if refusal in why else "; ".join(filter(None, (why, refusal)))
     return Decision(site, "float", why, sqnr)
 
 
@@ -118,14 +141,14 @@ def guard_layers(bench: Workbench, decisions: Sequence[Decision]) -> list[Decisi
         bench.model, plan, grids, static, bench.ranges, bench.feeds, bench.context,
         bits=settings.bits, per_channel=settings.per_channel,
     )  # fmt: skip
-    judged: list[Decision] = []
+    judged, nodes = list[Decision](), keyed_nodes(bench.model)
     for decision in decisions:
         level = quality.get(decision.site.key)
         if level is None:
             judged.append(decision)
         elif level < settings.min_sqnr and not settings.rules.static_only:
             why = f"8-bit activations would leave {level:.1f} dB of signal to noise"
-            judged.append(fall_back(bench, decision, why, level))
+            judged.append(fall_back(decision, nodes[decision.site.key], settings, why, level))
         else:
             judged.append(replace(decision, sqnr=level))
     return judged
@@ -176,12 +199,15 @@ def _step_back(bench: Workbench, decisions: Sequence[Decision]) -> list[Decision
             break
         moved[key] = noise[key]
         left -= noise[key]
-    return [
-        fall_back(bench, d, f"in 8 bits its share of the noise at an output would be {share:.2g} of the signal", d.sqnr)
-        if (share := moved.get(d.site.key)) is not None
-        else d
-        for d in decisions
-    ]
+    nodes, stepped = keyed_nodes(bench.model), list[Decision]()
+    for decision in decisions:
+        share = moved.get(decision.site.key)
+        if share is None:
+            stepped.append(decision)
+        else:
+            why = f"in 8 bits it would make noise of {100 * share:.2g} % of the signal at an output"
+            stepped.append(fall_back(decision, nodes[decision.site.key], settings, why, decision.sqnr))
+    return stepped
 
 
 def assemble(bench: Workbench, decisions: Sequence[Decision]) -> tuple[ir.Model, list[Change]]:

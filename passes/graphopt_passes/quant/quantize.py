@@ -9,18 +9,25 @@ from typing import ClassVar, Literal
 import onnx_ir as ir
 
 from graphopt.analyses import SHAPES, RangesAnalysis
-from graphopt.errors import GraphoptError, ModelError, OptionError
+from graphopt.errors import OptionError
 from graphopt.model_io import model_bytes, weight_bytes
+from graphopt.opset import opset_version
 from graphopt.options import opt
 from graphopt.pass_base import Change, Context, Pass, PassResult
 from graphopt_passes.fold._affine import fold_affine
 from graphopt_passes.fold._rewiring import FreshNames
 from graphopt_passes.quant.audit import sample_feeds
-from graphopt_passes.quant.decide import Decision, Settings, Workbench, fall_back, guard_layers, guard_outputs
+from graphopt_passes.quant.decide import Decision, Settings, Workbench, first_choice, guard_layers, guard_outputs
 from graphopt_passes.quant.plan import make_plan
-from graphopt_passes.quant.prepare import raise_as_needed
-from graphopt_passes.quant.sites import Site, choose, find_sites, keyed_nodes, unshared
-from graphopt_passes.quant.static import why_not_static
+from graphopt_passes.quant.prepare import (
+    DYNAMIC_SINCE,
+    PER_CHANNEL_SINCE,
+    QUANTIZE_SINCE,
+    drop_unread,
+    lift_opset,
+    needed_opset,
+)
+from graphopt_passes.quant.sites import Site, choose, find_sites, unshared
 
 __all__ = ["Quant"]
 
@@ -81,26 +88,26 @@ class Quant(Pass):
 
     def run(self, model: ir.Model, ctx: Context) -> PassResult:
         """Quantize a copy and, if it is better, let its graph replace the model's."""
-        sites, changes = self._sites(model)
+        sites, skipped = self._sites(model)
         if not sites:
-            return PassResult(False, changes)
+            return PassResult(False, skipped)
         work = model.clone()
-        per_channel = self.per_channel and ctx.target.integers.per_channel
-        opset = raise_as_needed(self, work, sites, per_channel=per_channel, ctx=ctx)
+        settings = self._settings(work, ctx)
         static = ctx.calibration is not None and self.mode in ("auto", "static")
         inner = replace(ctx, model=work, _facts={})
         if static:
             fold_affine(work, inner.fact(SHAPES), FreshNames(work), 0)
-            _drop_unread(work)
+            drop_unread(work)
             inner.drop_facts()
-        sites, changes = self._sites(work)
-        bench = self._bench(work, inner, ctx, sites, opset, per_channel=per_channel and opset >= 13)
-        decisions = guard_layers(bench, self._first_choice(bench, sites, static=static))
-        result, made, decisions, quality = guard_outputs(bench, decisions)
-        changes = (*changes, *made)
-        if not any(d.kind != "float" for d in decisions):
+            sites, skipped = self._sites(work)
+        why = "no calibration data" if ctx.calibration is None and self.mode == "auto" else ""
+        decisions = first_choice(work, sites, settings, static=static, why=why)
+        bench = _bench(work, inner, settings, decisions)
+        result, made, decisions, quality = guard_outputs(bench, guard_layers(bench, decisions))
+        changes = (*skipped, *made)
+        if all(d.kind == "float" for d in decisions):
             return PassResult(False, changes)
-        grown = "" if ctx.target.integers.static_only else _grown(model, result)
+        grown = "" if settings.rules.static_only else _grown(model, result)
         if grown:
             return PassResult(False, tuple(Change.skipped(c.site, grown) if c.done else c for c in changes))
         model.graph, model.ir_version = result.graph, result.ir_version
@@ -112,24 +119,44 @@ class Quant(Pass):
         kept, shared = unshared(model, chosen)
         return kept, (*skipped, *left, *shared)
 
-    def _bench(
-        self, work: ir.Model, inner: Context, ctx: Context, sites: Sequence[Site], opset: int, *, per_channel: bool
-    ) -> Workbench:
+    def _settings(self, work: ir.Model, ctx: Context) -> Settings:
+        """Raise the opset of the copy as far as needed, and settle for less where that cannot be done."""
         rules = ctx.target.integers
-        settings = Settings(
+        per_channel = self.per_channel and rules.per_channel
+        refusal = lift_opset(work, needed_opset(self.mode, per_channel=per_channel), ctx)
+        opset = opset_version(work)
+        if refusal and opset < QUANTIZE_SINCE:
+            raise self.fail(refusal, f"integers need opset {QUANTIZE_SINCE} at least")
+        if refusal:
+            ctx.log.warning("quant: %s; opset %d allows less", refusal, opset)
+        return Settings(
             calibrator=self.calibrator,
-            per_channel=per_channel,
+            per_channel=per_channel and opset >= PER_CHANNEL_SINCE,
             bits=min(self.bits, rules.weight_bits),
             min_sqnr=self.min_sqnr,
             min_output_sqnr=self.min_output_sqnr,
-            dynamic=self.mode in ("auto", "dynamic") and opset >= 11 and not rules.static_only,
+            dynamic=self.mode in ("auto", "dynamic") and opset >= DYNAMIC_SINCE and not rules.static_only,
             weight_only=not rules.static_only,
             rules=rules,
         )
-        return Workbench(work, inner, inner.fact(SHAPES), None, sample_feeds(ctx, _FEEDS), settings)
 
-    def _first_choice(self, bench: Workbench, sites: Sequence[Site], *, static: bool) -> list[Decision]:
-        raise NotImplementedError
+
+def _bench(work: ir.Model, inner: Context, settings: Settings, decisions: Sequence[Decision]) -> Workbench:
+    """Calibrate what the static layers among the decisions touch."""
+    shapes, static = inner.fact(SHAPES), [d.site for d in decisions if d.kind == "static"]
+    ranges = None
+    if static:
+        touched = make_plan(work, static, shapes, settings.rules).touched(work)
+        ranges = inner.fact(RangesAnalysis(values=touched))
+    return Workbench(work, inner, shapes, ranges, sample_feeds(inner, _FEEDS), settings)
+
+
+def _grown(before: ir.Model, after: ir.Model) -> str:
+    """Says so if the file would not become smaller; large models always do."""
+    if weight_bytes(before) > _COMPARE_BYTES:
+        return ""
+    old, new = len(model_bytes(before)), len(model_bytes(after))
+    return f"the file would grow from {old} to {new} bytes" if new >= old else ""
 
 
 def _metrics(decisions: Sequence[Decision], quality: dict[str, float]) -> dict[str, int | float | str | bool]:
