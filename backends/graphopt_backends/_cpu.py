@@ -197,7 +197,12 @@ def _example_input(spec: TensorSpec) -> str:
 def _build_runner(folder: Path, runtime: Path, linker: Linker, isa: Isa, cache: Path) -> None:
     """Compile the runner, or take the one that the same compiler made from the same sources before."""
     digest = hashlib.sha256(" ".join((linker.name, *linker.command, linker.version())).encode())
-    for source in (folder / "run.cc", _SOURCES / "model.h", *sorted(runtime.rglob("*.so")), *sorted(runtime.rglob("*.h"))):
+    for source in (
+        folder / "run.cc",
+        _SOURCES / "model.h",
+        *sorted(runtime.rglob("*.so")),
+        *sorted(runtime.rglob("*.h")),
+    ):
         digest.update(source.read_bytes())
     known = cache / "runner" / isa.machine / digest.hexdigest()[:32]
     if not known.is_file():

@@ -16,7 +16,13 @@ from graphopt_backends._runtime import LIBRARIES, cached_runtime, versions
 
 __all__ = ["cached", "linkers", "tvm_works"]
 
-_PROBE = "import tvm; tvm.ir.save_json(tvm.tirx.const(1.0, 'float32')); print(tvm.support.libinfo()['LLVM_VERSION'])"
+_PROBE = """
+import tvm
+tvm.ir.save_json(tvm.tirx.const(1.0, "float32"))
+llvm = tvm.target.codegen
+print(llvm.llvm_version_major(), *llvm.llvm_get_targets())
+"""
+_ARCHITECTURES = ("x86_64", "aarch64")
 _SECONDS = 120
 
 
@@ -36,7 +42,13 @@ def tvm_works() -> Sequence[Finding]:
     if done.returncode:
         hint = "pip install 'apache-tvm-ffi>=0.1.14.post0,<0.1.15'"
         return (Finding("TVM", f"{tvm} (ffi {ffi}) crashes", ok=False, hint=hint),)
-    return (Finding("TVM", f"{tvm} (ffi {ffi}, LLVM {done.stdout.strip()})"),)
+    llvm, *known = done.stdout.split()
+    lacking = [name for name in _ARCHITECTURES if name not in known]
+    makes = f"lacks {', '.join(lacking)}" if lacking else f"makes code for {', '.join(_ARCHITECTURES)}"
+    return (
+        Finding("TVM", f"{tvm} (ffi {ffi})"),
+        Finding("LLVM", f"{llvm}: {makes}", not lacking, "pip install --force-reinstall apache-tvm" if lacking else ""),
+    )
 
 
 def linkers(isa: Isa, family: str) -> Sequence[Finding]:

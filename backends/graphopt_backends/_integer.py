@@ -188,7 +188,13 @@ def _requantize(builder: Any, call: Any) -> Any:
     from tvm import relax
 
     scale, zero = _array(_follow(builder, call.args[1])), _array(_follow(builder, call.args[2]))
-    if scale is None or zero is None or scale.size != 1 or zero.size != 1 or str(call.attrs.out_dtype) not in ("int8", "uint8"):
+    if (
+        scale is None
+        or zero is None
+        or scale.size != 1
+        or zero.size != 1
+        or str(call.attrs.out_dtype) not in ("int8", "uint8")
+    ):
         return None
     source = _follow(builder, call.args[0])
     if _is_call(source, "relax.nn.relu") and int(zero.reshape(-1)[0]) == np.iinfo(zero.dtype).min:
@@ -198,9 +204,15 @@ def _requantize(builder: Any, call: Any) -> Any:
         return None
     total, inner = found
     ratio = (inner / scale.reshape(-1)[0]).astype(np.float32)
-    scaled = builder.emit(relax.op.multiply(builder.emit(relax.op.astype(total, "float32")), relax.const(ratio, "float32")))
+    scaled = builder.emit(
+        relax.op.multiply(builder.emit(relax.op.astype(total, "float32")), relax.const(ratio, "float32"))
+    )
     return relax.op.quantize(
-        scaled, relax.const(np.float32(1), "float32"), call.args[2], axis=call.attrs.axis, out_dtype=call.attrs.out_dtype
+        scaled,
+        relax.const(np.float32(1), "float32"),
+        call.args[2],
+        axis=call.attrs.axis,
+        out_dtype=call.attrs.out_dtype,
     )
 
 

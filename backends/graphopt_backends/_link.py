@@ -40,7 +40,9 @@ class Linker:
         """
         soname = f"-Wl,-soname,{Path(output).name}"
         given = [str(Path(o).resolve()) for o in objects]
-        self._run(["-shared", "-fPIC", soname, *_REPEATABLE, "-o", str(Path(output).resolve()), *given, *(options or ())])
+        self._run(
+            ["-shared", "-fPIC", soname, *_REPEATABLE, "-o", str(Path(output).resolve()), *given, *(options or ())]
+        )
 
     def program(self, source: Path, output: Path, runtime: Path, include: Sequence[Path]) -> None:
         """Compile a C++ program that finds the libraries of `runtime` in the folder `runtime` beside it.

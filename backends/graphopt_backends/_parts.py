@@ -105,7 +105,12 @@ def _extract(model: ir.Model, nodes: list[ir.Node]) -> ir.Model:
         if o.name and (o.is_graph_output() or any(user not in inside for user in users.get(o, ())))
     ]
     view = ir.GraphView(
-        inputs, outputs, nodes=nodes, initializers=constants, opset_imports=model.graph.opset_imports, name=model.graph.name
+        inputs,
+        outputs,
+        nodes=nodes,
+        initializers=constants,
+        opset_imports=model.graph.opset_imports,
+        name=model.graph.name,
     )
     return ir.Model(view.clone(), ir_version=model.ir_version)
 

@@ -1,11 +1,11 @@
 """Operators in a form that the compiler's importer takes; each rule keeps the values.
 
-    rule                from                                    to
-    explicit_pads       auto_pad SAME_*, VALID                  pads
-    widen_small_ints    int4 and uint4 constants                int8 and uint8 constants
-    plain_norm          BatchNormalization, constant statistics Mul, Add
-    unroll_steps        LSTM, GRU of a short, fixed length      MatMul, Sigmoid, Tanh, ... for each step
-    flatten_blocks      DequantizeLinear with block_size        Cast, Sub, Reshape, Mul on blocks
+rule                from                                    to
+explicit_pads       auto_pad SAME_*, VALID                  pads
+widen_small_ints    int4 and uint4 constants                int8 and uint8 constants
+plain_norm          BatchNormalization, constant statistics Mul, Add
+unroll_steps        LSTM, GRU of a short, fixed length      MatMul, Sigmoid, Tanh, ... for each step
+flatten_blocks      DequantizeLinear with block_size        Cast, Sub, Reshape, Mul on blocks
 """
 
 from __future__ import annotations
@@ -110,7 +110,9 @@ def _plain_norm(graph: ir.Graph, node: ir.Node) -> bool:
     channels = (1, -1) + (1,) * (rank - 2)
     make = _Builder(graph, node)
     scaled = make("Mul", [node.inputs[0], make.array(a.reshape(channels).astype(dtype.numpy()))])
-    make.finish("Add", [scaled, make.array((shift - mean * a).reshape(channels).astype(dtype.numpy()))], node.outputs[0])
+    make.finish(
+        "Add", [scaled, make.array((shift - mean * a).reshape(channels).astype(dtype.numpy()))], node.outputs[0]
+    )
     return True
 
 

@@ -1,8 +1,8 @@
 """Files of tensors: weights beside a library, inputs and outputs of the C++ runner.
 
-    graphopt tensors 1 ALIGNMENT            padded with blanks to a multiple of the alignment
-    tensor DTYPE DIMS BYTES NAME            padded alike; DIMS is 1,3,224,224, or - for a scalar
-    values                                  row-major, padded with zeros
+graphopt tensors 1 ALIGNMENT            padded with blanks to a multiple of the alignment
+tensor DTYPE DIMS BYTES NAME            padded alike; DIMS is 1,3,224,224, or - for a scalar
+values                                  row-major, padded with zeros
 """
 
 from __future__ import annotations

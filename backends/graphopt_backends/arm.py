@@ -79,7 +79,9 @@ class ArmBackend(CpuBackend):
         if host_machine() == _MACHINE:
             qemu = Finding("qemu-aarch64", "not needed: this machine is aarch64")
         elif emulator and _root() is None:
-            qemu = Finding("qemu-aarch64", f"{emulator}, but no aarch64 libraries to run with", ok=False, hint=_QEMU_HINT)
+            qemu = Finding(
+                "qemu-aarch64", f"{emulator}, but no aarch64 libraries to run with", ok=False, hint=_QEMU_HINT
+            )
         return (*tvm_works(), *linkers(isa, "arm"), qemu, cached(isa, "arm", cache))
 
 

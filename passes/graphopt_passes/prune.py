@@ -16,6 +16,7 @@ from graphopt.options import opt
 from graphopt.pass_base import Change, Context, Pass, PassResult
 from graphopt_passes._prune_budget import Budget, Facts, ladder, plan_global, plan_uniform, step_of
 from graphopt_passes._prune_criteria import scores
+from graphopt_passes._prune_refit import refit
 from graphopt_passes._prune_removal import remove
 
 __all__ = ["Prune"]
@@ -56,6 +57,7 @@ class Prune(Pass):
         "uniform", help="the same fraction from every layer, or more where channels matter less"
     )
     round_to: int = opt(0, help="kept channels are a multiple of this; 0: what the target likes", ge=0)
+    refit: bool = opt(True, help="with calibration data, let the layers behind make up for what left")
     only: tuple[str, ...] = opt((), help="layers to prune: names or operators, with wildcards; none: all")
     skip: tuple[str, ...] = opt((), help="layers to leave alone: names or operators, with wildcards")
 
@@ -86,16 +88,32 @@ class Prune(Pass):
         removed = self._plan(budget, chosen, worth, ctx)
         lost = [np.sort(np.argsort(w, kind="stable")[:n]) for w, n in zip(worth, removed, strict=True)]
         removals = [(group, units) for group, units in zip(chosen, lost, strict=True) if len(units)]
-        remove(model, groups, [(group, units.tolist()) for group, units in removals])
-        if removals:
-            ctx.drop_facts()
+        refitted = self._remove(model, groups, [(group, units.tolist()) for group, units in removals], ctx)
         after = ctx.fact(COST)
         taken = {id(group): len(units) for group, units in removals}
         changes = [
             _change(group, taken.get(id(group), 0), reasons.get(id(group)), before, after) for group in groups.groups
         ]
         changes += [Change.skipped(name, reason) for name, reason in groups.elsewhere.items()]
-        return PassResult(bool(removals), tuple(changes), metrics=self._metrics(before, after))
+        return PassResult(bool(removals), tuple(changes), metrics=self._metrics(before, after) | {"refitted": refitted})
+
+    def _remove(
+        self, model: ir.Model, groups: ChannelGroups, removals: list[tuple[ChannelGroup, list[int]]], ctx: Context
+    ) -> int:
+        """Remove the units; returns how many layers were refitted to make up for them."""
+        if not removals:
+            return 0
+        refitted = 0
+        if self.refit and ctx.calibration is not None:
+            index = {id(group): i for i, group in enumerate(groups.groups)}
+            refitted = refit(model, ctx, ctx.calibration, removals)
+            ctx.drop_facts()
+            # the same groups in the same order, with the biases that refitting added among their places
+            groups = ctx.fact(CHANNEL_GROUPS)
+            removals = [(groups.groups[index[id(group)]], units) for group, units in removals]
+        remove(model, groups, removals)
+        ctx.drop_facts()
+        return refitted
 
     def _candidates(
         self, model: ir.Model, groups: ChannelGroups, ctx: Context

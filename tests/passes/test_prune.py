@@ -2,17 +2,15 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import onnx_ir as ir
 import pytest
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 
-from graphopt.analyses import CHANNEL_GROUPS, COST, ChannelGroup
-from graphopt.errors import ExitCode, OptionError, PassError
+from graphopt.analyses import CHANNEL_GROUPS, COST
+from graphopt.errors import ExitCode, OptionError
 from graphopt.model_io import ShapeBinding, input_specs, load_model, model_bytes, save_model
 from graphopt.options import build as build_options
 from graphopt.pass_base import Context, PassResult
@@ -20,7 +18,6 @@ from graphopt.pipeline_text import parse_pipeline
 from graphopt.reference import Feed, Reference, random_feed
 from graphopt.targets import Target
 from graphopt.testing import check_pass
-from graphopt_passes._prune_removal import remove
 from graphopt_passes.prune import Prune
 
 Shape = tuple[int, ...]
@@ -50,172 +47,6 @@ def feeds(model: ir.Model, count: int = 4) -> list[Feed]:
     rng = np.random.default_rng(1)
     binding = ShapeBinding(dims={"N": 2})
     return [random_feed(input_specs(model), binding, rng) for _ in range(count)]
-
-
-def zero(model: ir.Model, group: ChannelGroup, units: Sequence[int]) -> None:
-    """Set everything that belongs to some units to zero: a channel that is zero and that nobody reads."""
-    for place in group.places:
-        value = model.graph.initializers.get(place.value)
-        if place.constant and value is not None and value.const_value is not None:
-            array = value.const_value.numpy().copy()
-            np.moveaxis(array, place.axis, 0)[place.positions[list(units)].reshape(-1)] = 0
-            value.const_value = ir.tensor(array, name=place.value)
-
-
-def assert_removal_is_exact(model: ir.Model, removals: list[tuple[ChannelGroup, list[int]]]) -> None:
-    for group, units in removals:
-        zero(model, group, units)
-    expected = [Reference(model).run(feed) for feed in feeds(model)]
-    remove(model, context(model).fact(CHANNEL_GROUPS), removals)
-    session = Reference(model)
-    for feed, outputs in zip(feeds(model), expected, strict=True):
-        for name, wanted in outputs.items():
-            scale = max(1.0, float(np.abs(wanted).max()))
-            np.testing.assert_allclose(session.run(feed)[name], wanted, atol=1e-5 * scale)
-
-
-def parameters(model: ir.Model) -> int:
-    return sum(value.const_value.size for name, value in model.graph.initializers.items() if name[0] == "w")
-
-
-class Drawing:
-    """Writes a random network block by block; every block takes and gives `[N, channels, 8, 8]`."""
-
-    def __init__(self, pick: Callable[[Sequence], object]) -> None:
-        self.pick, self.lines, self.weights = pick, list[str](), dict[str, Shape]()
-        self.channels = self.pick([2, 3, 5, 4])
-        self.current = self.conv("x", 3, self.channels)
-
-    def weight(self, *shape: int, stem: str = "w") -> str:
-        name = f"{stem}{len(self.weights)}"
-        self.weights[name] = shape
-        return name
-
-    def value(self, text: str) -> str:
-        name = f"v{len(self.lines)}"
-        self.lines.append(f"{name} = {text}")
-        return name
-
-    def conv(self, source: str, inside: int, outside: int, group: int = 1) -> str:
-        size = self.pick([1, 3])
-        weight = self.weight(outside, inside // group, size, size)
-        pad = size // 2
-        return self.value(
-            f"Conv<pads=[{pad},{pad},{pad},{pad}],group={group}>({source}, {weight}, {self.weight(outside)})"
-        )
-
-    def plain(self) -> None:
-        channels = self.pick([2, 3, 4, 6])
-        self.current, self.channels = self.conv(self.current, self.channels, channels), channels
-
-    def norm(self) -> None:
-        parameters = [self.weight(self.channels, stem=stem) for stem in ("w", "w", "w", "var")]
-        self.current = self.value(f"BatchNormalization({self.current}, {', '.join(parameters)})")
-
-    def activation(self) -> None:
-        form = self.pick(["Relu", "Sigmoid", "HardSwish", "LeakyRelu", "PRelu"])
-        slope = f", {self.weight(self.channels, 1, 1)}" if form == "PRelu" else ""
-        self.current = self.value(f"{form}({self.current}{slope})")
-
-    def residual(self) -> None:
-        branch = self.conv(self.value(f"Relu({self.current})"), self.channels, self.channels)
-        operator = self.pick(["Mul", "Sub", "Max", "Add"])
-        self.current = self.value(f"{operator}({branch}, {self.current})")
-
-    def depthwise(self) -> None:
-        multiplier = self.pick([1, 2])
-        self.current = self.conv(self.current, self.channels, self.channels * multiplier, group=self.channels)
-        self.channels *= multiplier
-
-    def grouped(self) -> None:
-        if self.channels % 2 == 0:
-            self.current = self.conv(self.current, self.channels, 4, group=2)
-            self.channels = 4
-
-    def concat(self) -> None:
-        other = self.pick([1, 2, 4])
-        branch = self.conv(self.current, self.channels, other)
-        self.current = self.value(f"Concat<axis=1>({self.current}, {branch})")
-        self.channels += other
-
-    def split(self) -> None:
-        if self.channels % 2 == 0:
-            self.lines.append(f"a{len(self.lines)}, b{len(self.lines)} = Split<axis=1>({self.current})")
-            number = len(self.lines) - 1
-            self.current = self.value(f"Mul(a{number}, b{number})")
-            self.channels //= 2
-
-    def excite(self) -> None:
-        pooled = self.value(f"GlobalAveragePool({self.current})")
-        gate = self.value(f"HardSigmoid({self.conv(pooled, self.channels, self.channels)})")
-        self.current = self.value(f"Mul({self.current}, {gate})")
-
-    def padded(self) -> None:
-        pads = self.value("Constant<value_ints=[0,1,0,0,0,2,0,0]>()")
-        self.current, self.channels = self.value(f"Pad({self.current}, {pads})"), self.channels + 3
-
-    def turned(self) -> None:
-        last = self.value(f"Transpose<perm=[0,2,3,1]>({self.current})")
-        mixed = self.value(f"MatMul({last}, {self.weight(self.channels, 4)})")
-        self.current, self.channels = self.value(f"Transpose<perm=[0,3,1,2]>({mixed})"), 4
-
-    def upsampled(self) -> None:
-        pooled = self.value(f"MaxPool<kernel_shape=[2,2],strides=[2,2]>({self.current})")
-        deconv = self.weight(self.channels, 3, 2, 2)
-        self.current = self.value(f"ConvTranspose<strides=[2,2]>({pooled}, {deconv}, {self.weight(3)})")
-        self.channels = 3
-
-    def finish(self) -> ir.Model:
-        head = self.pick(["pool", "reshape", "mean", "flatten"])
-        columns = self.channels
-        if head == "pool":
-            flat = self.value(f"Flatten({self.value(f'GlobalAveragePool({self.current})')})")
-        elif head == "mean":
-            flat = self.value(f"ReduceMean<axes=[2,3],keepdims=0>({self.current})")
-        else:
-            small = self.value(f"AveragePool<kernel_shape=[4,4],strides=[4,4]>({self.current})")
-            columns = 4 * self.channels
-            shape = self.value(f"Constant<value_ints=[-1,{columns}]>()")
-            flat = self.value(f"Flatten({small})" if head == "flatten" else f"Reshape({small}, {shape})")
-        self.lines.append(f"y = Gemm({flat}, {self.weight(columns, 5)}, {self.weight(5)})")
-        return build(IMAGE, "\n".join(self.lines), self.weights)
-
-
-BLOCKS = (
-    "plain", "norm", "activation", "residual", "depthwise", "grouped", "concat", "split", "excite", "padded", "turned",
-    "upsampled",
-)  # fmt: skip
-
-
-@st.composite
-def networks(draw: st.DrawFn) -> ir.Model:
-    drawing = Drawing(lambda options: draw(st.sampled_from(options)))
-    for name in draw(st.lists(st.sampled_from(BLOCKS), min_size=1, max_size=6)):
-        getattr(drawing, name)()
-    return drawing.finish()
-
-
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
-@given(networks(), st.data())
-def test_removing_channels_that_are_zero_changes_no_output(model: ir.Model, data: st.DataObject) -> None:
-    free = [group for group in context(model).fact(CHANNEL_GROUPS).free if group.units > 1]
-    removals = [
-        (group, sorted(data.draw(st.sets(st.integers(0, group.units - 1), max_size=group.units - 1)))) for group in free
-    ]
-    before = parameters(model)
-    assert_removal_is_exact(model, removals)
-    assert (parameters(model) < before) == any(units for _, units in removals)
-
-
-@pytest.mark.parametrize("block", BLOCKS)
-def test_each_coupling_is_exact_by_itself(block: str) -> None:
-    drawing = Drawing(lambda options: options[-1])
-    drawing.current, drawing.channels = drawing.conv(drawing.current, drawing.channels, 4), 4
-    getattr(drawing, block)()
-    model = drawing.finish()
-    groups = context(model).fact(CHANNEL_GROUPS).free
-    assert groups
-    assert_removal_is_exact(model, [(group, [group.units - 1]) for group in groups if group.units > 1])
 
 
 GOLDEN = """
@@ -341,20 +172,6 @@ def test_options_that_do_not_fit_are_refused(options: dict[str, object], message
     assert caught.value.exit_code == ExitCode.USAGE
 
 
-def test_a_pinned_group_cannot_be_removed_from() -> None:
-    model = golden()
-    groups = context(model).fact(CHANNEL_GROUPS)
-    with pytest.raises(PassError, match="prune: last: reaches graph output 'y'"):
-        remove(model, groups, [(groups.groups[-1], [0])])
-
-
-def test_an_axis_is_never_emptied() -> None:
-    model = golden()
-    groups = context(model).fact(CHANNEL_GROUPS)
-    with pytest.raises(PassError, match="axis 1 of 'a' would be left empty"):
-        remove(model, groups, [(groups.groups[0], range(8))])
-
-
 def test_the_step_prints_what_it_was_parsed_from() -> None:
     text = "prune{ratio=0.5 criterion=l1 only=Conv,Gemm}"
     (step,) = parse_pipeline(text)
@@ -415,21 +232,6 @@ def test_weights_in_a_file_are_sliced_when_they_are_written(tmp_path: Path) -> N
     files = save_model(external, tmp_path / "pruned.onnx", embed_limit=0)
     for feed in feeds(expected, 1):
         np.testing.assert_allclose(Reference(files[0]).run(feed)["y"], Reference(expected).run(feed)["y"], atol=1e-6)
-
-
-def test_a_stated_size_that_others_use_is_not_changed_for_them() -> None:
-    body = """
-        to = Constant<value_ints=[-1,8]>()
-        [conv] a = Conv(x, w1) f = Reshape(a, to) z = Gemm<transB=1>(f, head)
-        b = Conv(x, w2) g = Reshape(b, to) k = ReduceSum<keepdims=1>(g, one) y = Add(z, k)
-    """
-    weights = {"w1": (2, 3, 7, 7), "w2": (2, 3, 7, 7), "head": (5, 8)}
-    model = build(
-        IMAGE, body.replace("one)", "ones)").replace("to =", "ones = Constant<value_ints=[1]>() to ="), weights
-    )
-    groups = context(model).fact(CHANNEL_GROUPS)
-    assert [group.name for group in groups.free] == ["conv"]
-    assert_removal_is_exact(model, [(groups.free[0], [1])])
 
 
 def interface(session: Reference) -> list[tuple[str, object, str]]:

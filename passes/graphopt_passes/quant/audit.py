@@ -102,10 +102,9 @@ def _shadow(
             value = node.inputs[index]
             if value is not None:
                 shadow.replace_input_with(index, builder.pair(value, grids[plan.grid_of(value.name or "")]))
-        float_type = ir.DataType.FLOAT
-        error = builder.node("Sub", [node.outputs[0], output], f"{site.key}_error", float_type)
+        error = builder.node("Sub", [node.outputs[0], output], f"{site.key}_error")
         sums = [
-            builder.node("ReduceSumSquare", [value], f"{site.key}_{word}", float_type, attributes={"keepdims": 0})
+            builder.node("ReduceSumSquare", [value], f"{site.key}_{word}", {"keepdims": 0})
             for value, word in ((node.outputs[0], "signal"), (error.outputs[0], "noise"))
         ]
         copy.graph.insert_after(shadow, [error, *sums])

@@ -83,19 +83,14 @@ class Builder:
         return self._scalars[key]
 
     def node(
-        self,
-        kind: str,
-        inputs: Sequence[ir.Value | None],
-        output: str,
-        dtype: ir.DataType,
-        *,
-        shape: ir.Shape | None = None,
-        attributes: Mapping[str, int] | None = None,
+        self, kind: str, inputs: Sequence[ir.Value | None], output: str, attributes: Mapping[str, int] | None = None
     ) -> ir.Node:
-        """Make a node with one output, both under the same name; the caller inserts it."""
+        """Make a node with one output, both under the same name; the caller inserts it.
+
+        Its type is left to shape inference: the types of all these values would be a tenth of a small file.
+        """
         name = self.name(output)
-        value = ir.Value(name=name, type=ir.TensorType(dtype), shape=shape)
-        return ir.node(kind, inputs, dict(attributes or {}), outputs=[value], name=name)
+        return ir.node(kind, inputs, dict(attributes or {}), outputs=[ir.Value(name=name)], name=name)
 
     def pair(self, value: ir.Value, grid: Grid) -> ir.Value:
         """Round an activation of the main graph to a grid and back: QuantizeLinear and DequantizeLinear, made once."""
@@ -103,11 +98,8 @@ class Builder:
         if name not in self._pairs:
             scale = self.scalar(f"{name}_scale", np.array(grid.scale, np.float32))
             zero = self.scalar(f"{name}_zero", np.array(grid.zero_point, grid.dtype))
-            dtype = ir.DataType.UINT8 if grid.dtype == "uint8" else ir.DataType.INT8
-            down = self.node("QuantizeLinear", [value, scale, zero], f"{name}_q", dtype, shape=value.shape)
-            up = self.node(
-                "DequantizeLinear", [down.outputs[0], scale, zero], f"{name}_dq", ir.DataType.FLOAT, shape=value.shape
-            )
+            down = self.node("QuantizeLinear", [value, scale, zero], f"{name}_q")
+            up = self.node("DequantizeLinear", [down.outputs[0], scale, zero], f"{name}_dq")
             self.insert_behind(value, [down, up])
             self._pairs[name] = up.outputs[0]
         return self._pairs[name]
@@ -169,14 +161,8 @@ class Builder:
         key = (value, id(graph), axis)
         integers = self.integers(value, tensor, axis, graph)
         if key not in self._dequantized:
-            up = self.node(
-                "DequantizeLinear",
-                [integers.value, integers.scale],
-                f"{value.name}_dq",
-                ir.DataType.FLOAT,
-                shape=ir.Shape(tensor.shape.numpy()),
-                attributes={} if axis is None else {"axis": axis},
-            )
+            inputs, attributes = [integers.value, integers.scale], {} if axis is None else {"axis": axis}
+            up = self.node("DequantizeLinear", inputs, f"{value.name}_dq", attributes)
             graph.insert_before(self._first_user(value, graph, anchor), up)
             self._dequantized[key] = up.outputs[0]
         return self._dequantized[key], integers.sqnr_db

@@ -27,6 +27,8 @@ __all__ = ["Decision", "Kind", "Settings", "Workbench", "assemble", "first_choic
 
 Kind = Literal["static", "dynamic", "weight", "float"]
 _ROUNDS = 3
+_NOISE_FEEDS = 4
+_NOISE_RUNS = 128
 
 
 @dataclass(frozen=True)
@@ -162,22 +164,25 @@ def guard_outputs(
     Returns:
         The model, what happened at each site, the decisions, and the signal to noise of each output in dB.
     """
-    settings, current = bench.settings, list(decisions)
+    settings, current, round_ = bench.settings, list(decisions), 0
     original = Reference(bench.model, threads=bench.context.threads, extensions=bench.context.extensions)
-    for round_ in range(_ROUNDS + 1):
+    while True:
         model, changes = assemble(bench, current)
         result = Reference(model, threads=bench.context.threads, extensions=bench.context.extensions)
         quality = output_quality(original, result, bench.feeds, bench.context)
         worst = min(quality.values(), default=settings.min_output_sqnr)
-        integer = [d for d in current if d.kind != "float"]
-        if worst >= settings.min_output_sqnr or not integer or round_ == _ROUNDS or settings.rules.static_only:
-            break
-        current = _step_back(bench, current)
-    return model, changes, current, quality
+        if worst >= settings.min_output_sqnr or settings.rules.static_only or all(d.kind == "float" for d in current):
+            return model, changes, current, quality
+        bench.context.log.info("quant: %.1f dB at an output, stepping back", worst)
+        current = _step_back(bench, current, round_)
+        round_ += 1
 
 
-def _step_back(bench: Workbench, decisions: Sequence[Decision]) -> list[Decision]:
-    """Step back with as few layers as keep the sum of what remains below the limit."""
+def _step_back(bench: Workbench, decisions: Sequence[Decision], round_: int) -> list[Decision]:
+    """Step back with as few layers as keep the sum of what remains below the limit, which each round makes tighter.
+
+    After `_ROUNDS` rounds all layers of the strongest form step back, so that the number of rounds is bounded.
+    """
     settings = bench.settings
     plan, grids = bench.plan(decisions)
     noise = output_noise(
@@ -186,14 +191,15 @@ def _step_back(bench: Workbench, decisions: Sequence[Decision]) -> list[Decision
         grids,
         [d.site for d in decisions if d.kind == "static"],
         [d.site for d in decisions if d.kind in ("dynamic", "weight")],
-        bench.feeds[:4],
+        bench.feeds[: max(1, min(_NOISE_FEEDS, _NOISE_RUNS // len(decisions)))],
         bench.context,
         bits=settings.bits,
         per_channel=settings.per_channel,
     )
-    limit = 10 ** (-settings.min_output_sqnr / 10) / 2  # noises add up, and not quite independently
+    limit = 10 ** (-settings.min_output_sqnr / 10) / 2 ** (round_ + 1)  # noises add up, and not quite independently
     left = sum(noise.values())
-    moved: dict[str, float] = {}
+    strongest = next(kind for kind in ("static", "dynamic", "weight") if any(d.kind == kind for d in decisions))
+    moved = {d.site.key: noise[d.site.key] for d in decisions if d.kind == strongest} if round_ >= _ROUNDS else {}
     for key in sorted(noise, key=lambda key: (-noise[key], key)):
         if left <= limit and moved:
             break

@@ -65,15 +65,15 @@ def quantize_dynamic(
     axis = weight.axis if per_channel else None
     integers = builder.integers(value, tensor, axis, graph, transposed=transposed, factor=factor)
     rounded, scale, zero = _rounded(builder, source, ranges)
-    name, floats = output.name or "", ir.DataType.FLOAT
-    product = builder.node("MatMulInteger", [rounded, integers.value, zero], f"{name}_int32", ir.DataType.INT32)
-    cast = builder.node("Cast", [product.outputs[0]], f"{name}_cast", floats, attributes={"to": int(floats)})
-    scales = builder.node("Mul", [scale, integers.scale], f"{name}_scale", floats)
+    name = output.name or ""
+    product = builder.node("MatMulInteger", [rounded, integers.value, zero], f"{name}_int32")
+    cast = builder.node("Cast", [product.outputs[0]], f"{name}_cast", {"to": int(ir.DataType.FLOAT)})
+    scales = builder.node("Mul", [scale, integers.scale], f"{name}_scale")
     bias = node.inputs[2] if len(node.inputs) > 2 else None
     graph.insert_before(node, [product, cast, scales])
     inputs = [cast.outputs[0], scales.outputs[0]]
     if bias is not None:
-        scaled = builder.node("Mul", inputs, f"{name}_scaled", floats)
+        scaled = builder.node("Mul", inputs, f"{name}_scaled")
         graph.insert_before(node, scaled)
         inputs = [scaled.outputs[0], bias]
     last = ir.node("Mul" if bias is None else "Add", inputs, outputs=[_take_over(output)], name=node.name)
@@ -92,12 +92,7 @@ def quantize_dynamic(
 def _rounded(builder: Builder, source: ir.Value, ranges: dict[str, tuple[ir.Value, ...]]) -> tuple[ir.Value, ...]:
     name = source.name or ""
     if name not in ranges:
-        types = (ir.DataType.UINT8, ir.DataType.FLOAT, ir.DataType.UINT8)
-        outputs = [
-            ir.Value(name=builder.name(f"{name}_{word}"), type=ir.TensorType(dtype))
-            for word, dtype in zip(("u8", "u8_scale", "u8_zero"), types, strict=True)
-        ]
-        outputs[0].shape = source.shape
+        outputs = [ir.Value(name=builder.name(f"{name}_{word}")) for word in ("u8", "u8_scale", "u8_zero")]
         node = ir.node("DynamicQuantizeLinear", [source], outputs=outputs, name=outputs[0].name)
         builder.insert_behind(source, [node])
         ranges[name] = tuple(outputs)

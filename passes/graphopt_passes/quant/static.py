@@ -148,14 +148,9 @@ def _round_bias(builder: Builder, node: ir.Node, bias: ir.TensorProtocol, grid: 
     integers = quantize_bias(bias.numpy(), scale)
     if integers is None:  # a channel with tiny weights: its bias stays float, which runtimes also take
         return
-    up = builder.node(
-        "DequantizeLinear",
-        [builder.constant(f"{value.name}_q", integers), builder.constant(f"{value.name}_scale", scale)],
-        f"{value.name}_dq",
-        ir.DataType.FLOAT,
-        shape=ir.Shape(integers.shape),
-        attributes={"axis": 0} if scale.ndim else {},
-    )
+    name = value.name or "bias"
+    inputs = [builder.constant(f"{name}_q", integers), builder.constant(f"{name}_scale", scale)]
+    up = builder.node("DequantizeLinear", inputs, f"{name}_dq", {"axis": 0} if scale.ndim else {})
     builder.model.graph.insert_before(node, up)
     node.replace_input_with(2, up.outputs[0])
     builder.discard(value)

@@ -91,7 +91,7 @@ class _Board:
         return self.builder.pair(value, self.grids[self.plan.grid_of(value.name or "")])
 
     def _choose(self, flag: ir.Value, rounded: ir.Value, exact: ir.Value, user: ir.Node, index: int) -> None:
-        node = self.builder.node("Where", [flag, rounded, exact], f"{exact.name}_choice", ir.DataType.FLOAT)
+        node = self.builder.node("Where", [flag, rounded, exact], f"{exact.name}_choice")
         graph = user.graph
         if not isinstance(graph, ir.Graph):
             raise TypeError(f"node {user.name!r} is in no graph")
