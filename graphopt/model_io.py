@@ -103,6 +103,7 @@ def load_model(path: str | Path) -> ir.Model:
         ir.external_data.set_base_dir(graph, path.parent)
     if (model.ir_version or 0) < _IR_WITH_HIDDEN_INITIALIZERS or _lists_every_weight(model.graph):
         _hide_initializers(model)
+    _name_nodes(model)
     _check_opset(model, path)
     _check_values(model, path)
     return model
@@ -254,6 +255,14 @@ def _hide_initializers(model: ir.Model) -> None:
         model.graph.inputs.clear()
         model.graph.inputs.extend(fed)
         model.ir_version = max(model.ir_version or 0, _IR_WITH_HIDDEN_INITIALIZERS)
+
+
+def _name_nodes(model: ir.Model) -> None:
+    """Name unnamed nodes after what they compute, so that reports and options can speak of them."""
+    for graph in model.graphs():
+        for node in graph:
+            if not node.name:
+                node.name = next((output.name for output in node.outputs if output.name), None)
 
 
 def _check_values(model: ir.Model, path: Path) -> None:

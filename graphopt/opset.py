@@ -59,6 +59,8 @@ def _same_signature(kind: str, old: int, new: int) -> bool:
         before, after = (onnx.defs.get_schema(kind, version, "") for version in (old, new))
     except onnx.defs.SchemaError:
         return False
+    if after.deprecated:
+        return False
     if before.since_version == after.since_version:
         return True
     return _signature(before) == _signature(after) and _no_type_lost(before, after)

@@ -394,3 +394,12 @@ def test_a_binding_that_does_not_fit_is_refused(binding: ShapeBinding, message: 
 def test_a_binding_that_fits_passes() -> None:
     check_binding([SPEC], ShapeBinding(shapes={"x": (2, 3, 4)}, dims={"batch": 2}))
     check_binding([InputSpec("x", ir.DataType.FLOAT, None)], ShapeBinding(shapes={"x": (7,)}))
+
+
+def test_unnamed_nodes_are_named_after_what_they_compute(tmp_path: Path) -> None:
+    text = """
+    <ir_version: 8, opset_import: ["" : 17]>
+    unnamed (float[2] x) => (float[2] y) { h = Relu(x) y = Neg(h) }
+    """
+    ir.save(ir.from_onnx_text(text), tmp_path / "m.onnx")
+    assert [node.name for node in load_model(tmp_path / "m.onnx").graph] == ["h", "y"]

@@ -15,7 +15,7 @@ from graphopt.backend_base import Backend, Build, BuildOptions, Runnable, Unsupp
 from graphopt.errors import BackendError
 from graphopt.model_io import save_model, weight_bytes
 from graphopt.reference import Feed
-from graphopt.targets import Isa, Target
+from graphopt.targets import Isa, Target, host_machine
 from graphopt_backends._compile import compile_library
 from graphopt_backends._fold import is_constant, static_shape
 from graphopt_backends._import import import_model, unsupported_nodes
@@ -48,6 +48,14 @@ def isa_of(target: Target) -> Isa:
 
 class CpuBackend(Backend):
     """Compiles through TVM and LLVM; a subclass says how the result is run on this machine."""
+
+    def ready(self, target: Target, options: BuildOptions) -> None:
+        """Find the compiler and, for another machine than this, its runtime in the cache."""
+        isa = isa_of(target)
+        find_linker(isa, options.cc)
+        versions()
+        if isa.machine != host_machine():
+            runtime_folder(isa.machine, target.name, options.cache)
 
     def unsupported(self, model: ir.Model, target: Target, options: BuildOptions) -> Sequence[Unsupported]:
         """Name the operators that TVM's importer cannot take, and those whose shapes depend on the data."""
@@ -113,7 +121,7 @@ def _unsupported(model: ir.Model) -> dict[str, Unsupported]:
 def _refusal(target: Target, refused: dict[str, Unsupported]) -> BackendError:
     items = list(refused.values())
     named = "; ".join(f"{u.operator} at {u.site!r}: {u.reason}" for u in items[:3])
-    more = f" and {len(items) - 3} more" if len(items) > 3 else ""  # noqa: PLR2004
+    more = f" and {len(items) - 3} more" if len(items) > 3 else ""
     fact = f"cannot take {len(items)} operator{'s' if len(items) > 1 else ''}: {named}{more}"
     return BackendError(f"target {target}", fact, "give --fallback ort to let ONNX Runtime run them")
 
@@ -153,11 +161,12 @@ def _lift_weights(model: ir.Model) -> list[tuple[str, ir.TensorProtocol]]:
     lifted: list[tuple[str, ir.TensorProtocol]] = []
     for name, value in list(model.graph.initializers.items()):
         tensor = value.const_value
-        if tensor is None or tensor.nbytes < _LIFT_BYTES or not is_constant(value):
+        shape = static_shape(value)
+        if tensor is None or tensor.nbytes < _LIFT_BYTES or shape is None or not is_constant(value):
             continue
         model.graph.initializers.pop(name)
         value.const_value = None
-        value.type, value.shape = ir.TensorType(tensor.dtype), ir.Shape(tensor.shape)
+        value.type, value.shape = ir.TensorType(tensor.dtype), ir.Shape(shape)
         model.graph.inputs.append(value)
         lifted.append((name, tensor))
     return lifted

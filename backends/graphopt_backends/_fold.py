@@ -27,6 +27,7 @@ _NEVER = frozenset(
         "Optional", "SequenceConstruct",
     }
 )  # fmt: skip
+_SAME_SHAPE = frozenset({"BiasGelu", "FastGelu", "Gelu", "SkipLayerNormalization"})
 _LINEAR = frozenset({"Conv", "ConvTranspose", "Gemm", "MatMul"})
 _log = logging.getLogger(__name__)
 
@@ -44,19 +45,34 @@ def fold(model: ir.Model) -> None:
 
 
 def infer_shapes(model: ir.Model) -> None:
-    """Infer types and shapes in place; what cannot be inferred stays unknown."""
-    ir_passes.ShapeInferencePass(check_type=False, strict_mode=False, data_prop=True)(model)
+    """Infer types and shapes in place; what cannot be inferred stays unknown.
+
+    ONNX knows nothing of other domains; operators of com.microsoft that keep the shape of their first input are
+    helped along.
+    """
+    infer = ir_passes.ShapeInferencePass(check_type=False, strict_mode=False, data_prop=True)
+    infer(model)
+    while any([_keep_shape(node) for graph in model.graphs() for node in graph if node.domain == "com.microsoft"]):
+        infer(model)
+
+
+def _keep_shape(node: ir.Node) -> bool:
+    source = node.inputs[0] if node.inputs else None
+    shape, output = static_shape(source), node.outputs[0]
+    if node.op_type not in _SAME_SHAPE or source is None or shape is None or static_shape(output) is not None:
+        return False
+    output.shape = ir.Shape(shape)
+    output.type = output.type or source.type
+    return True
 
 
 def static_shape(value: ir.Value | None) -> tuple[int, ...] | None:
     """Shape of a value if every dimension is known."""
     if value is None:
         return None
-    if value.const_value is not None:
-        return tuple(int(d) for d in value.const_value.shape)
-    if value.shape is None or not all(isinstance(d, int) for d in value.shape):
-        return None
-    return tuple(int(d) for d in value.shape)  # type: ignore[arg-type]
+    shape = value.shape if value.const_value is None else value.const_value.shape
+    sizes = [] if shape is None else [d for d in shape if isinstance(d, int)]
+    return tuple(sizes) if shape is not None and len(sizes) == len(list(shape)) else None
 
 
 def is_constant(value: ir.Value | None) -> bool:

@@ -27,8 +27,8 @@ def use_integers(module: Any) -> Any:
 
     @relax.expr_functor.mutator
     class Rewriter(relax.PyExprMutator):
-        def visit_call_(self, call: Any) -> Any:
-            call = super().visit_call_(call)
+        def visit_call_(self, op: Any) -> Any:
+            call: Any = super().visit_call_(op)
             name = getattr(call.op, "name", "")
             rule = _RULES.get(name)
             new = rule(self.builder_, call) if rule else None
@@ -37,7 +37,8 @@ def use_integers(module: Any) -> Any:
     rewriter = Rewriter(module)
     for variable, function in module.functions_items():
         if isinstance(function, relax.Function):
-            rewriter.builder_.update_func(variable, rewriter.visit_expr(function))
+            new: Any = rewriter.visit_expr(function)
+            rewriter.builder_.update_func(variable, new)
     result = rewriter.builder_.get()
     return tvm.IRModule(dict(result.functions_items()), attrs=module.attrs)
 
@@ -110,7 +111,7 @@ def _linear(builder: Any, call: Any) -> Any:
     convolution = call.op.name in _CONVOLUTIONS
     left, right, transposed = call.args[0], call.args[1], False
     behind = _follow(builder, right)
-    if not convolution and _is_call(behind, "relax.permute_dims") and len(right.ty.shape) == 2:  # noqa: PLR2004
+    if not convolution and _is_call(behind, "relax.permute_dims") and len(right.ty.shape) == 2:
         right, transposed = behind.args[0], True
     a, b = _dequantized(builder, left), _dequantized(builder, right)
     if a is None or b is None or "int32" in (str(a[0].ty.dtype), str(b[0].ty.dtype)):
@@ -209,7 +210,7 @@ def _requantize(builder: Any, call: Any) -> Any:
     )
     return relax.op.quantize(
         scaled,
-        relax.const(np.float32(1), "float32"),
+        relax.const(1.0, "float32"),
         call.args[2],
         axis=call.attrs.axis,
         out_dtype=call.attrs.out_dtype,

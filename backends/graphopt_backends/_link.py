@@ -1,4 +1,4 @@
-"""Compilers on this machine that link for a CPU, and how they are called so that the same input gives the same bytes."""
+"""Compilers on this machine that link for a CPU, called so that the same input gives the same bytes."""
 
 from __future__ import annotations
 

@@ -53,6 +53,7 @@ def lower(model: ir.Model, binding: ShapeBinding, target: str) -> Lowered:
     ir_passes.RemoveInitializersFromInputsPass()(copy)
     fixed = _fix_sizes(copy, binding, target)
     raise_opset(copy, _OLDEST_OPSET)
+    ir_passes.NameFixPass()(copy)
     ir_passes.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(copy)
     fold(copy)
     while rewrite(copy):

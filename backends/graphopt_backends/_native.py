@@ -41,7 +41,7 @@ def quiet() -> Iterator[None]:
                 _log.debug("native log: %s", text)
 
 
-def _reopened(saved: int):  # noqa: ANN202
+def _reopened(saved: int):
     """A text stream on the saved standard error, where Python's writes there too."""
     try:
         same = sys.stderr.fileno() == _STDERR

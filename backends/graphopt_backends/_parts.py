@@ -93,7 +93,7 @@ def _read_values(node: ir.Node) -> list[ir.Value]:
 def _extract(model: ir.Model, nodes: list[ir.Node]) -> ir.Model:
     inside = set(nodes)
     reads = list(dict.fromkeys(v for node in nodes for v in _read_values(node)))
-    main = {v for v in (*model.graph.inputs, *model.graph.initializers.values())}
+    main = {*model.graph.inputs, *model.graph.initializers.values()}
     main.update(o for node in model.graph for o in node.outputs)
     inputs = [v for v in reads if v in main and not is_constant(v) and v.producer() not in inside]
     constants = tuple(v for v in reads if v in main and is_constant(v))

@@ -26,10 +26,10 @@ _PEEPHOLES, _LENGTHS = 7, 4
 class Make(Protocol):
     """Adds a node before the one that is replaced."""
 
-    def __call__(self, op: str, inputs: list[ir.Value | None], **attributes: object) -> ir.Value: ...  # noqa: D102
-    def array(self, array: np.ndarray) -> ir.Value: ...  # noqa: D102
-    def ints(self, values: Sequence[int]) -> ir.Value: ...  # noqa: D102
-    def split(self, value: ir.Value, parts: int, axis: int, size: int) -> list[ir.Value]: ...  # noqa: D102
+    def __call__(self, op: str, inputs: list[ir.Value | None], **attributes: int) -> ir.Value: ...
+    def array(self, array: np.ndarray) -> ir.Value: ...
+    def ints(self, values: Sequence[int]) -> ir.Value: ...
+    def split(self, value: ir.Value, parts: int, axis: int, size: int) -> list[ir.Value]: ...
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,7 @@ def _weights(node: ir.Node, direction: int) -> _Direction:
         return node.inputs[i].const_value.numpy()[direction]  # type: ignore[union-attr]
 
     inward, recurrent = array(1), array(2)
-    if len(node.inputs) > 3 and node.inputs[3] is not None:  # noqa: PLR2004
+    if len(node.inputs) > 3 and node.inputs[3] is not None:
         first, second = np.split(array(3), 2)
     else:
         first = second = np.zeros(inward.shape[0], inward.dtype)
@@ -120,7 +120,7 @@ def _rows(make: Make, value: ir.Value, count: int, shape: tuple[int, ...]) -> li
 def _run(
     node: ir.Node, make: Make, weights: _Direction, state: list[ir.Value], order: Sequence[int], hidden: int
 ) -> tuple[list[ir.Value], list[ir.Value]]:
-    """All steps of one direction; returns the hidden state after each, in the order of computing, and the last state."""
+    """All steps of one direction; returns the hidden state after each, in computing order, and the last state."""
     lstm = node.op_type == "LSTM"
     source = node.inputs[0]
     width = _GATES[node.op_type] * hidden

@@ -103,7 +103,7 @@ def _plain_norm(graph: ir.Graph, node: ir.Node) -> bool:
         return False
     rank = node.inputs[0].shape.rank() if node.inputs[0] is not None and node.inputs[0].shape is not None else 0
     dtype = node.inputs[1].dtype if node.inputs[1] is not None else None
-    if rank < 2 or dtype is None or node.attributes.get_int("training_mode", 0):  # noqa: PLR2004
+    if rank < 2 or dtype is None or node.attributes.get_int("training_mode", 0):
         return False
     gain, shift, mean, variance = (v.const_value.numpy().astype(np.float64) for v in node.inputs[1:5])  # type: ignore[union-attr]
     a = gain / np.sqrt(variance + node.attributes.get_float("epsilon", 1e-5))
@@ -135,9 +135,9 @@ class _Builder:
     def __init__(self, graph: ir.Graph, node: ir.Node) -> None:
         self._graph, self._node, self._count = graph, node, 0
 
-    def __call__(self, op: str, inputs: list[ir.Value | None], **attributes: object) -> ir.Value:
+    def __call__(self, op: str, inputs: list[ir.Value | None], **attributes: int) -> ir.Value:
         self._count += 1
-        name = f"{self._node.name}/{op}_{self._count}"
+        name = f"{self._node.name}/lowered/{op}_{self._count}"
         made = ir.Node("", op, inputs, ir.convenience.convert_attributes(attributes), name=name)
         made.outputs[0].name = name
         self._graph.insert_before(self._node, made)
@@ -148,14 +148,14 @@ class _Builder:
 
     def array(self, array: np.ndarray) -> ir.Value:
         self._count += 1
-        return add_constant(self._graph, f"{self._node.name}/const_{self._count}", array)
+        return add_constant(self._graph, f"{self._node.name}/lowered/const_{self._count}", array)
 
     def split(self, value: ir.Value, parts: int, axis: int, size: int) -> list[ir.Value]:
         """Cut a value into parts of one size."""
         if parts == 1:
             return [value]
         self._count += 1
-        name = f"{self._node.name}/Split_{self._count}"
+        name = f"{self._node.name}/lowered/Split_{self._count}"
         attributes = ir.convenience.convert_attributes({"axis": axis})
         made = ir.Node("", "Split", [value, self.ints([size] * parts)], attributes, num_outputs=parts, name=name)
         for i, output in enumerate(made.outputs):

@@ -27,7 +27,7 @@ def schedule_module(module: Any, isa: Isa) -> Any:
         if isinstance(function, tirx.PrimFunc) and not (function.attrs and "tirx.is_scheduled" in function.attrs):
             try:
                 function = _schedule(function, isa.vector_bits // 32).with_attr("tirx.is_scheduled", True)
-            except Exception as e:  # noqa: BLE001 - the scheduler raises untyped errors for loops it cannot transform
+            except Exception as e:  # the scheduler raises untyped errors for loops it cannot transform
                 _log.debug("%s keeps its plain loops: %s", variable.name_hint, str(e).strip().splitlines()[:1])
         functions[variable] = function
     return tvm.IRModule(functions, attrs=module.attrs)

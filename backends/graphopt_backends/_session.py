@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import importlib.util
+import os
 import subprocess
 import sys
 import tempfile
@@ -26,7 +27,7 @@ Step = Callable[[Sequence[Mapping[str, Array]]], Sequence[Feed]]
 """A part ready to run: values by name, one mapping a feed; returns the values it makes."""
 
 _ALIGN = 64
-_CPU, _POOLED = 1, 2
+_CPU, _POOLED, _SHARE_CORES = 1, 2, -3
 _pool = threading.local()  # threads of the runtime's pool, which is one for each thread of this process
 
 
@@ -114,13 +115,26 @@ def _library_step(part: Part, folder: Path, threads: int) -> Step:
 
     def run(feed: Mapping[str, Array]) -> Feed:
         if getattr(_pool, "threads", None) != max(threads, 1):
-            ffi.get_global_func("runtime.config_threadpool")(1, max(threads, 1))
-            _pool.threads = max(threads, 1)
+            _configure_pool(ffi, max(threads, 1))
         made = main(*(_lend(ffi, feed[name]) for name in part.inputs), *weights)
         results = [made] if hasattr(made, "__dlpack__") else list(made)
         return {name: np.array(np.from_dlpack(value)) for name, value in zip(part.outputs, results, strict=True)}
 
     return lambda feeds: [run(feed) for feed in feeds]
+
+
+def _configure_pool(ffi: Any, threads: int) -> None:
+    """Set the size of the runtime's pool.
+
+    Left to itself the runtime takes half of the cores for hyper-threads and pins the calling thread to the first one,
+    which whatever else this process runs would inherit. So it is given all cores, for all its threads.
+    """
+    allowed = os.sched_getaffinity(0)
+    try:
+        ffi.get_global_func("runtime.config_threadpool")(_SHARE_CORES, threads, [str(core) for core in sorted(allowed)])
+    finally:
+        os.sched_setaffinity(0, allowed)
+    _pool.threads = threads
 
 
 def _load_runtime() -> Any:

@@ -63,11 +63,11 @@ def read_tensors(path: Path) -> Iterator[tuple[str, Array]]:
         while at + width <= data.size and data[at + width - 1] != ord("\n"):
             width += align
         words = bytes(data[at : at + width]).decode("utf8").split(None, 4)
-        if len(words) < 4 or words[0] != "tensor":  # noqa: PLR2004
+        if len(words) < 4 or words[0] != "tensor":
             raise BackendError(str(path), "damaged file of tensors")
         shape = () if words[2] == "-" else tuple(map(int, words[2].split(",")))
         start, size = at + width, int(words[3])
-        name = words[4].rstrip() if len(words) > 4 else ""  # noqa: PLR2004
+        name = words[4].rstrip() if len(words) > 4 else ""
         yield name, data[start : start + size].view(_dtype(words[1])).reshape(shape)
         at = start + -(-size // align) * align
 

@@ -52,7 +52,7 @@ class ArmBackend(CpuBackend):
 
     name: ClassVar[str] = "arm"
 
-    def how(self, target: Target) -> Obtained:  # noqa: ARG002
+    def how(self, target: Target) -> Obtained:
         """Executed on ARM, emulated where there is qemu, else compiled only."""
         if host_machine() == _MACHINE:
             return "executed"

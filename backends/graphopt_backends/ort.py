@@ -32,26 +32,26 @@ class OrtBackend(Backend):
 
     name: ClassVar[str] = "ort"
 
-    def unsupported(self, model: ir.Model, target: Target, options: BuildOptions) -> Sequence[Unsupported]:  # noqa: ARG002
+    def unsupported(self, model: ir.Model, target: Target, options: BuildOptions) -> Sequence[Unsupported]:
         """Nothing: what ONNX Runtime cannot load is found when it loads it."""
         return ()
 
-    def build(self, model: ir.Model, target: Target, folder: Path, options: BuildOptions) -> Build:  # noqa: ARG002
+    def build(self, model: ir.Model, target: Target, folder: Path, options: BuildOptions) -> Build:
         """Leave the folder as it is."""
         import onnxruntime
 
         return Build(facts={"engine": f"ONNX Runtime {onnxruntime.__version__}"})
 
-    def how(self, target: Target) -> Obtained:  # noqa: ARG002
+    def how(self, target: Target) -> Obtained:
         """Executed, everywhere."""
         return "executed"
 
-    def load(self, folder: Path, target: Target, threads: int) -> Runnable:  # noqa: ARG002
+    def load(self, folder: Path, target: Target, threads: int) -> Runnable:
         """Open `model.onnx` in ONNX Runtime."""
         session = Reference(folder / "model.onnx", threads=max(threads, 1))
-        return lambda feed: session.run(feed)
+        return session.run
 
-    def doctor(self, cache: Path) -> Sequence[Finding]:  # noqa: ARG002
+    def doctor(self, cache: Path) -> Sequence[Finding]:
         """Name the version of ONNX Runtime."""
         import onnxruntime
 

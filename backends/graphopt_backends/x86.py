@@ -88,7 +88,7 @@ class X86Backend(CpuBackend):
             raise BackendError(f"target {target}", fact, "run the bundle on a machine that has it")
         return in_process(part, folder, threads)
 
-    def doctor(self, cache: Path) -> Sequence[Finding]:  # noqa: ARG002
+    def doctor(self, cache: Path) -> Sequence[Finding]:
         """Say whether TVM works, what links, and what this CPU can run."""
         native = _native()
         cpu = native.name if host_machine() == _MACHINE else f"{host_machine()}: x86 is compiled only"

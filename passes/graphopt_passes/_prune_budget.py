@@ -157,17 +157,13 @@ def _only(count: int, index: int) -> list[int]:
 
 
 def _settled(budget: Budget, ladders: Sequence[Sequence[int]], plan: list[int], target: float) -> list[int]:
-    """Move single groups by one step as long as that comes closer to the target."""
+    """Move single groups by one step, each at most once, as long as that comes closer to the target."""
+    near = [rungs[max(0, (at := rungs.index(n)) - 1) : at + 2] for rungs, n in zip(ladders, plan, strict=True)]
     error = abs(budget.after(plan) - target)
     while True:
-        best: tuple[float, list[int]] | None = None
-        for i, rungs in enumerate(ladders):
-            at = rungs.index(plan[i])
-            for other in rungs[max(0, at - 1) : at + 2]:
-                changed = [*plan[:i], other, *plan[i + 1 :]]
-                distance = abs(budget.after(changed) - target)
-                if distance < (error if best is None else best[0]) * (1 - 1e-12):
-                    best = distance, changed
-        if best is None:
+        changed = [[*plan[:i], other, *plan[i + 1 :]] for i, rungs in enumerate(near) for other in rungs]
+        best = min(changed, key=lambda p: abs(budget.after(p) - target), default=plan)
+        distance = abs(budget.after(best) - target)
+        if distance >= error * (1 - 1e-12):
             return plan
-        error, plan = best
+        error, plan = distance, best

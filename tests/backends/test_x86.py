@@ -134,7 +134,7 @@ def test_operator_that_tvm_lacks_is_named_and_stops_the_build(lstm_model, backen
     x86, target = backend("x86")
     found = x86.unsupported(lstm_model, target, BuildOptions())
     assert [(u.site, u.operator) for u in found] == [("recurrent", "LSTM")]
-    with pytest.raises(BackendError, match="LSTM at 'recurrent'.*--fallback ort"):
+    with pytest.raises(BackendError, match=r"LSTM at 'recurrent'.*--fallback ort"):
         x86.build(lstm_model, target, tmp_path, BuildOptions(cache=cache))
     assert list(tmp_path.iterdir()) == []
 
@@ -175,6 +175,7 @@ def test_compiler_that_does_not_exist_is_one_clear_line(mlp, backend, cache, tmp
         x86.build(mlp, target, tmp_path, BuildOptions(cache=cache, cc="no-such-compiler"))
 
 
+@pytest.mark.slow
 def test_zig_links_too(mlp, backend, tmp_path: Path) -> None:
     pytest.importorskip("ziglang")
     import sys

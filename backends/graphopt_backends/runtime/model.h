@@ -14,6 +14,7 @@
 
 #include <dlpack/dlpack.h>
 #include <fcntl.h>
+#include <sched.h>
 #include <sys/mman.h>
 #include <sys/stat.h>
 #include <tvm/ffi/c_api.h>
@@ -124,6 +125,20 @@ inline Object method(const Object& module, const char* name) {
   TVMFFIAny flag = any(kTVMFFIBool);
   flag.v_int64 = 1;
   return object(call(global("ffi.ModuleGetFunction"), {any(module), any(name), flag}), name);
+}
+
+// Gives the runtime's pool all cores that this process may use: by itself it takes half of them for hyper-threads.
+inline void use_threads(int threads) {
+  cpu_set_t allowed;
+  CPU_ZERO(&allowed);
+  if (sched_getaffinity(0, sizeof(allowed), &allowed) != 0) throw std::runtime_error("cannot read the allowed cores");
+  std::vector<std::string> names;
+  for (int core = 0; core < CPU_SETSIZE; ++core)
+    if (CPU_ISSET(core, &allowed)) names.push_back(std::to_string(core));
+  std::vector<TVMFFIAny> words;
+  for (const std::string& name : names) words.push_back(any(name.c_str()));
+  Object cores = object(call(global("ffi.Array"), words), "ffi.Array");
+  call(global("runtime.config_threadpool"), {integer(-3), integer(threads), any(cores)});
 }
 
 struct Lent {
@@ -262,7 +277,7 @@ class Model {
     Object module = object(call(global("ffi.ModuleLoadFromFile"), {any(path.c_str())}), path.c_str());
     machine_ = object(call(method(module, "vm_load_executable"), {}), "vm_load_executable");
     call(method(machine_, "vm_initialization"), {integer(kDLCPU), integer(0), integer(2)});
-    call(global("runtime.config_threadpool"), {integer(1), integer(threads)});
+    use_threads(threads);
     main_ = method(machine_, "main");
     arity_ = static_cast<size_t>(call(method(machine_, "get_function_arity"), {any("main")}).v_int64);
     if (!weights.empty())

@@ -48,7 +48,8 @@ class Builder:
         self._owners: dict[int, ir.Node] = {}
         self._scalars: dict[tuple[str, bytes], ir.Value] = {}
         self._integers: dict[tuple[ir.Value, int | None, bool, float], Integers] = {}
-        self._dequantized: dict[tuple[ir.Value, int, int | None], ir.Value] = {}
+        self._dequantized: dict[tuple[ir.Value, int | None], ir.Value] = {}
+        self._places: dict[ir.Value, ir.Graph] = {}
         self._pairs: dict[str, ir.Value] = {}
         for graph in model.graphs():
             self._taken |= {name for value in (*graph.inputs, *graph.initializers.values()) if (name := value.name)}
@@ -119,51 +120,46 @@ class Builder:
         value: ir.Value,
         tensor: ir.TensorProtocol,
         axis: int | None,
-        graph: ir.Graph,
         *,
         transposed: bool = False,
         factor: float = 1.0,
     ) -> Integers:
-        """The int8 copy of a weight and its scales, made once for every layout; stands where the float weight does.
+        """The int8 copy of a weight and its scales, made once for every layout.
 
         Args:
             value: The weight.
             tensor: Its data.
             axis: Axis of the scales; None: one for all.
-            graph: Graph that gets the initializers if the weight is no initializer itself.
             transposed: Store a matrix transposed.
             factor: Put into the scales.
         """
         key = (value, axis, transposed, factor)
         if key not in self._integers:
-            weight = tensor.numpy()
+            weight, graph = tensor.numpy(), self._place(value)
             scales = weight_scales(weight, axis, self.bits)
             rounded = quantize_weight(weight, scales, axis, self.bits)
             error = weight - rounded * (scales if axis is None else np.expand_dims(scales, _others(weight.ndim, axis)))
             sqnr = decibel(float(np.vdot(weight, weight)), float(np.vdot(error, error)))
-            home, name = self._home(value) or graph, value.name or "weight"
+            name = value.name or "weight"
             self._integers[key] = Integers(
-                self.constant(f"{name}_q", np.ascontiguousarray(rounded.T) if transposed else rounded, home),
-                self.constant(f"{name}_scale", (scales * np.float32(factor)).astype(np.float32), home),
+                self.constant(f"{name}_q", np.ascontiguousarray(rounded.T) if transposed else rounded, graph),
+                self.constant(f"{name}_scale", (scales * np.float32(factor)).astype(np.float32), graph),
                 sqnr,
             )
         return self._integers[key]
 
-    def dequantized(
-        self, value: ir.Value, tensor: ir.TensorProtocol, axis: int | None, user: ir.Node
-    ) -> tuple[ir.Value, float]:
-        """A weight behind DequantizeLinear, made once in the graph where `user` reads it, outside of loops.
+    def dequantized(self, value: ir.Value, tensor: ir.TensorProtocol, axis: int | None) -> tuple[ir.Value, float]:
+        """A weight behind DequantizeLinear, made once.
 
         Returns:
             The value, and the signal to noise of the rounding in dB.
         """
-        graph, anchor = self._place(user)
-        key = (value, id(graph), axis)
-        integers = self.integers(value, tensor, axis, graph)
+        key, graph = (value, axis), self._place(value)
+        integers = self.integers(value, tensor, axis)
         if key not in self._dequantized:
             inputs, attributes = [integers.value, integers.scale], {} if axis is None else {"axis": axis}
             up = self.node("DequantizeLinear", inputs, f"{value.name}_dq", attributes)
-            graph.insert_before(self._first_user(value, graph, anchor), up)
+            graph.insert_before(self._first_user(value, graph), up)
             self._dequantized[key] = up.outputs[0]
         return self._dequantized[key], integers.sqnr_db
 
@@ -182,19 +178,36 @@ class Builder:
         graphs = (graph for graph in self.model.graphs() if graph.initializers.get(value.name or "") is value)
         return next(graphs, None)
 
-    def _place(self, user: ir.Node) -> tuple[ir.Graph, ir.Node]:
-        """The graph of a node, or the one around the outermost loop it is in, and the node there that holds it."""
-        graph, anchor = _graph_of(user), user
-        best = (graph, anchor)
-        while (owner := self._owners.get(id(graph))) is not None:
-            graph, anchor = _graph_of(owner), owner
-            if owner.op_type in _LOOPS:
-                best = (graph, anchor)
-        return best
+    def _place(self, value: ir.Value) -> ir.Graph:
+        """The innermost graph around all readers of a weight, but outside of loops, which would repeat its work.
 
-    def _first_user(self, value: ir.Value, graph: ir.Graph, anchor: ir.Node) -> ir.Node:
+        Integers and DequantizeLinear stand there together: ONNX Runtime cannot load a model where a branch
+        dequantizes integers from outside for a MatMul.
+        """
+        if value not in self._places:
+            paths = [self._path(node) for node in value.consumers()]
+            common = 0
+            while all(len(path) > common for path in paths) and len({id(path[common]) for path in paths}) == 1:
+                common += 1
+            self._places[value] = paths[0][common - 1] if paths else self.model.graph
+        return self._places[value]
+
+    def _path(self, user: ir.Node) -> list[ir.Graph]:
+        """Graphs around a node from the main graph inwards, up to the first loop."""
+        path: list[ir.Graph] = []
+        graph = _graph_of(user)
+        while True:
+            path.insert(0, graph)
+            owner = self._owners.get(id(graph))
+            if owner is None:
+                return path
+            if owner.op_type in _LOOPS:
+                path.clear()
+            graph = _graph_of(owner)
+
+    def _first_user(self, value: ir.Value, graph: ir.Graph) -> ir.Node:
         """The earliest node of `graph` that reads a value, itself or in its subgraphs."""
-        inside = {id(anchor)}
+        inside: set[int] = set()
         for node in value.consumers():
             here, holder = _graph_of(node), node
             while here is not graph and (owner := self._owners.get(id(here))) is not None:

@@ -174,11 +174,11 @@ def guard_outputs(
         if worst >= settings.min_output_sqnr or settings.rules.static_only or all(d.kind == "float" for d in current):
             return model, changes, current, quality
         bench.context.log.info("quant: %.1f dB at an output, stepping back", worst)
-        current = _step_back(bench, current, round_)
+        current = _step_back(bench, current, round_, worst)
         round_ += 1
 
 
-def _step_back(bench: Workbench, decisions: Sequence[Decision], round_: int) -> list[Decision]:
+def _step_back(bench: Workbench, decisions: Sequence[Decision], round_: int, worst: float) -> list[Decision]:
     """Step back with as few layers as keep the sum of what remains below the limit, which each round makes tighter.
 
     After `_ROUNDS` rounds all layers of the strongest form step back, so that the number of rounds is bounded.
@@ -211,7 +211,11 @@ def _step_back(bench: Workbench, decisions: Sequence[Decision], round_: int) -> 
         if share is None:
             stepped.append(decision)
         else:
-            why = f"in 8 bits it would make noise of {100 * share:.2g} % of the signal at an output"
+            why = f"its int8 noise would be {100 * share:.2g} % of the signal at an output"
+            if share < limit:  # it went with the others
+                why = f"with it and others in int8 an output would keep {worst:.1f} dB of signal to noise"
+            if decision.sqnr is not None and decision.why:
+                why = f"{decision.why}; {why}"
             stepped.append(fall_back(decision, nodes[decision.site.key], settings, why, decision.sqnr))
     return stepped
 

@@ -63,7 +63,7 @@ def quantize_dynamic(
     transposed = site.operator == "Gemm" and weight.axis == 0
     factor = node.attributes.get_float("alpha", 1.0) if site.operator == "Gemm" else 1.0
     axis = weight.axis if per_channel else None
-    integers = builder.integers(value, tensor, axis, graph, transposed=transposed, factor=factor)
+    integers = builder.integers(value, tensor, axis, transposed=transposed, factor=factor)
     rounded, scale, zero = _rounded(builder, source, ranges)
     name = output.name or ""
     product = builder.node("MatMulInteger", [rounded, integers.value, zero], f"{name}_int32")

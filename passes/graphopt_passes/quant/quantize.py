@@ -64,7 +64,7 @@ class Quant(Pass):
     bits: Literal[8] = opt(8, help="bits of weights and activations")
     calibrator: Literal["minmax", "percentile", "mse"] = opt("minmax", help="how activation ranges are cut")
     per_channel: bool = opt(True, help="one weight scale for each output channel instead of one for the tensor")
-    min_sqnr: float = opt(20.0, help="signal to noise in dB below which a layer leaves static int8")
+    min_sqnr: float = opt(22.0, help="signal to noise in dB below which a layer leaves static int8")
     min_output_sqnr: float = opt(15.0, help="signal to noise in dB below which the noisiest layers step back")
     only: tuple[str, ...] = opt((), help="only layers whose name matches one of these patterns")
     skip: tuple[str, ...] = opt((), help="leave layers alone whose name matches one of these patterns")

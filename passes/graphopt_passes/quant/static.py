@@ -116,14 +116,14 @@ def integer_inputs(
     if value is None or tensor is None:
         raise TypeError(f"{site.name!r} has lost its weight")
     axis = weight.axis if per_channel else None
-    dequantized, quality = builder.dequantized(value, tensor, axis, node)
+    dequantized, quality = builder.dequantized(value, tensor, axis)
     node.replace_input_with(weight.index, dequantized)
     builder.discard(value)
     bias = _bias(node, site)
     if bias is not None:
         source = node.inputs[plan.inputs[site.key][0]]
         grid = grids[plan.grid_of(source.name or "" if source is not None else "")]
-        _round_bias(builder, node, bias, grid, builder.integers(value, tensor, axis, builder.model.graph).scale)
+        _round_bias(builder, node, bias, grid, builder.integers(value, tensor, axis).scale)
     return quality
 
 

@@ -75,7 +75,7 @@ class _Board:
             tensor = tensor_of(value)
             if value is not None and tensor is not None:
                 axis = weight.axis if self.per_channel else None
-                rounded, _ = self.builder.dequantized(value, tensor, axis, node)
+                rounded, _ = self.builder.dequantized(value, tensor, axis)
                 self._choose(flag, rounded, value, node, weight.index)
         if activations:
             for index in self.plan.inputs[site.key]:

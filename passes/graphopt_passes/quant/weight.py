@@ -58,7 +58,7 @@ def _quantize_site(builder: Builder, node: ir.Node, site: Site, why: str, per_ch
         if site.operator == "Gather" and all(user.op_type == "Gather" for user in value.consumers()):
             worst = min(worst, _look_up(builder, node, value, tensor, axis))
         else:
-            dequantized, sqnr = builder.dequantized(value, tensor, axis, node)
+            dequantized, sqnr = builder.dequantized(value, tensor, axis)
             node.replace_input_with(weight.index, dequantized)
             worst = min(worst, sqnr)
         builder.discard(value)
@@ -73,7 +73,7 @@ def _look_up(builder: Builder, node: ir.Node, value: ir.Value, tensor: ir.Tensor
     graph, found = node.graph, node.outputs[0]
     if not isinstance(graph, ir.Graph):
         raise TypeError(f"node {node.name!r} is in no graph")
-    integers = builder.integers(value, tensor, axis, graph)
+    integers = builder.integers(value, tensor, axis)
     node.replace_input_with(0, integers.value)
     name = found.name or ""
     # the result keeps its name, so that it may be an output of the model

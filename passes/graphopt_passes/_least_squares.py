@@ -1,0 +1,213 @@
+"""Least squares from streamed second moments, and the rows that a convolution's windows make of its input.
+
+A linear layer should come closer to a wanted output: `R = Y - (X W + b)` is what it misses. The correction solves
+
+    min over D, d of  |R - (X D + d)|^2 + ridge |D|^2
+
+so that few samples change little (ridge regression towards the present weights, Hoerl and Kennard, 1970). X and R enter
+only through `X'X`, `X'R` and sums, one batch after the other. The ridge is chosen on rows that were held out, with "no
+correction" among the candidates.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+__all__ = ["RIDGES", "Correction", "Moments", "correct", "pad_sizes", "window_rows"]
+
+RIDGES = (1e-6, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)
+"""Candidates, relative to the mean square of an input."""
+
+_LEAST_GAIN = 1e-3
+
+
+@dataclass
+class Moments:
+    """First and second moments of rows `x`, of what is missed `r`, and the spread of the wanted output `y`.
+
+    All arrays are float64 with the groups of a grouped layer first.
+
+    Attributes:
+        rows: Rows seen.
+        x: `[groups, inputs]` sums.
+        r: `[groups, outputs]` sums.
+        xx: `[groups, inputs, inputs]`.
+        xr: `[groups, inputs, outputs]`.
+        rr: `[groups, outputs]` sums of squares.
+        y: `[groups, outputs]` sums.
+        yy: `[groups, outputs]` sums of squares.
+    """
+
+    rows: int
+    x: np.ndarray
+    r: np.ndarray
+    xx: np.ndarray
+    xr: np.ndarray
+    rr: np.ndarray
+    y: np.ndarray
+    yy: np.ndarray
+
+    @classmethod
+    def empty(cls, groups: int, inputs: int, outputs: int) -> Moments:
+        """Moments of nothing."""
+        narrow = [np.zeros((groups, outputs)) for _ in range(4)]
+        xx, xr = np.zeros((groups, inputs, inputs)), np.zeros((groups, inputs, outputs))
+        return cls(0, np.zeros((groups, inputs)), narrow[0], xx, xr, narrow[1], narrow[2], narrow[3])
+
+    def add(self, x: np.ndarray, r: np.ndarray, y: np.ndarray) -> None:
+        """Count rows: `x [groups, rows, inputs]`, `r` and `y [groups, rows, outputs]`, float64."""
+        self.rows += x.shape[1]
+        self.x += x.sum(axis=1)
+        self.r += r.sum(axis=1)
+        flipped = x.transpose(0, 2, 1)
+        self.xx += flipped @ x
+        self.xr += flipped @ r
+        self.rr += np.square(r).sum(axis=1)
+        self.y += y.sum(axis=1)
+        self.yy += np.square(y).sum(axis=1)
+
+    def merge(self, other: Moments) -> None:
+        """Count the rows of `other` as well."""
+        self.rows += other.rows
+        for name in ("x", "r", "xx", "xr", "rr", "y", "yy"):
+            mine: np.ndarray = getattr(self, name)
+            mine += getattr(other, name)
+
+    def error(self, weight: np.ndarray | None = None, bias: np.ndarray | None = None) -> float:
+        """Root mean square of what is missed after a correction, relative to the spread of the wanted output.
+
+        Args:
+            weight: `[groups, inputs, outputs]`; None: no correction.
+            bias: `[groups, outputs]`.
+        """
+        missed = float(self.rr.sum())
+        if weight is not None and bias is not None:
+            missed -= 2 * float((weight * self.xr).sum() + (bias * self.r).sum())
+            missed += float((weight * (self.xx @ weight)).sum()) + self.rows * float(np.square(bias).sum())
+            missed += 2 * float((bias * (self.x[:, None] @ weight)[:, 0]).sum())
+        spread = float((self.yy - np.square(self.y) / max(1, self.rows)).sum())
+        scale = spread if spread > 1e-12 * float(self.yy.sum()) else float(self.yy.sum())
+        return float(np.sqrt(max(0.0, missed) / scale)) if scale > 0 else 0.0
+
+    def solve(self, ridge: float, *, offset: bool) -> tuple[np.ndarray, np.ndarray]:
+        """The correction of weight `[groups, inputs, outputs]` and bias `[groups, outputs]`.
+
+        Args:
+            ridge: Relative to the mean square of the inputs.
+            offset: The bias may change; it is not penalised.
+        """
+        count = max(1, self.rows)
+        mean_x, mean_r = (self.x / count, self.r / count) if offset else (0 * self.x, 0 * self.r)
+        xx = self.xx - count * mean_x[:, :, None] * mean_x[:, None, :]
+        xr = self.xr - count * mean_x[:, :, None] * mean_r[:, None, :]
+        inputs = xx.shape[1]
+        level = ridge * np.trace(xx, axis1=1, axis2=2) / inputs
+        diagonal = np.arange(inputs)
+        xx[:, diagonal, diagonal] += np.maximum(level, np.finfo(np.float64).tiny)[:, None]
+        weight = np.linalg.solve(xx, xr)
+        return weight, mean_r - (mean_x[:, None] @ weight)[:, 0]
+
+
+@dataclass(frozen=True, eq=False)
+class Correction:
+    """What to add to a layer.
+
+    Attributes:
+        weight: `[groups, inputs, outputs]`.
+        bias: `[groups, outputs]`; zero where the bias may not change.
+        before: Relative error of the output on held-out rows as things are.
+        after: The same with the correction that the other rows ask for.
+    """
+
+    weight: np.ndarray
+    bias: np.ndarray
+    before: float
+    after: float
+
+
+def correct(seen: Moments, held_out: Moments, *, offset: bool, ridges: Sequence[float] = RIDGES) -> Correction | None:
+    """Choose the ridge on held-out rows, then solve with all rows.
+
+    Args:
+        seen: Moments of the rows to fit.
+        held_out: Moments of the rows to choose by; they are added to `seen`.
+        offset: The bias may change.
+        ridges: Candidates.
+
+    Returns:
+        The correction, None where none helps on the held-out rows.
+    """
+    before = held_out.error()
+    best, after = None, before * (1 - _LEAST_GAIN)
+    for ridge in ridges:
+        error = held_out.error(*seen.solve(ridge, offset=offset))
+        if error < after:
+            best, after = ridge, error
+    if best is None:
+        return None
+    seen.merge(held_out)
+    return Correction(*seen.solve(best, offset=offset), before, after)
+
+
+def pad_sizes(
+    sizes: Sequence[int], reach: Sequence[int], strides: Sequence[int], pads: Sequence[int] | str
+) -> list[tuple[int, int]]:
+    """Padding before and after each spatial axis.
+
+    Args:
+        sizes: Of the input.
+        reach: What a kernel spans: `dilation * (kernel - 1) + 1`.
+        strides: Of the windows.
+        pads: ONNX's list, starts then ends, or `auto_pad`: VALID, SAME_UPPER, SAME_LOWER.
+    """
+    if not isinstance(pads, str):
+        return list(zip(pads[: len(sizes)], pads[len(sizes) :], strict=True))
+    if pads == "VALID":
+        return [(0, 0)] * len(sizes)
+    found: list[tuple[int, int]] = []
+    for size, span, stride in zip(sizes, reach, strides, strict=True):
+        total = max(0, (-(-size // stride) - 1) * stride + span - size)
+        less, more = total // 2, total - total // 2
+        found.append((less, more) if pads == "SAME_UPPER" else (more, less))
+    return found
+
+
+def window_rows(
+    x: np.ndarray,
+    kernel: Sequence[int],
+    strides: Sequence[int],
+    dilations: Sequence[int],
+    pads: Sequence[tuple[int, int]],
+    chosen: np.ndarray | None = None,
+) -> np.ndarray:
+    """What a convolution multiplies with its kernel at each position of its output (im2col).
+
+    Args:
+        x: `[batch, channels, *sizes]`.
+        kernel: Kernel sizes.
+        strides: Of the windows.
+        dilations: Of the kernel.
+        pads: Zeros before and after each spatial axis.
+        chosen: Indices into the flattened `[batch, *output sizes]`; None: all.
+
+    Returns:
+        `[rows, channels, *kernel]`, of the type of `x`.
+    """
+    padded = np.pad(x, [(0, 0), (0, 0), *pads])
+    reach = [d * (k - 1) + 1 for d, k in zip(dilations, kernel, strict=True)]
+    out = [(size - r) // s + 1 for size, r, s in zip(padded.shape[2:], reach, strides, strict=True)]
+    steps = padded.strides[2:]
+    moves = [step * s for step, s in zip(steps, strides, strict=True)]
+    inner = [step * d for step, d in zip(steps, dilations, strict=True)]
+    windows = np.lib.stride_tricks.as_strided(
+        padded,
+        (len(x), *out, x.shape[1], *kernel),
+        (padded.strides[0], *moves, padded.strides[1], *inner),
+        writeable=False,
+    )
+    if chosen is None:
+        return windows.reshape(-1, x.shape[1], *kernel)
+    return windows[np.unravel_index(chosen, windows.shape[: len(out) + 1])]

@@ -1,0 +1,222 @@
+"""Conv, Gemm and MatMul seen as one thing: rows times a matrix, plus a bias."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import onnx_ir as ir
+
+from graphopt.analyses import Constants
+from graphopt_passes._least_squares import pad_sizes, window_rows
+
+__all__ = ["LINEAR", "LinearLayer", "set_constant"]
+
+LINEAR = frozenset({"Conv", "ConvTranspose", "Gemm", "MatMul"})
+_FLOATS = (ir.DataType.FLOAT, ir.DataType.DOUBLE, ir.DataType.FLOAT16)
+
+
+@dataclass(frozen=True, eq=False)
+class LinearLayer:
+    """A layer whose weight can be changed without changing anything else.
+
+    Attributes:
+        node: Conv, Gemm without transA, or MatMul with a constant matrix on the right.
+        weight: Its weight; only this node reads it.
+        array: The weight, in its own layout.
+        shift: `[outputs]`: what the node itself adds.
+        bias: The constant that the correction of the bias goes into; None: there is none, or others read it.
+        addable: There is no bias, but the node can take one.
+    """
+
+    node: ir.Node
+    weight: ir.Value
+    array: np.ndarray
+    shift: np.ndarray
+    bias: ir.Value | None
+    addable: bool
+
+    @classmethod
+    def of(cls, node: ir.Node, constants: Constants) -> LinearLayer | str:
+        """The layer of a node, or why it is none."""
+        weight = node.inputs[1]
+        tensor = constants.of(weight)
+        if node.op_type == "ConvTranspose":
+            return "transposed convolutions are not refitted"
+        if node.op_type == "Gemm" and node.attributes.get_int("transA", 0):
+            return "it reads its input transposed"
+        if weight is None or tensor is None:
+            return "its weight is computed"
+        if tensor.dtype not in _FLOATS:
+            return f"its weight is {tensor.dtype.name.lower()}"
+        if len(weight.uses()) != 1 or weight.is_graph_output():
+            return "others read its weight"
+        if node.op_type != "Conv" and len(tensor.shape) != 2:
+            return "its weight is not a matrix"
+        array = tensor.numpy().astype(np.float64)
+        shift = _shift(node, constants, array.shape[_output_axis(node)])
+        if shift is None:
+            return "its bias is computed, or differs between rows"
+        bias, addable = _bias(node, constants, len(shift))
+        return cls(node, weight, array, shift, bias, addable)
+
+    @property
+    def axis(self) -> int:
+        """Axis of the weight that its outputs are on."""
+        return _output_axis(self.node)
+
+    @property
+    def groups(self) -> int:
+        """Parts that do not meet: those of a grouped convolution."""
+        return self.node.attributes.get_int("group", 1) if self.node.op_type == "Conv" else 1
+
+    @property
+    def outputs(self) -> int:
+        """Output channels in all."""
+        return self.array.shape[self.axis]
+
+    @property
+    def inputs(self) -> int:
+        """Length of a row."""
+        return self.array.size // self.outputs
+
+    @property
+    def offset(self) -> bool:
+        """Whether the bias may change."""
+        return self.bias is not None or self.addable
+
+    def matrix(self) -> np.ndarray:
+        """`[groups, inputs, outputs of a group]`: what rows are multiplied with."""
+        if self.node.op_type == "Conv":
+            return self.array.reshape(self.groups, self.outputs // self.groups, -1).transpose(0, 2, 1)
+        alpha = self.node.attributes.get_float("alpha", 1.0)
+        return alpha * (self.array.T if self.axis == 0 else self.array)[None]
+
+    def positions(self, output: np.ndarray) -> int:
+        """How many rows an output has."""
+        return output.size // output.shape[1 if self.node.op_type == "Conv" else -1]
+
+    def wanted(self, output: np.ndarray, chosen: np.ndarray, kept: np.ndarray) -> np.ndarray:
+        """`[groups, rows, outputs of a group]`: chosen rows and kept channels of an output."""
+        channel = 1 if self.node.op_type == "Conv" else output.ndim - 1
+        table = np.moveaxis(output, channel, -1)
+        rows = table.reshape(-1, table.shape[-1])[chosen][:, kept].astype(np.float64)
+        return rows.reshape(len(rows), self.groups, -1).transpose(1, 0, 2)
+
+    def rows(self, x: np.ndarray, chosen: np.ndarray) -> np.ndarray:
+        """`[groups, rows, inputs]`: what is multiplied with the matrix to make chosen rows of the output."""
+        if self.node.op_type != "Conv":
+            return x.reshape(-1, x.shape[-1])[chosen].astype(np.float64)[None]
+        kernel = self.array.shape[2:]
+        ones, attributes = [1] * len(kernel), self.node.attributes
+        strides = list(attributes.get_ints("strides", ones))
+        dilations = list(attributes.get_ints("dilations", ones))
+        reach = [d * (k - 1) + 1 for d, k in zip(dilations, kernel, strict=True)]
+        mode = attributes.get_string("auto_pad", "NOTSET")
+        pads = mode if mode != "NOTSET" else list(attributes.get_ints("pads", 2 * [0] * len(kernel)))
+        sizes = pad_sizes(x.shape[2:], reach, strides, pads)
+        rows = window_rows(x, kernel, strides, dilations, sizes, chosen).astype(np.float64)
+        return rows.reshape(len(rows), self.groups, -1).transpose(1, 0, 2)
+
+    def add(self, graph: ir.Graph, weight: np.ndarray, bias: np.ndarray) -> None:
+        """Change weight and bias.
+
+        Args:
+            graph: Where a new bias is put.
+            weight: `[groups, inputs, outputs of a group]`, added to `matrix()`.
+            bias: `[groups, outputs of a group]`, added to the output.
+        """
+        if self.node.op_type == "Conv":
+            change = weight.transpose(0, 2, 1).reshape(self.array.shape)
+        else:
+            change = (weight[0].T if self.axis == 0 else weight[0]) / self.node.attributes.get_float("alpha", 1.0)
+        set_constant(self.weight, self.array + change)
+        if self.bias is not None:
+            tensor = _tensor(self.bias)
+            set_constant(self.bias, tensor.numpy().astype(np.float64) + bias.reshape(tensor.shape.numpy()))
+        elif self.addable:
+            _add_bias(graph, self.node, self.weight, bias.reshape(-1))
+
+
+def _output_axis(node: ir.Node) -> int:
+    return 0 if node.op_type == "Conv" or node.attributes.get_int("transB", 0) else 1
+
+
+def _shift(node: ir.Node, constants: Constants, outputs: int) -> np.ndarray | None:
+    """`[outputs]`: what the node adds to the product, None where that is not known."""
+    value = node.inputs[2] if len(node.inputs) > 2 and node.op_type != "MatMul" else None
+    if value is None:
+        return np.zeros(outputs)
+    tensor = constants.of(value)
+    if tensor is None or tensor.dtype not in _FLOATS or tensor.size not in (1, outputs):
+        return None
+    bias = tensor.numpy().astype(np.float64)
+    if tensor.size > 1 and bias.shape[-1] != outputs:  # one number a row
+        return None
+    return node.attributes.get_float("beta", 1.0) * np.broadcast_to(bias.reshape(-1), (outputs,))
+
+
+def _bias(node: ir.Node, constants: Constants, outputs: int) -> tuple[ir.Value | None, bool]:
+    """Where the correction of the bias goes, and whether the node could take a bias."""
+    if node.op_type == "MatMul":
+        readers = list(node.outputs[0].uses())
+        if len(readers) != 1 or readers[0].node.op_type != "Add" or node.outputs[0].is_graph_output():
+            return None, False
+        bias = readers[0].node.inputs[1 - readers[0].idx]
+    else:
+        bias = node.inputs[2] if len(node.inputs) > 2 else None
+        if bias is None:
+            return None, True
+    tensor = constants.of(bias)
+    if bias is None or tensor is None or len(bias.uses()) != 1 or bias.is_graph_output():
+        return None, False
+    own = tensor.dtype in _FLOATS and tensor.size == outputs == tensor.shape.numpy()[-1]
+    return (bias if own and node.attributes.get_float("beta", 1.0) == 1.0 else None), False
+
+
+def _tensor(value: ir.Value) -> ir.TensorProtocol:
+    """The constant behind a value: an initializer, or made by a Constant node."""
+    if value.producer() is None:
+        assert value.const_value is not None
+        return value.const_value
+    return _attribute(value).as_tensor()
+
+
+def _attribute(value: ir.Value) -> ir.Attr:
+    producer = value.producer()
+    assert producer is not None
+    return producer.attributes["value"]
+
+
+def set_constant(value: ir.Value, array: np.ndarray) -> None:
+    """Give a constant other numbers, in its own type."""
+    old = _tensor(value)
+    tensor = ir.Tensor(
+        np.ascontiguousarray(array.astype(old.dtype.numpy())),
+        dtype=old.dtype,
+        name=old.name,
+        doc_string=old.doc_string,
+        metadata_props=dict(old.metadata_props),
+    )
+    producer = value.producer()
+    if producer is not None:
+        producer.attributes["value"] = ir.AttrTensor("value", tensor)
+    if producer is None or value.const_value is not None:
+        value.const_value = tensor
+
+
+def _add_bias(graph: ir.Graph, node: ir.Node, weight: ir.Value, array: np.ndarray) -> None:
+    taken: Mapping[str | None, None] = dict.fromkeys(
+        [value.name for value in (*graph.inputs, *graph.initializers.values())]
+        + [output.name for inner in graph for output in inner.outputs]
+    )
+    stem = f"{weight.name}_bias"
+    name = next(name for i in range(len(taken) + 1) if (name := f"{stem}_{i}" if i else stem) not in taken)
+    dtype = weight.dtype or ir.DataType.FLOAT
+    tensor = ir.Tensor(array.astype(dtype.numpy()), dtype=dtype, name=name)
+    value = ir.Value(name=name, type=ir.TensorType(dtype), shape=ir.Shape(array.shape), const_value=tensor)
+    graph.register_initializer(value)
+    if len(node.inputs) < 3:
+        node.resize_inputs(3)
+    node.replace_input_with(2, value)
