@@ -10,7 +10,6 @@ Names are imported when they are first used, so that `import graphopt` costs not
 from __future__ import annotations
 
 import importlib
-from importlib.metadata import version as _version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -40,7 +39,7 @@ _HOMES = {
 
 def __getattr__(name: str) -> Any:
     if name == "__version__":
-        return _version("graphopt")
+        return importlib.import_module("importlib.metadata").version("graphopt")
     if name == "load":
         return __getattr__("Bundle").open
     if name not in _HOMES:

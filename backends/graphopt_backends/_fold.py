@@ -52,7 +52,8 @@ def infer_shapes(model: ir.Model) -> None:
     """
     infer = ir_passes.ShapeInferencePass(check_type=False, strict_mode=False, data_prop=True)
     infer(model)
-    while any([_keep_shape(node) for graph in model.graphs() for node in graph if node.domain == "com.microsoft"]):
+    others = [node for graph in model.graphs() for node in graph if node.domain == "com.microsoft"]
+    while sum(_keep_shape(node) for node in others):
         infer(model)
 
 

@@ -8,7 +8,6 @@ import signal
 import sys
 import traceback
 from collections.abc import Sequence
-from importlib.metadata import version
 from types import FrameType
 from typing import Any, NoReturn
 
@@ -118,6 +117,8 @@ def _say(text: str, code: ExitCode) -> int:
 
 
 def _bug(e: BaseException) -> int:
+    from importlib.metadata import version
+
     traceback.print_exception(e)
     return _say(f"internal error: this is a bug in graphopt {version('graphopt')}; please report it", ExitCode.INTERNAL)
 
