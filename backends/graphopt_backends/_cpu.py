@@ -110,8 +110,12 @@ class CpuBackend(Backend):
 
 
 def _unsupported(model: ir.Model) -> dict[str, Unsupported]:
+    imported = model
+    if weight_bytes(model) > EMBED_BYTES:
+        imported = model.clone()
+        _lift_weights(imported)
     with quiet():
-        found = dict(unsupported_nodes(model))
+        found = dict(unsupported_nodes(imported))
     for name, node in data_dependent(model).items():
         reason = "the shape of its input or output depends on the data"
         found.setdefault(name, Unsupported(name, node.op_type, reason))

@@ -77,7 +77,8 @@ def refit(
             changes.append(Change.skipped(site, f"not refitted: {reason}"))
             continue
         name = node.outputs[0].name or ""
-        pairs = zip(old.run(places[name] + 1, name), new.run(new.order[id(node)], node.inputs[0].name), strict=True)
+        other = _other(node, new, old, places)
+        pairs = zip(old.run(places[name] + 1, [name, *other]), new.run(new.order[id(node)], [node.inputs[0].name, *other]), strict=True)
         gone = lost.get((layer.weight.name or "", layer.axis), np.empty(0, dtype=np.int64))
         kept = np.delete(np.arange(layer.outputs + len(gone)), gone)
         found = _correction(layer, pairs, kept, len(feeds), ctx.rng)
@@ -113,6 +114,17 @@ def _affected(model: ir.Model, lost: Mapping[AxisName, np.ndarray]) -> Iterator[
             other.update(_names(node.outputs))
 
 
+COMP = True
+def _other(node, new, old, places):
+    uses = node.outputs[0].uses()
+    if not COMP or len(uses) != 1 or uses[0].node.op_type != "Add" or node.outputs[0].is_graph_output():
+        return []
+    other = uses[0].node.inputs[1 - uses[0].idx]
+    if other.name in new.born and new.born[other.name] < new.order[id(node)] and other.name in old.born and other.name!=node.outputs[0].name:
+        return [other.name]
+    return []
+
+
 def _too_wide(layer: LinearLayer) -> str | None:
     if layer.inputs**2 * layer.groups > _WIDEST**2:
         return f"its second moments need {layer.groups} x {layer.inputs} x {layer.inputs} numbers"
@@ -130,7 +142,13 @@ def _correction(
     matrix, shift = layer.matrix(), layer.shift.reshape(layer.groups, 1, -1)
     sums = [Moments.empty(*matrix.shape) for _ in range(2)]
     most = min(_ROWS, max(4 * layer.inputs, int(_WORK / (layer.inputs**2 * layer.groups)))) // batches + 1
-    for i, (output, x) in enumerate(pairs):
+    for i, ((output, *was), (x, *now)) in enumerate(pairs):
+        if was and now:
+            axis = 1 if layer.node.op_type=='Conv' else -1
+            diff = np.take(was[0], kept, axis=axis) - now[0]
+            output = output.copy()
+            if axis==1: output[:, kept] += diff
+            else: output[..., kept] += diff
         count = layer.positions(output)
         chosen = np.sort(rng.choice(count, most, replace=False)) if count > most else np.arange(count)
         for held_out, part in enumerate(_parts(chosen, i, batches)):

@@ -59,12 +59,12 @@ class Stepwise:
                 self.values |= {output.name or "": output for output in node.outputs if output.name}
                 self.born |= {output.name: i for output in node.outputs if output.name}
 
-    def run(self, position: int, wanted: str) -> Iterator[np.ndarray]:
-        """Run the nodes before a position and yield one value, batch after batch; to be read to the end.
+    def run(self, position: int, wanted: Sequence[str]) -> Iterator[list[np.ndarray]]:
+        """Run the nodes before a position and yield values, batch after batch; to be read to the end.
 
         Args:
             position: Index of a node; not before that of the last call.
-            wanted: Name of a value that nodes before it compute, or of an input.
+            wanted: Names of values that nodes before it compute, or of inputs; not constants.
 
         Raises:
             ModelError: ONNX Runtime cannot run this piece.
@@ -72,7 +72,7 @@ class Stepwise:
         live = [n for n, born in self.born.items() if born < position <= self.dies.get(n, -1)]
         start = self.feeds if self.kept is None else self.kept
         have = [name for name in start[0] if name in self.values]
-        outputs = [name for name in dict.fromkeys((*live, wanted)) if name not in have]
+        outputs = [name for name in dict.fromkeys((*live, *wanted)) if name not in have]
         session = self._piece(start[0], have, outputs) if outputs else None
         kept: list[Feed] | None = []
         for feed in start:
@@ -81,7 +81,7 @@ class Stepwise:
                 kept.append({name: found[name] for name in live})
                 if sum(array.nbytes for array in kept[0].values()) * len(start) > _KEPT_BYTES:
                     kept = None
-            yield found[wanted]
+            yield [found[name] for name in wanted]
         self.kept = self.kept if kept is None else kept
 
     def _piece(self, feed: Feed, inputs: Sequence[str], outputs: Sequence[str]) -> Reference:

@@ -225,3 +225,30 @@ def test_resnet20_of_the_zoo_agrees(zoo, backend, cache, tmp_path: Path) -> None
     with np.load(folder / "eval.npz") as data:
         feeds = [{"input": data["input"][i : i + 1]} for i in range(20)]
     _agree(model, feeds, list(x86.run_all(tmp_path, target, feeds, 2)))
+
+
+def test_emitted_source_and_assembly_lie_beside_the_library(mlp, backend, cache, tmp_path: Path) -> None:
+    x86, target = backend("x86")
+    build = x86.build(mlp, target, tmp_path, BuildOptions(cache=cache, emit=("source", "asm")))
+    assert {"model.ll", "model.s"} <= set(build.files)
+    assert "define" in (tmp_path / "model.ll").read_text()
+    assert ".text" in (tmp_path / "model.s").read_text()
+
+
+def test_running_a_library_leaves_this_process_its_cores(mlp, backend, cache, tmp_path: Path) -> None:
+    x86, target = backend("x86")
+    x86.build(mlp, target, tmp_path, BuildOptions(cache=cache))
+    before = os.sched_getaffinity(0)
+    x86.load(tmp_path, target, 1)(_feeds(mlp, 1)[0])
+    assert os.sched_getaffinity(0) == before
+
+
+def test_damaged_bundle_is_one_clear_line(mlp, backend, cache, tmp_path: Path) -> None:
+    x86, target = backend("x86")
+    x86.build(mlp, target, tmp_path, BuildOptions(cache=cache))
+    (tmp_path / "model.so").write_bytes(b"no library")
+    with pytest.raises(BackendError, match="cannot be loaded"):
+        x86.load(tmp_path, target, 1)
+    (tmp_path / "model.plan.json").write_text("{")
+    with pytest.raises(BackendError, match="missing or damaged; compile the model again"):
+        x86.load(tmp_path, target, 1)

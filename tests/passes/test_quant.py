@@ -10,7 +10,7 @@ import pytest
 
 from graphopt.analyses import Histogram
 from graphopt.calibration import Dataset, open_calibration
-from graphopt.errors import GraphoptError, OptionError, PassError
+from graphopt.errors import OptionError, PassError
 from graphopt.fidelity import compare
 from graphopt.model_io import ShapeBinding, input_specs, load_model, model_bytes
 from graphopt.pass_base import Context, PassResult
@@ -18,7 +18,6 @@ from graphopt.reference import Feed, Reference
 from graphopt.runner import run_pass
 from graphopt.targets import IntegerRules, Target
 from graphopt.testing import check_pass
-from graphopt_passes.fold import Fold
 from graphopt_passes.quant import Quant
 
 GOLDEN = Path(__file__).parent.parent.parent / "fixtures" / "golden"
@@ -40,7 +39,8 @@ g (float[N,3,16,16] x) => (float[N,10] y) {
   [classify] y = Gemm<transB = 1>(q, w4, b4)
 }"""
 CNN_WEIGHTS = {
-    "w1": (16, 3, 3, 3), "b1": (16,), "w2": (16, 1, 3, 3), "b2": (16,), "w3": (16, 16, 1, 1), "w4": (10, 16), "b4": (10,),
+    "w1": (16, 3, 3, 3), "b1": (16,), "w2": (16, 1, 3, 3), "b2": (16,), "w3": (16, 16, 1, 1),
+    "w4": (10, 16), "b4": (10,),
 }  # fmt: skip
 
 
@@ -196,7 +196,8 @@ def test_an_add_with_a_float_operand_stays_float() -> None:
 
 def test_pooling_and_moves_keep_the_grid_of_their_input() -> None:
     text = """g (float[N,8,8,8] x) => (float[N,64] y) {
-      [first] a = Conv(x, w1)  [pool] p = MaxPool<kernel_shape = [6,6]>(a)  [flat] f = Flatten(p)  [last] y = Gemm(f, w2)
+      [first] a = Conv(x, w1)  [pool] p = MaxPool<kernel_shape = [6,6]>(a)  [flat] f = Flatten(p)
+      [last] y = Gemm(f, w2)
     }"""
     model = build(text, w1=(8, 8, 3, 3), w2=(8, 64))
     quantize(model)
@@ -256,7 +257,14 @@ def test_batch_norms_left_in_the_model_are_folded() -> None:
     text = """g (float[N,3,8,8] x) => (float[N,16,8,8] y) {
       [layer] a = Conv(x, w)  [norm] b = BatchNormalization(a, s, o, m, v)  [end] y = Conv(b, w2)
     }"""
-    weights = dict(w=(16, 3, 1, 1), s=(16,), o=(16,), m=(16,), v=np.ones(16, np.float32), w2=(16, 16, 1, 1))
+    weights = {
+        "w": (16, 3, 1, 1),
+        "s": (16,),
+        "o": (16,),
+        "m": (16,),
+        "v": np.ones(16, np.float32),
+        "w2": (16, 16, 1, 1),
+    }
     model, original = build(text, **weights), build(text, **weights)  # type: ignore[arg-type]
     quantize(model)
     assert "BatchNormalization" not in kinds(model)
@@ -268,9 +276,10 @@ def test_batch_norms_left_in_the_model_are_folded() -> None:
 
 def test_without_data_products_are_dynamic_and_the_rest_stores_int8() -> None:
     text = """g (float[N,8,8,8] x) => (float[N,32] y) {
-      [conv] a = Conv(x, w1)  p = GlobalAveragePool(a)  f = Flatten(p)  [dense] d = Gemm(f, w2, b)  [last] y = MatMul(d, w3)
+      [conv] a = Conv(x, w1)  p = GlobalAveragePool(a)  f = Flatten(p)
+      [dense] d = Gemm(f, w2, b)  [last] y = MatMul(d, w3)
     }"""
-    weights = dict(w1=(8, 8, 3, 3), w2=(8, 64), b=(64,), w3=(64, 32))
+    weights = {"w1": (8, 8, 3, 3), "w2": (8, 64), "b": (64,), "w3": (64, 32)}
     model, original = build(text, **weights), build(text, **weights)  # type: ignore[arg-type]
     result = quantize(model, static=False)
     assert actions(result) == {
@@ -285,7 +294,7 @@ def test_without_data_products_are_dynamic_and_the_rest_stores_int8() -> None:
 @pytest.mark.parametrize("attributes", ["<transB = 1>", "<alpha = 0.5>", ""])
 def test_a_dynamic_gemm_keeps_its_attributes(attributes: str) -> None:
     text = f"g (float[N,16] x) => (float[N,48] y) {{ [dense] y = Gemm{attributes}(x, w, b) }}"
-    weights = dict(w=(48, 16) if "transB" in attributes else (16, 48), b=(48,))
+    weights = {"w": (48, 16) if "transB" in attributes else (16, 48), "b": (48,)}
     model, original = build(text, **weights), build(text, **weights)  # type: ignore[arg-type]
     assert quantize(model, static=False).metrics["layers_dynamic"] == 1
     assert sqnr(original, model) > 30
@@ -450,7 +459,9 @@ def test_only_and_skip_choose_layers() -> None:
 
 
 def test_the_opset_is_raised_only_as_far_as_needed() -> None:
-    text = "g (float[2,8,8,8] x) => (float[N,M,H,W] y) { [one] a = Conv(x, w)  [pool] y = MaxPool<kernel_shape = [2,2]>(a) }"
+    text = """g (float[2,8,8,8] x) => (float[N,M,H,W] y) {
+      [one] a = Conv(x, w)  [pool] y = MaxPool<kernel_shape = [2,2]>(a)
+    }"""
     for options, opset in (({}, 13), ({"per_channel": False, "mode": "static"}, 10)):
         model, original = build(text, opset=9, w=(16, 8, 3, 3)), build(text, opset=9, w=(16, 8, 3, 3))
         quantize(model, **options)  # type: ignore[arg-type]
@@ -511,15 +522,15 @@ def test_calibration_holds_no_activations() -> None:
 # ---------------------------------------------------------------- real models
 
 CASES = sorted(path.parent.name for path in Path(ZOO).glob("*/model.onnx")) if ZOO else ["unset"]
+SLOW = {"basic_pitch", "gtcrn_simple", "minilm", "mobilenet_v2", "stories260k"}
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", [pytest.param(c, marks=[pytest.mark.slow] if c in SLOW else []) for c in CASES])
 def test_every_model_of_the_zoo_goes_through(case: str, zoo: Callable[..., Path]) -> None:
     folder = zoo(case, samples=4, limit=4)
     model, original = load_model(folder / "model.onnx"), load_model(folder / "model.onnx")
     calibration = open_calibration(str(folder / "calib.npz"), input_specs(model), ShapeBinding())
-    for step in (Fold(), Quant()) if case < "m" else (Quant(),):  # the other half is quantized with batch norms left in
-        result = run_pass(step, Context(model, ORT, calibration=calibration)).result
+    result = run_pass(Quant(), Context(model, ORT, calibration=calibration)).result
     assert [value.name for value in model.graph.outputs] == [value.name for value in original.graph.outputs]
     assert all(change.done or change.action.startswith("skipped: ") for change in result.changes)
     assert len(model_bytes(model)) < len(model_bytes(original)) or not result.modified

@@ -28,7 +28,7 @@ __all__ = ["Decision", "Kind", "Settings", "Workbench", "assemble", "first_choic
 Kind = Literal["static", "dynamic", "weight", "float"]
 _ROUNDS = 3
 _NOISE_FEEDS = 4
-_NOISE_RUNS = 128
+_NOISE_RUNS = 64
 
 
 @dataclass(frozen=True)

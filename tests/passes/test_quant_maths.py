@@ -1,0 +1,97 @@
+from __future__ import annotations
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import array_shapes, arrays
+
+from graphopt.reference import Reference
+from graphopt_passes.quant._maths import (
+    Grid,
+    activation_grid,
+    decibel,
+    dequantize,
+    quantize,
+    quantize_bias,
+    quantize_weight,
+    weight_scales,
+)
+
+ENDS = st.floats(-(2.0**60), 2.0**60, width=32)
+DTYPES = st.sampled_from(["uint8", "int8"])
+WEIGHTS = arrays(np.float32, array_shapes(min_dims=2, max_dims=4, max_side=6), elements=st.floats(-8, 8, width=32))
+
+
+@settings(deadline=None)
+@given(ENDS, ENDS, DTYPES, st.booleans())
+def test_zero_is_always_on_the_grid(first: float, second: float, dtype: str, symmetric: bool) -> None:
+    grid = activation_grid(min(first, second), max(first, second), dtype, symmetric=symmetric)  # type: ignore[arg-type]
+    info = np.iinfo(grid.dtype)
+    assert info.min <= grid.zero_point <= info.max
+    assert grid.scale == np.float32(grid.scale) > 0
+    zero = np.zeros(1, np.float32)
+    assert dequantize(quantize(zero, grid), grid)[0] == 0
+    if symmetric:
+        assert grid.zero_point == (128 if dtype == "uint8" else 0)
+
+
+@settings(deadline=None)
+@given(st.floats(-1000, 0, width=32), st.floats(0.125, 1000, width=32), DTYPES, st.booleans())
+def test_a_round_trip_errs_by_half_a_step_inside_the_range(
+    low: float, high: float, dtype: str, symmetric: bool
+) -> None:
+    grid = activation_grid(low, high, dtype, symmetric=symmetric)  # type: ignore[arg-type]
+    values = np.linspace(low, high, 257).astype(np.float32)
+    error = np.abs(dequantize(quantize(values, grid), grid) - values)
+    # rounding the zero point shifts the grid by up to half a step, which the two ends feel
+    inside = (values >= grid.bounds[0]) & (values <= grid.bounds[1])
+    assert error[inside].max() <= grid.scale * 0.501
+    assert error.max() <= grid.scale * 1.01
+
+
+def test_a_constant_zero_has_a_grid() -> None:
+    assert activation_grid(0, 0, "uint8") == Grid(1.0, 0, "uint8")
+
+
+def test_rounding_is_that_of_onnx_runtime() -> None:
+    text = '<ir_version: 8, opset_import: ["" : 17]> g (float[N] x) => (uint8[N] y) <float s = {0.1}, uint8 z = {7}>'
+    session = Reference(ir.from_onnx_text(text + "{ y = QuantizeLinear(x, s, z) }"))
+    x = np.concatenate([np.arange(-2, 30, 0.05), [-1e9, 1e9]]).astype(np.float32)
+    grid = Grid(float(np.float32(0.1)), 7, "uint8")
+    np.testing.assert_array_equal(session.run({"x": x})["y"], quantize(x, grid))
+
+
+@settings(deadline=None)
+@given(WEIGHTS, st.integers(0, 3), st.sampled_from([7, 8]), st.booleans())
+def test_weights_err_by_half_a_step_of_their_channel(weight: np.ndarray, axis: int, bits: int, whole: bool) -> None:
+    used = None if whole else axis % weight.ndim
+    scales = weight_scales(weight, used, bits)
+    integers = quantize_weight(weight, scales, used, bits)
+    assert np.abs(integers.astype(int)).max() <= (127 if bits == 8 else 63)
+    shape = [1] * weight.ndim
+    if used is not None:
+        shape[used] = -1
+        assert scales.shape == (weight.shape[used],)
+    error = np.abs(integers * scales.reshape(shape) - weight)
+    assert (error <= scales.reshape(shape) * 0.501).all()
+    assert (integers[weight == 0] == 0).all()
+
+
+def test_a_channel_of_zeros_has_a_scale() -> None:
+    weight = np.array([[0, 0], [1, -2]], np.float32)
+    scales = weight_scales(weight, 0)
+    np.testing.assert_allclose(scales, [1, 2 / 127], rtol=1e-6)
+    assert not quantize_weight(weight, scales, 0)[0].any()
+
+
+def test_a_bias_that_does_not_fit_is_refused() -> None:
+    scale = np.array([1e-3, 1e-3], np.float32)
+    np.testing.assert_array_equal(quantize_bias(np.array([1, -0.5], np.float32), scale), [1000, -500])  # type: ignore[arg-type]
+    assert quantize_bias(np.array([1, 1e7], np.float32), scale) is None
+
+
+@pytest.mark.parametrize(("signal", "noise", "level"), [(100, 1, 20), (1, 0, np.inf), (0, 1, -np.inf)])
+def test_decibels(signal: float, noise: float, level: float) -> None:
+    assert decibel(signal, noise) == level
