@@ -20,10 +20,21 @@ from graphopt.recipe import Limits
 Compile = Callable[..., graphopt.Result]
 
 
+@pytest.fixture(scope="module")
+def data(fixtures: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model and some of its data, so that a run takes a second."""
+    folder = tmp_path_factory.mktemp("data")
+    (folder / "model.onnx").write_bytes((fixtures / "digits_cnn" / "model.onnx").read_bytes())
+    for name, count in (("calib.npz", 48), ("eval.npz", 100)):
+        with np.load(fixtures / "digits_cnn" / name) as npz:
+            np.savez(folder / name, **{key: npz[key][:count] for key in npz.files})
+    return folder
+
+
 @pytest.fixture
-def digits(fixtures: Path, tmp_path: Path) -> Compile:
+def digits(data: Path, tmp_path: Path) -> Compile:
     """Optimize the digits CNN, its data given, into tmp_path/out."""
-    folder = fixtures / "digits_cnn"
+    folder = data
 
     def compile_digits(passes: str = "fold,quant", **options: object) -> graphopt.Result:
         given = {
@@ -51,8 +62,8 @@ def test_the_report_counts_and_scores(digits: Compile) -> None:
     assert report.verdict == "ok"
     assert report.after.file_bytes < 0.4 * report.before.file_bytes
     assert report.accuracy is not None
-    assert report.accuracy.samples == 600
-    assert report.accuracy.before == pytest.approx(98.83, abs=0.2)
+    assert report.accuracy.samples == 100
+    assert report.accuracy.before >= 97
     assert report.accuracy.drop <= 1.0
     assert report.fidelity.inputs == "evaluation data"
     assert report.fidelity.outputs[0].sqnr_db > 20
