@@ -13,7 +13,7 @@ from typing import Any
 import onnx_ir as ir
 
 from graphopt.analyses import COST, Cost
-from graphopt.backend_base import Backend, BuildOptions, Finding
+from graphopt.backend_base import Backend, BuildOptions
 from graphopt.bundle import MEASURED, Manifest, file_digests, new_folder, up_to_date, write_manifest, write_text
 from graphopt.compile.checks import Checker, Checks, agreement, evaluator
 from graphopt.compile.clock import measure, slowdown, write_decisions
@@ -271,8 +271,7 @@ def _compile(
     )
     how = backend.how(request.target)
     if how not in ("executed", "emulated"):
-        reason = next((f"{f.subject} {f.state}" for f in backend.doctor(request.cache) if _blocks(f)), "no such device")
-        return replace(report, not_run=f"compiled only: {reason}")
+        return replace(report, not_run=_why_not(backend, request, folder))
     if not request.verify:
         return replace(report, not_run="compiled only: --no-verify")
     quantized = any(node.op_type == "QuantizeLinear" for node in candidate.model.graph)
@@ -285,8 +284,13 @@ def _compile(
     return replace(report, how=how, agreement=found)
 
 
-def _blocks(finding: Finding) -> bool:
-    return not finding.ok and "qemu" in finding.subject
+def _why_not(backend: Backend, request: Request, folder: Path) -> str:
+    """Why this machine cannot run what was compiled, in the words of the backend."""
+    try:
+        backend.load(folder, request.target, request.threads)
+    except BackendError as e:
+        return f"compiled only: {e.fact.removeprefix('compiled only: ')}"
+    return "compiled only: the backend does not run it here"
 
 
 def _report(

@@ -109,7 +109,7 @@ def decibel(signal: float, noise: float) -> float:
     """Signal to noise as 10 log10 of the ratio of powers; infinite without noise."""
     if noise <= 0:
         return math.inf
-    return 10 * math.log10(signal / noise) if signal > 0 else -math.inf
+    return 10 * math.log10(signal / noise) if signal > 0 and noise < math.inf else -math.inf
 
 
 def _top(bits: int) -> int:

@@ -21,7 +21,7 @@ from graphopt_passes.quant.plan import Plan, result_of
 from graphopt_passes.quant.sites import Site, key_of
 from graphopt_passes.quant.static import integer_inputs
 
-__all__ = ["layer_quality", "output_quality", "sample_feeds"]
+__all__ = ["layer_quality", "output_quality", "powers", "sample_feeds"]
 
 _BEST = 80.0  # dB; what is better is as good as equal
 
@@ -126,12 +126,18 @@ def output_quality(original: Reference, result: Reference, feeds: Sequence[Feed]
 
 
 def _level(reference: np.ndarray, got: np.ndarray) -> float:
+    signal, noise = powers(reference, got)
+    return max(-_BEST, min(_BEST, decibel(signal, noise)))
+
+
+def powers(reference: np.ndarray, got: np.ndarray) -> tuple[float, float]:
+    """Sum of squares of an output where it is finite, and of what it is off there, infinite if that is not finite."""
     finite = np.isfinite(reference)
-    if not np.isfinite(got[finite]).all():
-        return -_BEST
-    signal, error = reference[finite].astype(np.float64), got[finite].astype(np.float64)
-    level = decibel(float(np.vdot(signal, signal)), float(np.vdot(error - signal, error - signal)))
-    return max(-_BEST, min(_BEST, level))
+    if not finite.all():
+        reference, got = reference[finite], got[finite]
+    signal = np.square(reference, dtype=np.float64).sum()
+    noise = np.square(got - reference, dtype=np.float64).sum()
+    return float(signal), float(noise) if np.isfinite(noise) else math.inf
 
 
 def _add(first: float, second: float) -> float:

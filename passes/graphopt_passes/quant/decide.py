@@ -165,6 +165,7 @@ def guard_outputs(
         The model, what happened at each site, the decisions, and the signal to noise of each output in dB.
     """
     settings, current, round_ = bench.settings, list(decisions), 0
+    noise: dict[tuple[str, Kind], float] = {}
     original = Reference(bench.model, threads=bench.context.threads, extensions=bench.context.extensions)
     while True:
         model, changes = assemble(bench, current)
@@ -174,28 +175,27 @@ def guard_outputs(
         if worst >= settings.min_output_sqnr or settings.rules.static_only or all(d.kind == "float" for d in current):
             return model, changes, current, quality
         bench.context.log.info("quant: %.1f dB at an output, stepping back", worst)
-        current = _step_back(bench, current, round_, worst)
+        current = _step_back(bench, current, round_, worst, noise)
         round_ += 1
 
 
-def _step_back(bench: Workbench, decisions: Sequence[Decision], round_: int, worst: float) -> list[Decision]:
+def _step_back(
+    bench: Workbench, decisions: Sequence[Decision], round_: int, worst: float, known: dict[tuple[str, Kind], float]
+) -> list[Decision]:
     """Step back with as few layers as keep the sum of what remains below the limit, which each round makes tighter.
 
     After `_ROUNDS` rounds all layers of the strongest form step back, so that the number of rounds is bounded.
+
+    Args:
+        bench: The model.
+        decisions: How each site is computed now.
+        round_: Number of rounds before.
+        worst: Signal to noise at the worst output now, in dB.
+        known: Noise of each site in each form, as far as measured; what this round measures is added.
     """
     settings = bench.settings
-    plan, grids = bench.plan(decisions)
-    noise = output_noise(
-        bench.model,
-        plan,
-        grids,
-        [d.site for d in decisions if d.kind == "static"],
-        [d.site for d in decisions if d.kind in ("dynamic", "weight")],
-        bench.feeds[: max(1, min(_NOISE_FEEDS, _NOISE_RUNS // len(decisions)))],
-        bench.context,
-        bits=settings.bits,
-        per_channel=settings.per_channel,
-    )
+    _measure(bench, decisions, known)
+    noise = {d.site.key: known[d.site.key, d.kind] for d in decisions if d.kind != "float"}
     limit = 10 ** (-settings.min_output_sqnr / 10) / 2 ** (round_ + 1)  # noises add up, and not quite independently
     left = sum(noise.values())
     strongest = next(kind for kind in ("static", "dynamic", "weight") if any(d.kind == kind for d in decisions))
@@ -218,6 +218,24 @@ def _step_back(bench: Workbench, decisions: Sequence[Decision], round_: int, wor
                 why = f"{decision.why}; {why}"
             stepped.append(fall_back(decision, nodes[decision.site.key], settings, why, decision.sqnr))
     return stepped
+
+
+def _measure(bench: Workbench, decisions: Sequence[Decision], known: dict[tuple[str, Kind], float]) -> None:
+    """Measure the noise of the sites whose form is new."""
+    new = [d for d in decisions if d.kind != "float" and (d.site.key, d.kind) not in known]
+    plan, grids = bench.plan(decisions)
+    found = output_noise(
+        bench.model,
+        plan,
+        grids,
+        [d.site for d in new if d.kind == "static"],
+        [d.site for d in new if d.kind != "static"],
+        bench.feeds[: max(1, min(_NOISE_FEEDS, _NOISE_RUNS // max(1, len(new))))],
+        bench.context,
+        bits=bench.settings.bits,
+        per_channel=bench.settings.per_channel,
+    )
+    known.update({(d.site.key, d.kind): found[d.site.key] for d in new})
 
 
 def assemble(bench: Workbench, decisions: Sequence[Decision]) -> tuple[ir.Model, list[Change]]:

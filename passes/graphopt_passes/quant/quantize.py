@@ -31,7 +31,7 @@ from graphopt_passes.quant.sites import Site, choose, find_sites, unshared
 
 __all__ = ["Quant"]
 
-_FEEDS = 16
+_FEEDS = 8
 _COMPARE_BYTES = 256 << 20  # smaller models are written out to compare sizes
 
 

@@ -15,11 +15,14 @@ import onnx_ir as ir
 from graphopt.pass_base import Context
 from graphopt.reference import Feed, Reference
 from graphopt_passes.quant._maths import Grid
+from graphopt_passes.quant.audit import powers
 from graphopt_passes.quant.builder import Builder
 from graphopt_passes.quant.plan import Plan, result_of
 from graphopt_passes.quant.sites import Site, keyed_nodes, tensor_of
 
 __all__ = ["output_noise"]
+
+_USELESS = 1e9  # a finite stand-in for infinite noise, so that shares can be added
 
 
 def output_noise(
@@ -105,9 +108,7 @@ def _worst(exact: Feed, rounded: Feed) -> float:
     for name, reference in exact.items():
         if not np.issubdtype(reference.dtype, np.floating):
             continue
-        finite = np.isfinite(reference)
-        signal, error = reference[finite].astype(np.float64), rounded[name][finite].astype(np.float64)
-        power = float(np.vdot(signal, signal))
-        if power > 0:
-            ratios.append(float(np.nan_to_num(np.vdot(error - signal, error - signal) / power, nan=1e9, posinf=1e9)))
+        signal, noise = powers(reference, rounded[name])
+        if signal > 0:
+            ratios.append(min(noise / signal, _USELESS))
     return max(ratios, default=0.0)
