@@ -5,11 +5,11 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 from graphopt.calibration import Dataset, Metric
 from graphopt.model_io import ShapeBinding
@@ -84,7 +84,7 @@ def cache_key(request: Request) -> str | None:
     parts: dict[str, Any] = {
         "model": request.digest,
         "name": request.model.name,
-        "target": repr(request.target),
+        "target": asdict(request.target),
         "pipeline": request.pipeline,
         "shapes": [sorted(request.binding.shapes.items()), sorted(request.binding.dims.items())],
         "limits": repr(request.limits),
@@ -104,7 +104,7 @@ def cache_key(request: Request) -> str | None:
         if request.metric.digest is None:
             return None
         parts["metric"] = [request.metric.name, request.metric.digest]
-    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=_plain).encode()).hexdigest()
 
 
 def command_line(request: Request, data: Mapping[str, str]) -> str:
@@ -121,6 +121,11 @@ def command_line(request: Request, data: Mapping[str, str]) -> str:
     words += ["--keep-opset"] if request.keep_opset else []
     words += ["--fallback", request.fallback] if request.fallback else []
     return " ".join(words)
+
+
+def _plain(value: Any) -> Any:
+    """JSON form of what json does not know; sets have no order of their own."""
+    return sorted(cast("frozenset[str]", value)) if isinstance(value, frozenset) else str(value)
 
 
 def _source_digest(module: str) -> str:

@@ -54,6 +54,18 @@ def test_a_second_run_says_up_to_date(model: str, tmp_path: Path, capsys: pytest
     assert "is up to date" in capsys.readouterr().out
 
 
+def test_up_to_date_does_not_depend_on_the_process(model: str, tmp_path: Path) -> None:
+    words = [model, "--passes", "fold", "-o", str(tmp_path / "out")]
+    assert _run([*words, "-q"]) == 0
+    answers: set[str] = set()
+    for seed in ("1", "2"):
+        command = [sys.executable, "-m", "graphopt", *words, "--dry-run", "--json"]
+        environment = {**os.environ, "PYTHONHASHSEED": seed}
+        answers.add(subprocess.run(command, capture_output=True, text=True, check=True, env=environment).stdout)
+    assert len(answers) == 1
+    assert json.loads(answers.pop())["up_to_date"] is True
+
+
 def test_the_depfile_names_what_the_bundle_is_made_from(model: str, fixtures: Path, tmp_path: Path) -> None:
     calibration = str(fixtures / "digits_cnn" / "calib.npz")
     options = ["-o", str(tmp_path / "out"), "--calibration", calibration, "--depfile", str(tmp_path / "deps.d")]
