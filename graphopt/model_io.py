@@ -136,10 +136,16 @@ def to_proto(model: ir.Model) -> onnx.ModelProto:
         for value, tensor in external:
             if isinstance(tensor, ir.ExternalTensor):
                 value.const_value = _embedded(tensor)
-        return ir.to_proto(model)
+        proto = ir.to_proto(model)
     finally:
         for value, tensor in external:
             value.const_value = tensor
+    for graph in _all_graphs(proto.graph):
+        stored = {tensor.name for tensor in graph.initializer}
+        for i in reversed(range(len(graph.value_info))):
+            if graph.value_info[i].name in stored:  # a tensor states its own type and shape
+                del graph.value_info[i]
+    return proto
 
 
 def model_bytes(model: ir.Model) -> bytes:

@@ -38,6 +38,7 @@ __all__ = [
 ]
 
 _PERCENT_METRICS = ("top1", "top5")
+_NUMBER = re.compile(r"(?<![\w'])\d[\d.]*")  # not inside names
 _SKIPPED = "skipped: "
 _SLOWER = 1.05
 _UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
@@ -226,14 +227,20 @@ def limit_text(limit: Limit, *, verdict: bool = True) -> str:
 
 
 def reasons(report: Report) -> tuple[Reason, ...]:
-    """Sites that were left alone, by step and reason, the most frequent first within a step."""
+    """Sites that were left alone, by step and reason, the most frequent first within a step.
+
+    Reasons that differ in a figure alone are one; the figures stand with the sites in the report.
+    """
     found: list[Reason] = []
     for step in report.steps:
-        groups: dict[str, list[str]] = {}
+        groups: dict[str, list[Change]] = {}
         for change in step.skipped:
-            groups.setdefault(_reason(change), []).append(change.site)
+            groups.setdefault(_NUMBER.sub("…", _reason(change)), []).append(change)
         ordered = sorted(groups.items(), key=lambda item: (-len(item[1]), item[0]))
-        found.extend(Reason(step.name, reason, tuple(sites)) for reason, sites in ordered)
+        for alike, changes in ordered:
+            texts = {_reason(change) for change in changes}
+            reason = texts.pop() if len(texts) == 1 else alike
+            found.append(Reason(step.name, reason, tuple(change.site for change in changes)))
     return tuple(found)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import onnx_ir as ir
 
 from graphopt.pass_base import Change
-from graphopt_passes.fold._rewiring import FreshNames, constant, site
+from graphopt_passes.fold.rewiring import FreshNames, constant, site
 
 __all__ = ["inline_branches"]
 

@@ -11,7 +11,7 @@ import onnx_ir as ir
 from graphopt.analyses import Shapes
 from graphopt.pass_base import Change
 from graphopt.surgeon import COMPUTABLE, evaluate
-from graphopt_passes.fold._rewiring import (
+from graphopt_passes.fold.rewiring import (
     DETERMINISTIC_DOMAINS,
     RANDOM,
     FreshNames,

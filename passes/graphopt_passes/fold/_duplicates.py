@@ -7,7 +7,7 @@ from typing import Any
 import onnx_ir as ir
 
 from graphopt.pass_base import Change
-from graphopt_passes.fold._rewiring import ANNOTATION, DETERMINISTIC_DOMAINS, RANDOM, constant, site, subgraphs
+from graphopt_passes.fold.rewiring import ANNOTATION, DETERMINISTIC_DOMAINS, RANDOM, constant, site, subgraphs
 
 __all__ = ["merge_duplicates"]
 

@@ -11,7 +11,7 @@ import onnx_ir as ir
 from graphopt.analyses import Shapes
 from graphopt.pass_base import Change
 from graphopt.surgeon import COMPUTABLE
-from graphopt_passes.fold._rewiring import DETERMINISTIC_DOMAINS, LARGE, FreshNames, constant, make_constant, site
+from graphopt_passes.fold.rewiring import DETERMINISTIC_DOMAINS, LARGE, FreshNames, constant, make_constant, site
 
 __all__ = ["fold_large_weights"]
 

@@ -11,7 +11,7 @@ import onnx_ir as ir
 
 from graphopt.analyses import Shapes
 from graphopt_passes.fold import _batchnorm as maths
-from graphopt_passes.fold._rewiring import ANNOTATION, LARGE, FreshNames, constant, only_reader, site
+from graphopt_passes.fold.rewiring import ANNOTATION, LARGE, FreshNames, constant, only_reader, site
 
 __all__ = ["Linear", "Refusal", "find_linear", "input_channels_of", "store"]
 

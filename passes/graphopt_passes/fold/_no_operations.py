@@ -9,7 +9,7 @@ import onnx_ir as ir
 
 from graphopt.analyses import Shapes
 from graphopt.pass_base import Change
-from graphopt_passes.fold._rewiring import DETERMINISTIC_DOMAINS, bypass, constant, site
+from graphopt_passes.fold.rewiring import DETERMINISTIC_DOMAINS, bypass, constant, site
 
 __all__ = ["merge_transposes", "remove_no_operations"]
 

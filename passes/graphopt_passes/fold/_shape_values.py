@@ -16,7 +16,7 @@ import onnx_ir as ir
 
 from graphopt.analyses import Shapes
 from graphopt.pass_base import Change
-from graphopt_passes.fold._rewiring import DETERMINISTIC_DOMAINS, FreshNames, constant, make_constant, site, subgraphs
+from graphopt_passes.fold.rewiring import DETERMINISTIC_DOMAINS, FreshNames, constant, make_constant, site, subgraphs
 
 __all__ = ["fold_shapes"]
 

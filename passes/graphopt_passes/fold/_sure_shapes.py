@@ -9,7 +9,7 @@ import onnx_ir as ir
 
 from graphopt.analyses import SHAPES, Shapes
 from graphopt.pass_base import Context
-from graphopt_passes.fold._rewiring import subgraphs
+from graphopt_passes.fold.rewiring import subgraphs
 
 __all__ = ["sure_shapes"]
 

@@ -14,8 +14,8 @@ from graphopt.model_io import model_bytes, weight_bytes
 from graphopt.opset import opset_version
 from graphopt.options import opt
 from graphopt.pass_base import Change, Context, Pass, PassResult
-from graphopt_passes.fold._affine import fold_affine
-from graphopt_passes.fold._rewiring import FreshNames
+from graphopt_passes.fold.affine import fold_affine
+from graphopt_passes.fold.rewiring import FreshNames
 from graphopt_passes.quant.audit import sample_feeds
 from graphopt_passes.quant.decide import Decision, Settings, Workbench, first_choice, guard_layers, guard_outputs
 from graphopt_passes.quant.plan import make_plan
@@ -55,6 +55,9 @@ class Quant(Pass):
 
     name: ClassVar[str] = "quant"
     lossy: ClassVar[bool] = True
+    without_data: ClassVar[str] = (
+        "ranges of activations are unknown, so MatMul and Gemm find them on every run and other layers store weights only"
+    )
 
     mode: Literal["auto", "static", "dynamic", "weight"] = opt(
         "auto",

@@ -11,7 +11,7 @@ from graphopt.analyses import Shapes
 from graphopt.pass_base import Change
 from graphopt_passes.fold import _batchnorm as maths
 from graphopt_passes.fold._linear import Linear, Refusal, find_linear, input_channels_of, store, weight_of
-from graphopt_passes.fold._rewiring import (
+from graphopt_passes.fold.rewiring import (
     DETERMINISTIC_DOMAINS,
     FreshNames,
     bypass,
