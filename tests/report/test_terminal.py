@@ -76,10 +76,18 @@ def test_reasons_are_counted_and_verbose_names_every_site(report: Report) -> Non
 
 
 def test_too_many_reasons_are_summed_up_without_verbose(report: Report) -> None:
-    many = tuple(Change.skipped(f"layer{i}", f"reason {i}") for i in range(12))
+    many = tuple(Change.skipped(f"layer{i}", f"reason {name}") for i, name in enumerate("abcdefghijkl"))
     report = replace(report, steps=(replace(report.steps[2], changes=many),))
     assert "4 more reasons; -v and report.html name all" in printed(report)
     assert "more reasons" not in printed(report, verbose=True)
+
+
+def test_reasons_that_differ_in_a_figure_are_one(report: Report) -> None:
+    many = tuple(Change.skipped(f"layer{i}", f"noise of 0.{i} %") for i in range(3))
+    same = tuple(Change.skipped(f"other{i}", "noise of 5 % at the output") for i in range(2))
+    report = replace(report, steps=(replace(report.steps[2], changes=(*many, *same)),))
+    assert "3 x quant: noise of … % (layer0, layer1, layer2)" in printed(report)
+    assert "2 x quant: noise of 5 % at the output (other0, other1)" in printed(report)
 
 
 def test_markup_in_names_is_printed_and_not_obeyed(hostile: Report) -> None:

@@ -56,7 +56,7 @@ class Quant(Pass):
     name: ClassVar[str] = "quant"
     lossy: ClassVar[bool] = True
     without_data: ClassVar[str] = (
-        "ranges of activations are unknown, so MatMul and Gemm find them on every run and other layers store weights only"
+        "activation ranges are unknown, so MatMul and Gemm find them on every run and the rest stores weights only"
     )
 
     mode: Literal["auto", "static", "dynamic", "weight"] = opt(
