@@ -70,6 +70,7 @@ class _Run:
     steps: list[StepReport]
     notes: list[str]
     left_out: list[int] = field(default_factory=list[int])
+    written: tuple[Path, ...] = ()
     in_time: bool = True
 
     def leave_out(self, number: int, step: Pass, reason: str) -> None:
@@ -235,13 +236,18 @@ def _candidate(state: _Run, model: ir.Model, steps: int, checker: Checker, folde
 
 def _save(state: _Run, model: ir.Model, folder: Path, *, modified: bool) -> int:
     """Write model.onnx; a model that no step touched is the input, byte for byte. Returns the bytes written."""
-    for old in folder.glob("model.onnx*"):
+    for old in state.written:
         old.unlink()
-    target = folder / "model.onnx"
-    if not modified and not external_files(model):
-        copyfile(state.request.model, target)
-        return target.stat().st_size
-    return sum(path.stat().st_size for path in save_model(model, target))
+    target, source = folder / "model.onnx", state.request.model
+    if modified:
+        state.written = save_model(model, target)
+    else:
+        copies = {source: target} | {p: folder / p.relative_to(source.parent) for p in external_files(model)}
+        for path, copy in copies.items():
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            copyfile(path, copy)
+        state.written = tuple(copies.values())
+    return sum(path.stat().st_size for path in state.written)
 
 
 def _compile(

@@ -113,6 +113,17 @@ def test_a_model_that_no_step_changes_is_copied_byte_for_byte(digits: Compile, f
     assert any("no step changed anything" in note for note in result.report.notes)
 
 
+def test_weight_files_of_a_model_that_no_step_changes_are_copied_with_it(data: Path, tmp_path: Path) -> None:
+    source = tmp_path / "in" / "m.onnx"
+    source.parent.mkdir()
+    graphopt.optimize(data / "model.onnx", "fold", out=tmp_path / "folded")
+    model = onnx.load(tmp_path / "folded" / "model.onnx")
+    onnx.save(model, source, save_as_external_data=True, location="weights.bin", size_threshold=0)
+    result = graphopt.optimize(source, "fold", out=tmp_path / "out")
+    assert (result.path / "model.onnx").read_bytes() == source.read_bytes()
+    assert (result.path / "weights.bin").read_bytes() == (source.parent / "weights.bin").read_bytes()
+
+
 def test_a_missed_size_gives_a_usable_bundle_a_verdict_and_code_4(digits: Compile) -> None:
     result = digits("fold", limits=Limits(max_size=0.1))
     assert result.exit_code == ExitCode.LIMIT_MISSED
