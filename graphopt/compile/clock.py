@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import tempfile
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -31,7 +32,8 @@ def measure(request: Request, folder: Path, report: Report) -> Measured:
     """Time original and result side by side and write `measured/`."""
     original = Subject(request.model.name, request.model)
     backend, kernel = (report.backend.backend, report.backend.kernel) if report.backend else (None, None)
-    result = bundle_subjects(folder, report.target, backend, kernel)
+    found = bundle_subjects(folder, report.target, backend, kernel)
+    result = [replace(subject, name=request.out.name) for subject in found]  # `folder` has a name for now only
     feeds = feeds_for(request.model, request.evaluation or request.calibration, request.binding)
     measured = bench([original, *result], feeds, extensions=request.extensions)
     write_text(folder / MEASURED / "bench.json", measured.to_json())

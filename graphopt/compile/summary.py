@@ -56,8 +56,6 @@ def layer_rows(before: Cost, after: Cost, steps: Sequence[StepReport]) -> tuple[
         if cost.macs == 0 and cost.params < _LEAST_PARAMS:
             continue
         now, said = after.nodes.get(cost.node), list(notes.get(cost.node, ()))
-        if now is None and not said:
-            said.append(LayerNote("gone", "nothing that remains needs it", done=True))
         if now is not None and now.params != cost.params and not any(note.done for note in said):
             said.append(LayerNote("with its neighbours", "changed as they did", done=True))
         rows.append(
