@@ -64,7 +64,7 @@ def runtime_folder(machine: str, family: str, cache: Path) -> Path:
         BackendError: It is not there.
     """
     folder = cached_runtime(machine, cache)
-    if all((folder / name).is_file() for name in (*LIBRARIES, *_MEMBERS.values())):
+    if _complete(folder):
         return folder
     if machine == platform.machine():
         return _from_packages(folder)
@@ -83,10 +83,14 @@ def copy_runtime(folder: Path, bundle: Path, header: Path) -> tuple[str, ...]:
 def fetch_runtime(machine: str, cache: Path) -> tuple[Path, ...]:
     """Download the runtime for a machine with pip, in the installed versions, and put it into the cache.
 
+    What is there already is not downloaded again.
+
     Raises:
         BackendError: pip fails; its last line is in the message.
     """
     folder = cached_runtime(machine, cache)
+    if _complete(folder):
+        return _files(folder)
     pins = [f"{package}=={version}" for package, version in zip(_PACKAGES, versions(), strict=True)]
     python = f"{sys.version_info.major}.{sys.version_info.minor}"
     with tempfile.TemporaryDirectory(prefix="graphopt-") as scratch:
@@ -102,6 +106,14 @@ def fetch_runtime(machine: str, cache: Path) -> tuple[Path, ...]:
             raise BackendError(f"runtime for {machine}", f"pip cannot download it: {told}", "check the network")
         for wheel in sorted(Path(scratch).glob("*.whl")):
             _unpack(wheel, folder)
+    return _files(folder)
+
+
+def _complete(folder: Path) -> bool:
+    return all((folder / name).is_file() for name in (*LIBRARIES, *_MEMBERS.values()))
+
+
+def _files(folder: Path) -> tuple[Path, ...]:
     return tuple(sorted(p for p in folder.rglob("*") if p.is_file()))
 
 
