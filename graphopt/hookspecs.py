@@ -44,4 +44,4 @@ def graphopt_default_pipeline(target: Target) -> str | None:
 
 @hookspec
 def graphopt_instruments(config: Mapping[str, Any]) -> Sequence[Instrument]:  # type: ignore[empty-body]
-    """Return instruments: callbacks around passes. `config` holds target, pipeline and verbosity."""
+    """Return instruments: callbacks around passes. `config` holds target and pipeline, as text."""

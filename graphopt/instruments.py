@@ -84,7 +84,7 @@ def instruments_for(registry: Registry, config: Mapping[str, Any]) -> tuple[Inst
 
     Args:
         registry: The loaded plugins.
-        config: What plugins may go by: target, pipeline, verbosity. `dump`, a folder, adds a model after each pass.
+        config: What plugins may go by: target and pipeline. `dump`, a folder, adds a model after each pass.
 
     Raises:
         PluginError: A plugin's hook fails, or returns something else.

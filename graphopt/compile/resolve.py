@@ -68,7 +68,8 @@ def resolve(
     if recipe is not None and passes is not None:
         raise UsageError("--recipe", "cannot stand beside --passes", "put the passes into the recipe")
     given = load_recipe(recipe, registry) if recipe is not None else None
-    chosen = registry.targets.resolve(target or (given.target if given else None) or "ort")
+    wanted = target or (given.target if given else None) or "ort"
+    chosen = registry.targets.resolve(wanted)
     path = Path(model)
     loaded = load_model(path)
     specs = input_specs(loaded)
@@ -88,7 +89,7 @@ def resolve(
     if metric_name and evaluation_data is None:
         raise UsageError("--metric", "needs labelled data", "give it with --eval")
     pipeline = format_pipeline(step.step() for step in steps)
-    folder = Path(out) if out is not None else Path(f"{path.stem}.{chosen}".replace(":", "-"))
+    folder = Path(out) if out is not None else Path(f"{path.stem}.{wanted}".replace(":", "-"))
     check_out(folder, [path], overwrite=overwrite)
     return Request(
         model=path,

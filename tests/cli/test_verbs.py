@@ -29,7 +29,7 @@ def test_dry_run_resolves_everything_and_writes_nothing(
     plan = json.loads(capsys.readouterr().out)
     assert plan["target"] == "arm:cortex-a76"
     assert plan["passes"] == ["fold", "prune{ratio=0.5}"]
-    assert plan["out"] == "model.arm-cortex-a76"
+    assert plan["out"] == "model.arm"
     assert list(tmp_path.iterdir()) == []
 
 
