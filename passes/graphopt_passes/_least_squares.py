@@ -76,6 +76,11 @@ class Moments:
             mine: np.ndarray = getattr(self, name)
             mine += getattr(other, name)
 
+    @property
+    def finite(self) -> bool:
+        """No row held an infinity or NaN."""
+        return bool(np.isfinite(self.xx).all() and np.isfinite(self.rr).all() and np.isfinite(self.yy).all())
+
     def error(self, weight: np.ndarray | None = None, bias: np.ndarray | None = None) -> float:
         """Root mean square of what is missed after a correction, relative to the spread of the wanted output.
 
@@ -104,9 +109,11 @@ class Moments:
         xx = self.xx - count * mean_x[:, :, None] * mean_x[:, None, :]
         xr = self.xr - count * mean_x[:, :, None] * mean_r[:, None, :]
         inputs = xx.shape[1]
-        level = ridge * np.trace(xx, axis1=1, axis2=2) / inputs
         diagonal = np.arange(inputs)
-        xx[:, diagonal, diagonal] += np.maximum(level, np.finfo(np.float64).tiny)[:, None]
+        power = self.xx[:, diagonal, diagonal].mean(axis=1)
+        # where the inputs hardly vary, what is left of them after centring is rounding
+        level = ridge * xx[:, diagonal, diagonal].mean(axis=1) + 1e-12 * power
+        xx[:, diagonal, diagonal] += np.where(power > 0, level, 1.0)[:, None]
         weight = np.linalg.solve(xx, xr)
         return weight, mean_r - (mean_x[:, None] @ weight)[:, 0]
 

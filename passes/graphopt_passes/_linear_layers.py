@@ -11,9 +11,17 @@ import onnx_ir as ir
 from graphopt.analyses import Constants
 from graphopt_passes._least_squares import pad_sizes, window_rows
 
-__all__ = ["LINEAR", "LinearLayer", "set_constant"]
+__all__ = ["LINEAR", "WIDEST", "LinearLayer", "rows_worth_reading"]
 
 LINEAR = frozenset({"Conv", "ConvTranspose", "Gemm", "MatMul"})
+"""Operators that multiply their first input with a weight."""
+
+WIDEST = 4608
+"""Second moments may be as large as those of this many inputs."""
+
+_ROWS = 30_000
+_ELEMENTS = 1e8
+_PRODUCTS = 3e10
 _FLOATS = (ir.DataType.FLOAT, ir.DataType.DOUBLE, ir.DataType.FLOAT16)
 
 
@@ -93,15 +101,19 @@ class LinearLayer:
         alpha = self.node.attributes.get_float("alpha", 1.0)
         return alpha * (self.array.T if self.axis == 0 else self.array)[None]
 
+    @property
+    def channel_axis(self) -> int:
+        """Axis of the output that its channels are on."""
+        return 1 if self.node.op_type == "Conv" else -1
+
     def positions(self, output: np.ndarray) -> int:
         """How many rows an output has."""
-        return output.size // output.shape[1 if self.node.op_type == "Conv" else -1]
+        return output.size // output.shape[self.channel_axis]
 
-    def wanted(self, output: np.ndarray, chosen: np.ndarray, kept: np.ndarray) -> np.ndarray:
-        """`[groups, rows, outputs of a group]`: chosen rows and kept channels of an output."""
-        channel = 1 if self.node.op_type == "Conv" else output.ndim - 1
-        table = np.moveaxis(output, channel, -1)
-        rows = table.reshape(-1, table.shape[-1])[chosen][:, kept].astype(np.float64)
+    def wanted(self, output: np.ndarray, chosen: np.ndarray) -> np.ndarray:
+        """`[groups, rows, outputs of a group]`: chosen rows of an output."""
+        table = np.moveaxis(output, self.channel_axis, -1)
+        rows = table.reshape(-1, table.shape[-1])[chosen].astype(np.float64)
         return rows.reshape(len(rows), self.groups, -1).transpose(1, 0, 2)
 
     def rows(self, x: np.ndarray, chosen: np.ndarray) -> np.ndarray:
@@ -131,12 +143,23 @@ class LinearLayer:
             change = weight.transpose(0, 2, 1).reshape(self.array.shape)
         else:
             change = (weight[0].T if self.axis == 0 else weight[0]) / self.node.attributes.get_float("alpha", 1.0)
-        set_constant(self.weight, self.array + change)
+        _set_constant(self.weight, self.array + change)
         if self.bias is not None:
             tensor = _tensor(self.bias)
-            set_constant(self.bias, tensor.numpy().astype(np.float64) + bias.reshape(tensor.shape.numpy()))
+            _set_constant(self.bias, tensor.numpy().astype(np.float64) + bias.reshape(tensor.shape.numpy()))
         elif self.addable:
             _add_bias(graph, self.node, self.weight, bias.reshape(-1))
+
+
+def rows_worth_reading(groups: int, inputs: int) -> int:
+    """How many rows to take moments of: enough to tell the inputs apart, then as many as take seconds.
+
+    Args:
+        groups: Parts that do not meet.
+        inputs: Inputs of a part.
+    """
+    quick = min(_PRODUCTS / (groups * inputs**2), _ELEMENTS / (groups * inputs))
+    return int(min(_ROWS, max(4 * inputs, quick)))
 
 
 def _output_axis(node: ir.Node) -> int:
@@ -189,7 +212,7 @@ def _attribute(value: ir.Value) -> ir.Attr:
     return producer.attributes["value"]
 
 
-def set_constant(value: ir.Value, array: np.ndarray) -> None:
+def _set_constant(value: ir.Value, array: np.ndarray) -> None:
     """Give a constant other numbers, in its own type."""
     old = _tensor(value)
     tensor = ir.Tensor(

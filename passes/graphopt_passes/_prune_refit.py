@@ -1,241 +1,202 @@
-"""Making up for channels that leave: what they carried is expressed by those that stay, and folded into their reader.
+"""Refitting: what a pruned model computes is brought back, layer by layer, to what the whole model computed.
 
-A layer reads `W x`. On the calibration data the lost channels are regressed on the kept ones, `x_lost = A x_kept + b`,
-with one A for all pixels, so that the moments are channels by channels whatever the kernel. Then
-
-    W x  =  W_kept x_kept + W_lost x_lost  ~  (W_kept + W_lost A) x_kept + W_lost b
-
-This is the least-squares reconstruction of Channel Pruning (He et al., 2017) restricted to mixtures of channels.
+Layers are visited in the graph's order. Each is asked to make the output that it had in the whole model (the channels
+that are left of it) from the input that it has now, with all layers before it refitted already. That is a linear least-
+squares problem, solved from second moments (Channel Pruning, He et al., 2017; ThiNet, Luo et al., 2017). Where the
+output is added to a shortcut, the layer makes up for what the shortcut lost as well. Batch norms behind a layer stay
+right, because what goes into them does.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 
 import numpy as np
 import onnx_ir as ir
 
-from graphopt.analyses import CONSTANTS, Constants, Shapes
-from graphopt.analyses.channels import ChannelGroup
-from graphopt.analyses.ranges import expose
-from graphopt.analyses.shapes import CONCRETE_SHAPES
+from graphopt.analyses import CONSTANTS
 from graphopt.calibration import Dataset
-from graphopt.pass_base import Context
-from graphopt.reference import Reference
+from graphopt.pass_base import Change, Context
+from graphopt.reference import Feed
+from graphopt_passes._least_squares import Correction, Moments, correct
+from graphopt_passes._linear_layers import LINEAR, WIDEST, LinearLayer, rows_worth_reading
+from graphopt_passes._stepwise import Stepwise, reads
 
-__all__ = ["Reader", "readers", "refit"]
+__all__ = ["Refit", "refit"]
+
+AxisName = tuple[str, int]
 
 _SAMPLES = 256
 _BATCH = 16
-_ROWS = 4096
-_WIDEST = 4096
-_RIDGE = 1e-3
-_AT_ONCE = 256 << 20
-_FLOATS = (ir.DataType.FLOAT, ir.DataType.DOUBLE, ir.DataType.FLOAT16)
+_HOLD_OUT = 5
+_SAME = 1e-5
+_CHUNK = 1 << 23
+
+
+@dataclass(frozen=True)
+class Refit:
+    """What refitting did.
+
+    Attributes:
+        changes: One entry for every layer whose input is not what it was.
+        before: Mean relative error of the refitted layers' outputs, on held-out samples.
+        after: The same with the new weights.
+    """
+
+    changes: tuple[Change, ...] = ()
+    before: float = 0.0
+    after: float = 0.0
+
+    @property
+    def layers(self) -> int:
+        """How many layers have new weights."""
+        return sum(change.done for change in self.changes)
 
 
 @dataclass(frozen=True, eq=False)
-class Reader:
-    """A layer that reads channels which leave.
+class _Site:
+    """A layer to refit.
 
     Attributes:
-        node: The layer.
-        axis: Axis of its weight that the channels are on.
-        lost: Positions on that axis that go, ascending.
-        size: Length of the axis.
-        bias: A constant can be added to its output.
+        layer: The layer of the pruned model.
+        positions: Its place in the order of nodes, in the whole and in the pruned model.
+        shortcut: Name of what its output is added to, where both models know it before the layer runs.
+        kept: `[outputs]` positions of its outputs in the whole model.
     """
 
-    node: ir.Node
-    axis: int
-    lost: np.ndarray
-    size: int
-    bias: bool
+    layer: LinearLayer
+    positions: tuple[int, int]
+    shortcut: str | None
+    kept: np.ndarray
 
-    @property
-    def source(self) -> tuple[str, bool]:
-        """Name of the activation that it reads, and whether channels are its second axis, not its last."""
-        value = self.node.inputs[0]
-        return ("" if value is None else value.name or ""), self.node.op_type == "Conv"
-
-    def rows(self, activation: np.ndarray) -> np.ndarray:
-        """`[rows, channels]`: the activation with channels last, thinned evenly where there are very many rows."""
-        channel = 1 if self.source[1] else activation.ndim - 1
-        table = np.moveaxis(activation, channel, -1).reshape(-1, activation.shape[channel])
-        return table[:: max(1, len(table) // _ROWS)].astype(np.float64)
-
-
-@dataclass
-class _Moments:
-    """First and second moments of an activation's channels."""
-
-    count: int = 0
-    sums: np.ndarray = field(default_factory=lambda: np.zeros(()))
-    products: np.ndarray = field(default_factory=lambda: np.zeros(()))
-
-    def add(self, rows: np.ndarray) -> None:
-        self.count += len(rows)
-        self.sums = self.sums + rows.sum(axis=0)
-        self.products = self.products + rows.T @ rows
+    def samples(self, whole: Stepwise, pruned: Stepwise) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """The layer's input and the output that it should have, batch after batch."""
+        node, more = self.layer.node, [self.shortcut] if self.shortcut else []
+        old = whole.run(self.positions[0] + 1, [node.outputs[0].name or "", *more])
+        new = pruned.run(self.positions[1], [_name(node.inputs[0]), *more])
+        axis = self.layer.channel_axis
+        for (output, *was), (x, *now) in zip(old, new, strict=True):
+            wanted = np.take(output, self.kept, axis=axis)
+            for before, after in zip(was, now, strict=True):
+                if before.shape == output.shape and after.shape == wanted.shape:
+                    wanted += np.take(before, self.kept, axis=axis) - after
+            yield x, wanted
 
 
-def readers(
-    model: ir.Model, constants: Constants, removals: Sequence[tuple[ChannelGroup, Sequence[int]]]
-) -> Iterator[Reader]:
-    """The layers whose weights can make up for what they lose.
-
-    Left alone: weights that several layers share or that are computed, grouped and transposed convolutions, integers,
-    and layers wider than the moments may be.
-    """
-    lost: dict[tuple[str, int], np.ndarray] = {}
-    sizes: dict[tuple[str, int], int] = {}
-    for group, units in removals:
-        for place in group.places:
-            if place.constant and place.role == "input" and len(units):
-                key = place.value, place.axis
-                gone = place.positions[np.asarray(units)].reshape(-1)
-                lost[key], sizes[key] = np.union1d(lost.get(key, gone[:0]), gone), place.size
-    for (name, axis), positions in lost.items():
-        value = model.graph.initializers.get(name)
-        uses = [] if value is None else list(value.uses())
-        if value is not None and value.dtype in _FLOATS and len(uses) == 1 and sizes[name, axis] <= _WIDEST:
-            node, index = uses[0]
-            if index == 1 and _mixes_channels(node):
-                yield Reader(node, axis, positions, sizes[name, axis], _takes_bias(node, constants))
-
-
-def _mixes_channels(node: ir.Node) -> bool:
-    attributes = node.attributes
-    if node.op_type == "Conv":
-        return attributes.get_int("group", 1) == 1
-    return node.op_type == "MatMul" or (node.op_type == "Gemm" and not attributes.get_int("transA", 0))
-
-
-def _output_axis(node: ir.Node) -> int:
-    return 0 if node.op_type == "Conv" or node.attributes.get_int("transB", 0) else 1
-
-
-def _takes_bias(node: ir.Node, constants: Constants) -> bool:
-    """Whether a constant per output can be added: there is no bias, or a plain one that no other layer reads."""
-    if node.op_type == "MatMul":
-        return False
-    bias = node.inputs[2] if len(node.inputs) > 2 else None
-    if bias is None:
-        return True
-    tensor = constants.of(bias)
-    weight = node.inputs[1]
-    outputs = 0 if weight is None or weight.shape is None else weight.shape[_output_axis(node)]
-    plain = node.attributes.get_float("beta", 1.0) == 1.0 and bias.is_initializer() and len(bias.uses()) == 1
-    return plain and tensor is not None and tuple(tensor.shape) == (outputs,)
-
-
-def refit(model: ir.Model, ctx: Context, data: Dataset, removals: Sequence[tuple[ChannelGroup, Sequence[int]]]) -> int:
-    """Change the readers' weights so that removing the units costs least; nothing is removed yet.
-
-    A reader without a bias gains one, so groups must be found anew afterwards.
+def refit(whole: ir.Model, model: ir.Model, lost: Mapping[AxisName, np.ndarray], data: Dataset, ctx: Context) -> Refit:
+    """Refit the layers of a pruned model whose inputs are not what they were.
 
     Args:
-        model: The model before the removal.
-        ctx: Where facts about it come from.
-        data: Samples to measure on.
-        removals: Groups with the indices of the units that will go.
+        whole: The model before the removal.
+        model: The model after it; its weights change, and layers may gain a bias.
+        lost: Positions that were removed, by value and axis.
+        data: Samples, of which 256 are used; every fifth batch is held out.
+        ctx: Its random numbers choose the rows that are looked at.
 
-    Returns:
-        How many layers were changed.
+    Raises:
+        ModelError: ONNX Runtime cannot run one of the models.
     """
-    found = [reader for reader in readers(model, ctx.fact(CONSTANTS), removals) if reader.source[0]]
-    moments = _measure(model, ctx, data, {reader.source: reader for reader in found})
-    usable = [reader for reader in found if moments[reader.source].count > 1 and len(reader.lost) < reader.size]
-    for reader in usable:
-        _fold_in(model, reader, *_regression(moments[reader.source], reader))
-    return len(usable)
+    feeds = list(_batches(data))
+    old, new = Stepwise(whole, feeds, ctx), Stepwise(model, feeds, ctx)
+    constants = ctx.fact(CONSTANTS)
+    changes, errors = list[Change](), list[tuple[float, float]]()
+    for node in ctx.progress(list(_affected(model, lost)), "refitting"):
+        layer = LinearLayer.of(node, constants)
+        found = layer if isinstance(layer, str) else _correction(_site(layer, old, new, lost), old, new, ctx.rng)
+        name = node.name or _name(node.outputs[0])
+        if isinstance(layer, str) or isinstance(found, str):
+            changes.append(Change.skipped(name, f"not refitted: {found}"))
+        else:
+            layer.add(model.graph, found.weight, found.bias)
+            errors.append((found.before, found.after))
+            changes.append(_change(name, found))
+    before, after = np.mean(errors, axis=0).tolist() if errors else (0.0, 0.0)
+    return Refit(tuple(changes), before, after)
 
 
-def _measure(
-    model: ir.Model, ctx: Context, data: Dataset, by_source: Mapping[tuple[str, bool], Reader]
-) -> dict[tuple[str, bool], _Moments]:
-    """Stream the data once for every portion of activations that fits into memory."""
-    moments = {source: _Moments() for source in by_source}
-    for sources in _portions(by_source, ctx.fact(CONCRETE_SHAPES)):
-        names = sorted({name for name, _ in sources})
-        session = Reference(expose(model, names), threads=ctx.threads, extensions=ctx.extensions)
-        for feed in ctx.progress(data.batches(_BATCH, _SAMPLES), "refitting"):
-            activations = session.run(feed, names)
-            for source in sources:
-                moments[source].add(by_source[source].rows(activations[source[0]]))
-    return moments
+def _name(value: ir.Value | None) -> str:
+    return "" if value is None else value.name or ""
 
 
-def _portions(by_source: Mapping[tuple[str, bool], Reader], shapes: Shapes) -> Iterator[list[tuple[str, bool]]]:
-    """Cut activations into portions that, with their moments, stay below the memory limit."""
-    portion: list[tuple[str, bool]] = []
-    filled = 0
-    for source, reader in by_source.items():
-        shape = shapes.static(reader.node.inputs[0])
-        size = 8 * reader.size**2 + (_AT_ONCE // 8 if shape is None else 4 * _BATCH * math.prod(shape))
-        if portion and filled + size > _AT_ONCE:
-            yield portion
-            portion, filled = [], 0
-        portion.append(source)
-        filled += size
-    if portion:
-        yield portion
+def _batches(data: Dataset) -> Iterator[Feed]:
+    """At least ten batches where there are samples enough, so that some can be held out."""
+    count = sum(1 for _ in data.feeds(_SAMPLES))
+    return data.batches(max(1, min(_BATCH, count // 10)), _SAMPLES)
 
 
-def _regression(seen: _Moments, reader: Reader) -> tuple[np.ndarray, np.ndarray]:
-    """`A [lost, kept]` and `b [lost]`; b is 0 where the reader has no bias to put it in."""
-    kept = np.delete(np.arange(reader.size), reader.lost)
-    mean = seen.sums / seen.count if reader.bias else np.zeros(reader.size)
-    spread = seen.products / seen.count - np.outer(mean, mean)
-    inner = spread[np.ix_(kept, kept)]
-    ridge = _RIDGE * max(float(np.trace(inner)) / len(kept), np.finfo(np.float64).tiny)
-    mix = np.linalg.solve(inner + ridge * np.eye(len(kept)), spread[np.ix_(kept, reader.lost)]).T
-    return mix, mean[reader.lost] - mix @ mean[kept]
+def _affected(model: ir.Model, lost: Mapping[AxisName, np.ndarray]) -> Iterator[ir.Node]:
+    """Linear layers whose input is not what it was: narrower, or behind something that is."""
+    other = {name for name, _ in lost}
+    for node in model.graph:
+        if node.op_type in LINEAR and node.domain in ("", "ai.onnx") and _name(node.inputs[0]) in other:
+            yield node
+        if any(_name(value) in other and not value.is_initializer() for value in reads(node)):
+            other.update(_name(output) for output in node.outputs)
 
 
-def _fold_in(model: ir.Model, reader: Reader, mix: np.ndarray, offset: np.ndarray) -> None:
-    """Write the new weight and bias."""
-    weight = reader.node.inputs[1]
-    if weight is None or weight.const_value is None:
-        return
-    kept = np.delete(np.arange(reader.size), reader.lost)
-    array = np.moveaxis(weight.const_value.numpy().astype(np.float64), reader.axis, 0)
-    gone = array[reader.lost]
-    array[kept] += np.tensordot(mix, gone, axes=(0, 0))
-    weight.const_value = _like(weight.const_value, np.moveaxis(array, 0, reader.axis))
-    if reader.bias:
-        each = np.tensordot(offset, gone, axes=(0, 0))
-        total = each.reshape(each.shape[0], -1).sum(axis=1) * reader.node.attributes.get_float("alpha", 1.0)
-        _add_bias(model, reader.node, weight, total)
-
-
-def _like(tensor: ir.TensorProtocol, array: np.ndarray) -> ir.Tensor:
-    return ir.Tensor(
-        np.ascontiguousarray(array.astype(tensor.numpy().dtype)),
-        dtype=tensor.dtype,
-        name=tensor.name,
-        doc_string=tensor.doc_string,
-        metadata_props=dict(tensor.metadata_props),
+def _site(layer: LinearLayer, old: Stepwise, new: Stepwise, lost: Mapping[AxisName, np.ndarray]) -> _Site:
+    name = _name(layer.node.outputs[0])
+    positions = old.born[name], new.born[name]
+    gone = lost.get((_name(layer.weight), layer.axis), np.empty(0, dtype=np.int64))
+    kept = np.delete(np.arange(layer.outputs + len(gone)), gone)
+    shortcut = _shortcut(layer.node.outputs[0], new)
+    known = shortcut is not None and all(
+        run.born.get(shortcut, at) < at for run, at in zip((old, new), positions, strict=True)
     )
+    return _Site(layer, positions, shortcut if known else None, kept)
 
 
-def _add_bias(model: ir.Model, node: ir.Node, weight: ir.Value, total: np.ndarray) -> None:
-    bias = node.inputs[2] if len(node.inputs) > 2 else None
-    if bias is not None and bias.const_value is not None:
-        bias.const_value = _like(bias.const_value, bias.const_value.numpy().astype(np.float64) + total)
-        return
-    taken = {*model.graph.initializers, *(value.name for inner in model.graph for value in inner.outputs)}
-    taken |= {value.name or "" for value in model.graph.inputs}
-    stem = f"{weight.name}_bias"
-    name = next(name for i in range(len(taken) + 1) if (name := f"{stem}_{i}" if i else stem) not in taken)
-    dtype = weight.dtype or ir.DataType.FLOAT
-    array = total.astype(dtype.numpy())
-    value = ir.Value(
-        name=name, type=ir.TensorType(dtype), shape=ir.Shape(array.shape), const_value=ir.Tensor(array, name=name)
+def _shortcut(output: ir.Value, run: Stepwise) -> str | None:
+    """What alone is done to an output, but for adding constants, is adding this to it."""
+    while len(uses := output.uses()) == 1 and not output.is_graph_output():
+        node, index = uses[0]
+        if node.op_type != "Add":
+            return None
+        other = _name(node.inputs[1 - index])
+        if other in run.born:
+            return other
+        output = node.outputs[0]
+    return None
+
+
+def _correction(site: _Site, old: Stepwise, new: Stepwise, rng: np.random.Generator) -> Correction | str:
+    """The correction of a layer, or why there is none."""
+    layer, batches = site.layer, len(old.feeds)
+    if layer.groups * layer.inputs**2 > WIDEST**2:
+        return f"the second moments of its input are {layer.groups} x {layer.inputs} x {layer.inputs} numbers"
+    matrix, shift = layer.matrix(), layer.shift.reshape(layer.groups, 1, -1)
+    sums = [Moments.empty(*matrix.shape) for _ in range(2)]
+    most = rows_worth_reading(layer.groups, layer.inputs) // batches + 1
+    for batch, (x, output) in enumerate(site.samples(old, new)):
+        count = layer.positions(output)
+        chosen = np.sort(rng.choice(count, most, replace=False)) if count > most else np.arange(count)
+        for moments, part in zip(sums, _parts(chosen, batch, batches), strict=True):
+            for rows in np.array_split(part, len(part) * layer.groups * layer.inputs // _CHUNK + 1):
+                made_of, wanted = layer.rows(x, rows), layer.wanted(output, rows)
+                moments.add(made_of, wanted - made_of @ matrix - shift, wanted)
+    seen, held_out = sums
+    if not seen.rows or not held_out.rows:
+        return "too few samples to hold some out"
+    if not (seen.finite and held_out.finite):
+        return "what goes through it is not finite"
+    if held_out.error() < _SAME:
+        return "its output has not changed"
+    return correct(seen, held_out, offset=layer.offset) or "no better on held-out samples"
+
+
+def _parts(chosen: np.ndarray, batch: int, batches: int) -> tuple[np.ndarray, np.ndarray]:
+    """Rows to fit and rows to hold out: whole batches where there are enough, else a fifth of each."""
+    none = chosen[:0]
+    if batches >= _HOLD_OUT:
+        return (none, chosen) if batch % _HOLD_OUT == _HOLD_OUT // 2 else (chosen, none)
+    first, last = 2 * len(chosen) // _HOLD_OUT, 3 * len(chosen) // _HOLD_OUT
+    return np.concatenate([chosen[:first], chosen[last:]]), chosen[first:last]
+
+
+def _change(site: str, found: Correction) -> Change:
+    return Change(
+        site,
+        f"refitted: output error {found.before:.2f} -> {found.after:.2f}",
+        details={"error_before": round(found.before, 6), "error_after": round(found.after, 6)},
     )
-    model.graph.register_initializer(value)
-    if len(node.inputs) < 3:
-        node.resize_inputs(3)
-    node.replace_input_with(2, value)

@@ -10,7 +10,7 @@ import onnx_ir as ir
 from graphopt.analyses.channels import ChannelGroup, ChannelGroups, SizeTable, Span
 from graphopt.errors import PassError
 
-__all__ = ["remove"]
+__all__ = ["lost_positions", "remove"]
 
 AxisName = tuple[str, int]
 
@@ -26,7 +26,7 @@ def remove(model: ir.Model, groups: ChannelGroups, removals: Iterable[tuple[Chan
     Raises:
         PassError: A group is pinned, or an axis would be left empty.
     """
-    gone = _positions(removals)
+    gone = lost_positions(removals)
     values = {value.name: value for value in _values(model.graph)}
     by_value: dict[str, dict[int, np.ndarray]] = {}
     for (name, axis), positions in gone.items():
@@ -38,8 +38,12 @@ def remove(model: ir.Model, groups: ChannelGroups, removals: Iterable[tuple[Chan
         _restate(model.graph, values[output], same, gone)
 
 
-def _positions(removals: Iterable[tuple[ChannelGroup, Sequence[int]]]) -> dict[AxisName, np.ndarray]:
-    """Positions that go, by axis; several groups may share one."""
+def lost_positions(removals: Iterable[tuple[ChannelGroup, Sequence[int]]]) -> dict[AxisName, np.ndarray]:
+    """Positions that go, by axis; several groups may share one.
+
+    Raises:
+        PassError: A group is pinned, or an axis would be left empty.
+    """
     found: dict[AxisName, np.ndarray] = {}
     for group, units in removals:
         if group.pin is not None:

@@ -16,8 +16,9 @@ from graphopt.options import opt
 from graphopt.pass_base import Change, Context, Pass, PassResult
 from graphopt_passes._prune_budget import Budget, Facts, ladder, plan_global, plan_uniform, step_of
 from graphopt_passes._prune_criteria import scores
-from graphopt_passes._prune_refit import refit
-from graphopt_passes._prune_removal import remove
+from graphopt_passes._prune_output_error import output_scores
+from graphopt_passes._prune_refit import Refit, refit
+from graphopt_passes._prune_removal import lost_positions, remove
 
 __all__ = ["Prune"]
 
@@ -50,15 +51,19 @@ class Prune(Pass):
 
     name: ClassVar[str] = "prune"
     lossy: ClassVar[bool] = True
+    without_data: ClassVar[str] = "prune chooses channels by weights alone and refits no layer"
 
     ratio: float = opt(0.3, help="fraction removed, of what `of` names", ge=0, lt=1)
     of: Literal["macs", "params", "bytes"] = opt("macs", help="what `ratio` is a fraction of")
-    criterion: Literal["l2", "l1", "bn-scale", "random", "taylor"] = opt("l2", help="how channels are judged")
-    scope: Literal["uniform", "global"] = opt(
-        "uniform", help="the same fraction from every layer, or more where channels matter less"
+    criterion: Literal["auto", "output", "l2", "l1", "bn-scale", "random", "taylor"] = opt(
+        "auto", help="how channels are judged; auto: by what layers lose on calibration data (output), else l2"
+    )
+    scope: Literal["auto", "uniform", "global"] = opt(
+        "auto",
+        help="the same fraction from every layer, or more where channels matter less; auto: global if judged by output",
     )
     round_to: int = opt(0, help="kept channels are a multiple of this; 0: what the target likes", ge=0)
-    refit: bool = opt(True, help="with calibration data, let the layers behind make up for what left")
+    refit: bool = opt(True, help="re-solve the layers behind removed channels on calibration data")
     only: tuple[str, ...] = opt((), help="layers to prune: names or operators, with wildcards; none: all")
     skip: tuple[str, ...] = opt((), help="layers to leave alone: names or operators, with wildcards")
 
@@ -70,6 +75,8 @@ class Prune(Pass):
         """
         if self.criterion == "taylor":
             raise OptionError("prune.criterion", "taylor needs gradients, not available yet", "use l2")
+        if self.criterion == "output" and ctx.calibration is None:
+            raise OptionError("prune.criterion", "output needs samples", "give --calibration, or use l2")
         groups = ctx.fact(CHANNEL_GROUPS)
         layers = _layers(model, groups)
         for option, globs in (("only", self.only), ("skip", self.skip)):
@@ -85,34 +92,51 @@ class Prune(Pass):
         groups, before = ctx.fact(CHANNEL_GROUPS), ctx.fact(COST)
         chosen, reasons = self._candidates(model, groups, ctx)
         budget = Budget(model, Facts(before, ctx.fact(SHAPES), ctx.fact(CONSTANTS)), chosen, self.of)
-        worth = [scores(model, ctx.fact(CONSTANTS), group, self.criterion, ctx.rng) for group in chosen]
+        worth = self._worth(model, chosen, ctx)
         removed = self._plan(budget, chosen, worth, ctx)
         lost = [np.sort(np.argsort(w, kind="stable")[:n]) for w, n in zip(worth, removed, strict=True)]
-        removals = [(group, units) for group, units in zip(chosen, lost, strict=True) if len(units)]
-        refitted = self._remove(model, groups, [(group, units.tolist()) for group, units in removals], ctx)
+        removals = [(group, units.tolist()) for group, units in zip(chosen, lost, strict=True) if len(units)]
+        refitted = self._remove(model, groups, removals, ctx)
         after = ctx.fact(COST)
         taken = {id(group): len(units) for group, units in removals}
         changes = [
             _change(group, taken.get(id(group), 0), reasons.get(id(group)), before, after) for group in groups.groups
         ]
         changes += [Change.skipped(name, reason) for name, reason in groups.elsewhere.items()]
-        return PassResult(bool(removals), tuple(changes), metrics=self._metrics(before, after) | {"refitted": refitted})
+        changes += refitted.changes
+        metrics = self._metrics(before, after) | {"refitted": refitted.layers}
+        if refitted.layers:
+            metrics |= {"refit_error_before": round(refitted.before, 6), "refit_error_after": round(refitted.after, 6)}
+        return PassResult(bool(removals), tuple(changes), metrics=metrics)
+
+    def _judge(self, ctx: Context) -> str:
+        """The criterion, `auto` resolved."""
+        if self.criterion != "auto":
+            return self.criterion
+        return "output" if ctx.calibration is not None else "l2"
+
+    def _worth(self, model: ir.Model, groups: Sequence[ChannelGroup], ctx: Context) -> list[np.ndarray]:
+        """What the units of each group are worth, `[units]`."""
+        judge = self._judge(ctx)
+        by_weights = "l2" if judge == "output" else judge
+        worth = [scores(model, ctx.fact(CONSTANTS), group, by_weights, ctx.rng) for group in groups]
+        if judge == "output" and ctx.calibration is not None and self.ratio:
+            worth = output_scores(model, groups, worth, ctx.calibration, ctx)
+        return worth
 
     def _remove(
         self, model: ir.Model, groups: ChannelGroups, removals: list[tuple[ChannelGroup, list[int]]], ctx: Context
-    ) -> int:
-        """Remove the units; returns how many layers were refitted to make up for them."""
+    ) -> Refit:
+        """Remove the units, and let the layers that are left make up for them."""
         if not removals:
-            return 0
-        refitted = 0
-        if self.refit and ctx.calibration is not None:
-            index = {id(group): i for i, group in enumerate(groups.groups)}
-            refitted = refit(model, ctx, ctx.calibration, removals)
-            ctx.drop_facts()
-            # the same groups in the same order, with the biases that refitting added among their places
-            groups = ctx.fact(CHANNEL_GROUPS)
-            removals = [(groups.groups[index[id(group)]], units) for group, units in removals]
+            return Refit()
+        data = ctx.calibration if self.refit else None
+        whole = model if data is None else model.clone()
         remove(model, groups, removals)
+        ctx.drop_facts()
+        if data is None:
+            return Refit()
+        refitted = refit(whole, model, lost_positions(removals), data, ctx)
         ctx.drop_facts()
         return refitted
 
@@ -147,7 +171,7 @@ class Prune(Pass):
         if not groups or not self.ratio:
             return [0] * len(groups)
         ladders, target = [self._ladder(group, ctx) for group in groups], budget.whole * (1 - self.ratio)
-        if self.scope == "global":
+        if self.scope == "global" or (self.scope == "auto" and self._judge(ctx) == "output"):
             # a channel that many layers share is missed by all of them
             shared = [np.sort(w) * len(group.producers) for group, w in zip(groups, worth, strict=True)]
             return plan_global(budget, ladders, shared, target)
