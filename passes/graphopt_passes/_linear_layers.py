@@ -114,7 +114,7 @@ class LinearLayer:
         """`[groups, rows, outputs of a group]`: chosen rows of an output."""
         table = np.moveaxis(output, self.channel_axis, -1)
         rows = table.reshape(-1, table.shape[-1])[chosen].astype(np.float64)
-        return rows.reshape(len(rows), self.groups, -1).transpose(1, 0, 2)
+        return rows.reshape(len(rows), self.groups, self.outputs // self.groups).transpose(1, 0, 2)
 
     def rows(self, x: np.ndarray, chosen: np.ndarray) -> np.ndarray:
         """`[groups, rows, inputs]`: what is multiplied with the matrix to make chosen rows of the output."""
@@ -129,7 +129,7 @@ class LinearLayer:
         pads = mode if mode != "NOTSET" else list(attributes.get_ints("pads", 2 * [0] * len(kernel)))
         sizes = pad_sizes(x.shape[2:], reach, strides, pads)
         rows = window_rows(x, kernel, strides, dilations, sizes, chosen).astype(np.float64)
-        return rows.reshape(len(rows), self.groups, -1).transpose(1, 0, 2)
+        return rows.reshape(len(rows), self.groups, self.inputs).transpose(1, 0, 2)
 
     def add(self, graph: ir.Graph, weight: np.ndarray, bias: np.ndarray) -> None:
         """Change weight and bias.

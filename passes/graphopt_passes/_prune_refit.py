@@ -149,7 +149,7 @@ def _site(layer: LinearLayer, old: Stepwise, new: Stepwise, lost: Mapping[AxisNa
 
 def _shortcut(output: ir.Value, run: Stepwise) -> str | None:
     """What alone is done to an output, but for adding constants, is adding this to it."""
-    while len(uses := output.uses()) == 1 and not output.is_graph_output():
+    while len(uses := list(output.uses())) == 1 and not output.is_graph_output():
         node, index = uses[0]
         if node.op_type != "Add":
             return None

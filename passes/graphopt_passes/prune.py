@@ -15,7 +15,7 @@ from graphopt.errors import OptionError, nearest
 from graphopt.options import opt
 from graphopt.pass_base import Change, Context, Pass, PassResult
 from graphopt_passes._prune_budget import Budget, Facts, ladder, plan_global, plan_uniform, step_of
-from graphopt_passes._prune_criteria import scores
+from graphopt_passes._prune_criteria import Criterion, scores
 from graphopt_passes._prune_output_error import output_scores
 from graphopt_passes._prune_refit import Refit, refit
 from graphopt_passes._prune_removal import lost_positions, remove
@@ -109,7 +109,7 @@ class Prune(Pass):
             metrics |= {"refit_error_before": round(refitted.before, 6), "refit_error_after": round(refitted.after, 6)}
         return PassResult(bool(removals), tuple(changes), metrics=metrics)
 
-    def _judge(self, ctx: Context) -> str:
+    def _judge(self, ctx: Context) -> Literal["output"] | Criterion:
         """The criterion, `auto` resolved."""
         if self.criterion != "auto":
             return self.criterion
@@ -118,7 +118,7 @@ class Prune(Pass):
     def _worth(self, model: ir.Model, groups: Sequence[ChannelGroup], ctx: Context) -> list[np.ndarray]:
         """What the units of each group are worth, `[units]`."""
         judge = self._judge(ctx)
-        by_weights = "l2" if judge == "output" else judge
+        by_weights: Criterion = "l2" if judge == "output" else judge
         worth = [scores(model, ctx.fact(CONSTANTS), group, by_weights, ctx.rng) for group in groups]
         if judge == "output" and ctx.calibration is not None and self.ratio:
             worth = output_scores(model, groups, worth, ctx.calibration, ctx)

@@ -11,15 +11,15 @@ from onnx_ir.passes import common
 
 from graphopt.options import opt
 from graphopt.pass_base import Change, Context, Pass, PassResult
-from graphopt_passes.fold.affine import fold_affine
 from graphopt_passes.fold._branches import inline_branches
 from graphopt_passes.fold._constants import fold_constants
 from graphopt_passes.fold._duplicates import merge_duplicates
 from graphopt_passes.fold._large import fold_large_weights
 from graphopt_passes.fold._no_operations import merge_transposes, remove_no_operations
-from graphopt_passes.fold.rewiring import FreshNames, site, snapshot
 from graphopt_passes.fold._shape_values import fold_shapes
 from graphopt_passes.fold._sure_shapes import sure_shapes
+from graphopt_passes.fold.affine import fold_affine
+from graphopt_passes.fold.rewiring import FreshNames, site, snapshot
 
 __all__ = ["Fold"]
 
