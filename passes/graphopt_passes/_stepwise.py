@@ -48,7 +48,8 @@ class Stepwise:
         self.model, self.ctx, self.feeds = model, ctx, feeds
         self.order = {id(node): i for i, node in enumerate(model.graph)}
         self.kept: list[Feed] | None = None
-        self.values = {value.name or "": value for value in model.graph.inputs}
+        fed = [value for value in model.graph.inputs if value.name not in model.graph.initializers]
+        self.values = {value.name or "": value for value in fed}
         self.born, self.dies = dict.fromkeys(self.values, -1), dict.fromkeys(self.values, -1)
         for i, node in enumerate(model.graph):
             computed = False
@@ -79,18 +80,24 @@ class Stepwise:
             found = feed if session is None else {**feed, **session.run(feed, outputs)}
             if kept is not None:
                 kept.append({name: found[name] for name in live})
-                if sum(array.nbytes for array in kept[0].values()) * len(start) > _KEPT_BYTES:
-                    kept = None
+                kept = kept if _is_light(kept[0], len(start)) else None
             yield [found[name] for name in wanted]
         self.kept = self.kept if kept is None else kept
 
     def _piece(self, feed: Feed, inputs: Sequence[str], outputs: Sequence[str]) -> Reference:
         graph = ir.convenience.extract(self.model.graph, [self.values[n] for n in inputs], list(outputs))
         for value in graph.inputs:
-            array = feed[value.name or ""]
-            value.type = ir.TensorType(ir.DataType.from_numpy(array.dtype))
-            value.shape = ir.Shape([None] * array.ndim)
+            if self.born[name := value.name or ""] >= 0:
+                value.type = ir.TensorType(ir.DataType.from_numpy(feed[name].dtype))
+                value.shape = ir.Shape([None] * feed[name].ndim)
         for value in graph.outputs:
             value.shape = None  # the runtime knows better than a stale annotation
         piece = ir.Model(graph, ir_version=self.model.ir_version, functions=list(self.model.functions.values()))
         return Reference(piece, threads=self.ctx.threads, extensions=self.ctx.extensions)
+
+
+def _is_light(feed: Feed, count: int) -> bool:
+    """Whether so many feeds of this size can be kept; sequences and texts never are."""
+    arrays: list[object] = list(feed.values())
+    plain = [array for array in arrays if isinstance(array, np.ndarray) and array.dtype.kind != "O"]
+    return len(plain) == len(arrays) and sum(array.nbytes for array in plain) * count <= _KEPT_BYTES

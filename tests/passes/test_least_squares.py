@@ -55,8 +55,8 @@ def convolutions(draw: st.DrawFn) -> tuple[str, dict[str, tuple[int, ...]], tupl
         )
     )  # fmt: skip
     auto = draw(st.sampled_from(["NOTSET", "VALID", "SAME_UPPER", "SAME_LOWER"]))
-    if auto.startswith("SAME"):  # dilated windows that move by more than one are not defined there
-        dilations = [d if s == 1 else 1 for d, s in zip(dilations, strides, strict=True)]
+    if auto.startswith("SAME"):  # the runtime takes no dilation there
+        dilations = [1] * axes
     padded = [sum(pads[i::axes]) if auto == "NOTSET" else 0 for i in range(axes)]
     reach = [d * (k - 1) + 1 for d, k in zip(dilations, kernel, strict=True)]
     assume(auto.startswith("SAME") or all(s + p >= r for s, p, r in zip(sizes, padded, reach, strict=True)))

@@ -1,0 +1,135 @@
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+
+from graphopt.analyses import CHANNEL_GROUPS
+from graphopt.calibration import Dataset
+from graphopt.errors import OptionError
+from graphopt.pass_base import Context
+from graphopt.reference import Feed
+from graphopt.targets import Target
+from graphopt_passes import _prune_output_error
+from graphopt_passes._prune_output_error import elimination_costs, output_scores, unexplained
+from graphopt_passes.prune import Prune
+
+BODY = """
+    [first] a = Conv<pads=[1,1,1,1]>(x, w1, b1) r = Relu(a)
+    [second] c = Conv(r, w2) s = Relu(c)
+    f = Flatten(s)
+    [last] y = Gemm<transB=1>(f, head)
+"""
+SHAPES = {"w1": (6, 3, 3, 3), "b1": (6,), "w2": (8, 6, 1, 1), "head": (5, 8 * 16)}
+
+
+def build(body: str = BODY, shapes: dict[str, tuple[int, ...]] | None = None) -> ir.Model:
+    rng = np.random.default_rng(0)
+    arrays = {name: rng.standard_normal(s).astype(np.float32) for name, s in (shapes or SHAPES).items()}
+    declared = ", ".join(f"float[{','.join(map(str, a.shape))}] {name}" for name, a in arrays.items())
+    text = f'<ir_version: 8, opset_import: ["" : 17]> main (float[N,3,4,4] x) => (float[N,5] y) <{declared}> {{{body}}}'
+    return ir.from_onnx_text(text, initializers=[ir.tensor(a, name=name) for name, a in arrays.items()])
+
+
+def samples(count: int = 64) -> Dataset:
+    def read() -> Iterator[Feed]:
+        rng = np.random.default_rng(2)
+        for _ in range(count):
+            yield {"x": rng.standard_normal((1, 3, 4, 4)).astype(np.float32)}
+
+    return Dataset("random", None, read, stacked=True)
+
+
+def judged(model: ir.Model) -> list[np.ndarray]:
+    ctx = Context(model, Target(name="ort"), calibration=samples())
+    groups = ctx.fact(CHANNEL_GROUPS).free
+    return output_scores(model, groups, [np.ones(group.units) for group in groups], samples(), ctx)
+
+
+def costs(covariance: np.ndarray, energy: np.ndarray, rows: int = 1 << 30) -> np.ndarray:
+    prepared = unexplained(covariance, rows, energy)
+    assert prepared is not None
+    return elimination_costs([(np.arange(len(energy))[:, None], *prepared)], len(energy))
+
+
+def test_channels_that_nothing_explains_cost_their_share_of_the_output() -> None:
+    found = costs(np.diag([1.0, 4.0, 2.0]), np.array([1.0, 1.0, 3.0]))
+    np.testing.assert_allclose(found, np.array([1, 4, 6]) / 11, rtol=1e-4)
+
+
+def test_of_two_copies_one_is_free_and_the_other_is_dear() -> None:
+    x = np.random.default_rng(0).standard_normal((1000, 3))
+    x[:, 2] = 2 * x[:, 0]
+    found = costs(np.cov(x.T), np.ones(3))
+    assert found.argmin() == 0
+    assert found[0] < 1e-4
+    assert found[2] > 0.5
+
+
+def test_costs_are_those_of_the_best_repair() -> None:
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((4000, 5)) @ rng.standard_normal((5, 5))
+    x -= x.mean(axis=0)
+    cheapest = costs(np.cov(x.T), np.ones(5)).min()
+    missed = []
+    for u in range(5):
+        others = np.delete(x, u, axis=1)
+        missed.append(np.square(x[:, u] - others @ np.linalg.lstsq(others, x[:, u], rcond=None)[0]).sum())
+    assert cheapest == pytest.approx(min(missed) / np.square(x).sum(), rel=1e-2)
+
+
+def test_few_samples_do_not_make_channels_look_superfluous() -> None:
+    x = np.random.default_rng(0).standard_normal((8, 40))
+    covariance = np.cov(x.T, bias=True)
+    assert costs(covariance, np.ones(40), rows=8).sum() > 0.5
+    assert costs(covariance, np.ones(40)).sum() < 0.5
+
+
+def test_nothing_is_prepared_where_nothing_varies() -> None:
+    assert unexplained(np.zeros((2, 2)), 10, np.ones(2)) is None
+    assert unexplained(np.full((2, 2), np.nan), 10, np.ones(2)) is None
+
+
+def test_a_channel_that_is_a_copy_leaves_first() -> None:
+    model = build()
+    for name in ("w1", "b1"):
+        array = model.graph.initializers[name].const_value.numpy().copy()
+        array[4] = 3 * array[1]
+        model.graph.initializers[name].const_value = ir.tensor(array, name=name)
+    first, second = judged(model)
+    assert first.argmin() in (1, 4)
+    assert np.sort(first)[0] < 0.1 * np.sort(first)[1]
+    assert second.shape == (8,)
+
+
+def test_portions_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    together = judged(build())
+    monkeypatch.setattr(_prune_output_error, "_AT_ONCE", 1)
+    for alone, expected in zip(judged(build()), together, strict=True):
+        np.testing.assert_allclose(alone, expected, rtol=1e-6)
+
+
+def test_groups_that_no_plain_layer_reads_are_judged_by_weights() -> None:
+    model = build(
+        "[first] a = Conv(x, w1) c = ConvTranspose(a, w2) p = GlobalAveragePool(c) f = Flatten(p) "
+        "[last] y = Gemm<transB=1>(f, head)",
+        {"w1": (6, 3, 1, 1), "w2": (6, 4, 1, 1), "head": (5, 4)},
+    )
+    np.testing.assert_allclose(judged(model)[0], np.full(6, 1 / 6))
+
+
+def test_the_criterion_needs_samples() -> None:
+    model = build()
+    with pytest.raises(OptionError, match="output needs samples"):
+        Prune(criterion="output").requires(model, Context(model, Target(name="ort")))
+
+
+def test_auto_means_output_and_global_with_data_and_l2_and_uniform_without() -> None:
+    for data, named in ((samples(), Prune(criterion="output", scope="global")), (None, Prune(criterion="l2", scope="uniform"))):
+        changes = []
+        for step in (Prune(), named):
+            model = build()
+            changes.append(step.run(model, Context(model, Target(name="ort"), calibration=data)).changes)
+        assert changes[0] == changes[1]
