@@ -76,8 +76,10 @@ class _Spread:
         self.products = self.products + table.T @ table
 
     def covariance(self) -> np.ndarray:
+        """`[channels, channels]`."""
         mean = np.asarray(self.sums) / self.rows
-        return np.asarray(self.products) / self.rows - np.outer(mean, mean)
+        with np.errstate(all="ignore"):
+            return np.asarray(self.products) / self.rows - np.outer(mean, mean)
 
 
 def output_scores(
@@ -164,7 +166,8 @@ def _measure(model: ir.Model, readers: Sequence[_Reader], data: Dataset, ctx: Co
     for feed in ctx.progress(data.batches(_BATCH, _SAMPLES), "judging channels"):
         found: Feed = {**feed, **session.run(feed, computed)}
         for name, spread in spreads.items():
-            spread.add(found[name], rows_worth_reading(1, by_source[name].inputs) // batches + 1)
+            with np.errstate(all="ignore"):  # what is not finite shows in the moments
+                spread.add(found[name], rows_worth_reading(1, by_source[name].inputs) // batches + 1)
     return spreads
 
 
@@ -183,8 +186,7 @@ def unexplained(covariance: np.ndarray, rows: int, energy: np.ndarray) -> tuple[
         `[inputs]`: energy as a share of the reader's output, and `[inputs, inputs]`: the inverse covariance; None
         where nothing varies or something is not finite.
     """
-    total = float(energy @ np.diag(covariance))
-    if not np.isfinite(covariance).all() or total <= 0 or not math.isfinite(total):
+    if not np.isfinite(covariance).all() or (total := float(energy @ np.diag(covariance))) <= 0:
         return None
     diagonal, shrinkage = np.arange(len(covariance)), len(covariance) / rows
     shrunk = covariance / (1 + shrinkage)

@@ -101,7 +101,7 @@ def refit(whole: ir.Model, model: ir.Model, lost: Mapping[AxisName, np.ndarray],
     old, new = Stepwise(whole, feeds, ctx), Stepwise(model, feeds, ctx)
     constants = ctx.fact(CONSTANTS)
     changes, errors = list[Change](), list[tuple[float, float]]()
-    for node in ctx.progress(list(_affected(model, lost)), "refitting"):
+    for node in ctx.progress(list(_affected(new, lost)), "refitting"):
         layer = LinearLayer.of(node, constants)
         found = layer if isinstance(layer, str) else _correction(_site(layer, old, new, lost), old, new, ctx.rng)
         name = node.name or _name(node.outputs[0])
@@ -125,11 +125,12 @@ def _batches(data: Dataset) -> Iterator[Feed]:
     return data.batches(max(1, min(_BATCH, count // 10)), _SAMPLES)
 
 
-def _affected(model: ir.Model, lost: Mapping[AxisName, np.ndarray]) -> Iterator[ir.Node]:
-    """Linear layers whose input is not what it was: narrower, or behind something that is."""
+def _affected(run: Stepwise, lost: Mapping[AxisName, np.ndarray]) -> Iterator[ir.Node]:
+    """Layers with weights whose input is not what it was: narrower, or behind something that is."""
     other = {name for name, _ in lost}
-    for node in model.graph:
-        if node.op_type in LINEAR and node.domain in ("", "ai.onnx") and _name(node.inputs[0]) in other:
+    for node in run.model.graph:
+        linear = node.op_type in LINEAR and node.domain in ("", "ai.onnx")
+        if linear and _name(node.inputs[0]) in other and _name(node.inputs[1]) not in run.born:
             yield node
         if any(_name(value) in other and not value.is_initializer() for value in reads(node)):
             other.update(_name(output) for output in node.outputs)
@@ -174,7 +175,8 @@ def _correction(site: _Site, old: Stepwise, new: Stepwise, rng: np.random.Genera
         for moments, part in zip(sums, _parts(chosen, batch, batches), strict=True):
             for rows in np.array_split(part, len(part) * layer.groups * layer.inputs // _CHUNK + 1):
                 made_of, wanted = layer.rows(x, rows), layer.wanted(output, rows)
-                moments.add(made_of, wanted - made_of @ matrix - shift, wanted)
+                with np.errstate(all="ignore"):  # what is not finite shows in the moments
+                    moments.add(made_of, wanted - made_of @ matrix - shift, wanted)
     seen, held_out = sums
     if not seen.rows or not held_out.rows:
         return "too few samples to hold some out"

@@ -127,7 +127,10 @@ def test_the_criterion_needs_samples() -> None:
 
 
 def test_auto_means_output_and_global_with_data_and_l2_and_uniform_without() -> None:
-    for data, named in ((samples(), Prune(criterion="output", scope="global")), (None, Prune(criterion="l2", scope="uniform"))):
+    for data, named in (
+        (samples(), Prune(criterion="output", scope="global")),
+        (None, Prune(criterion="l2", scope="uniform")),
+    ):
         changes = []
         for step in (Prune(), named):
             model = build()
