@@ -101,8 +101,8 @@ def actions(refitted: Refit) -> dict[str, str]:
         ),
         # a product of matrices with its bias apart
         (
-            "[first] a = Conv(x, w1, b1) g = GlobalAveragePool(a) h = Flatten(g) [last] m = MatMul(h, w) y = Add(m, bias)",
-            {"w1": (6, 3, 3, 3), "b1": (6,), "w": (6, 5), "bias": (5,)},
+            "[first] a = Conv(x, w1, b1) p = GlobalAveragePool(a) f = Flatten(p) [last] m = MatMul(f, w) y = Add(m, b)",
+            {"w1": (6, 3, 3, 3), "b1": (6,), "w": (6, 5), "b": (5,)},
         ),
         # a batch norm that stays
         (
