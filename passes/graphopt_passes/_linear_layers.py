@@ -200,16 +200,12 @@ def _bias(node: ir.Node, constants: Constants, outputs: int) -> tuple[ir.Value |
 
 def _tensor(value: ir.Value) -> ir.TensorProtocol:
     """The constant behind a value: an initializer, or made by a Constant node."""
-    if value.producer() is None:
+    producer = value.producer()
+    if producer is None:
         assert value.const_value is not None
         return value.const_value
-    return _attribute(value).as_tensor()
-
-
-def _attribute(value: ir.Value) -> ir.Attr:
-    producer = value.producer()
-    assert producer is not None
-    return producer.attributes["value"]
+    (attribute,) = producer.attributes.values()
+    return attribute.as_tensor() if attribute.name == "value" else ir.tensor(attribute.value, dtype=ir.DataType.FLOAT)
 
 
 def _set_constant(value: ir.Value, array: np.ndarray) -> None:
@@ -224,6 +220,7 @@ def _set_constant(value: ir.Value, array: np.ndarray) -> None:
     )
     producer = value.producer()
     if producer is not None:
+        producer.attributes.clear()
         producer.attributes["value"] = ir.AttrTensor("value", tensor)
     if producer is None or value.const_value is not None:
         value.const_value = tensor

@@ -117,6 +117,19 @@ def test_the_weight_of_a_scaled_gemm_takes_the_correction_unscaled() -> None:
     np.testing.assert_allclose(Reference(model).run({"x": x})["y"], before + x.sum(axis=1)[:, None] + 3, atol=1e-4)
 
 
+def test_constants_made_by_nodes_are_changed_too() -> None:
+    text = """<ir_version: 8, opset_import: ["" : 17]> main (float[7,2] x) => (float[7,2] y) {
+        w = Constant<value = float[2,2] {1, 2, 3, 4}>() b = Constant<value_floats = [1.0, 2.0]>() y = Gemm(x, w, b)
+    }"""
+    model = ir.from_onnx_text(text)
+    layer = LinearLayer.of(model.graph[2], Context(model, Target(name="ort")).fact(CONSTANTS))
+    assert isinstance(layer, LinearLayer), layer
+    x = np.random.default_rng(1).standard_normal((7, 2)).astype(np.float32)
+    before = Reference(model).run({"x": x})["y"]
+    layer.add(model.graph, np.ones((1, 2, 2)), np.full((1, 2), 3.0))
+    np.testing.assert_allclose(Reference(model).run({"x": x})["y"], before + x.sum(axis=1)[:, None] + 3, atol=1e-5)
+
+
 def test_windows_without_a_choice_are_all_windows() -> None:
     x = np.arange(16.0).reshape(1, 1, 4, 4)
     rows = window_rows(x, [2, 2], [2, 2], [1, 1], pad_sizes([4, 4], [2, 2], [2, 2], "VALID"))
