@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 import hashlib
 import shutil
 import tempfile
@@ -96,13 +97,13 @@ class CpuBackend(Backend):
         plan, steps = load_steps(folder, lambda part: self.step(part, folder, target, threads))
         return lambda feed: run_plan(plan, steps, [feed])[0]
 
+    @abc.abstractmethod
     def step(self, part: Part, folder: Path, target: Target, threads: int) -> Step:
         """Make one part ready to run on this machine.
 
         Raises:
             BackendError: This machine cannot run it.
         """
-        raise NotImplementedError
 
     def fetch(self, target: Target, cache: Path) -> Sequence[Path]:
         """Download the runtime for the target's machine into the cache."""
