@@ -3,6 +3,8 @@
 from graphopt.analyses.channels import CHANNEL_GROUPS, ChannelGroup, ChannelGroups
 from graphopt.analyses.constants import CONSTANTS, Constants
 from graphopt.analyses.cost import COST, Cost, NodeCost
+from graphopt.analyses.linear_inputs import LINEAR_LAYERS, LinearInput, LinearLayers
+from graphopt.analyses.moments import MOMENTS, LayerMoments, Moments, MomentsAnalysis
 from graphopt.analyses.ranges import RANGES, Histogram, Ranges, RangesAnalysis
 from graphopt.analyses.shapes import SHAPES, Shapes
 
@@ -10,6 +12,8 @@ __all__ = [
     "CHANNEL_GROUPS",
     "CONSTANTS",
     "COST",
+    "LINEAR_LAYERS",
+    "MOMENTS",
     "RANGES",
     "SHAPES",
     "ChannelGroup",
@@ -17,6 +21,11 @@ __all__ = [
     "Constants",
     "Cost",
     "Histogram",
+    "LayerMoments",
+    "LinearInput",
+    "LinearLayers",
+    "Moments",
+    "MomentsAnalysis",
     "NodeCost",
     "Ranges",
     "RangesAnalysis",

@@ -7,6 +7,7 @@ must stay. An axis that a node touches and its rule does not mention is pinned: 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from copy import copy
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -17,23 +18,35 @@ from graphopt.analyses._shape_values import AxisName, Content, constant_content,
 from graphopt.analyses.constants import Constants
 from graphopt.analyses.shapes import Shapes
 
-__all__ = ["AxisMaps", "NodeView", "Role", "SizeTable", "Span"]
+__all__ = ["AxisMaps", "IndexTable", "Kind", "Mean", "NodeView", "Role", "SizeTable", "Span"]
 
 Role = Literal["output", "input", "scale", "variance", "other"]
 """What an axis of a weight is to the node that reads it: `output` where the node makes these channels, `input` where
 it consumes them, `scale` and `variance` of a normalization, `other` for biases, slopes and everything else."""
+
+Kind = Literal["channels", "neurons", "groups", "heads", "hidden units", "experts"]
+"""What the units of a group are called; where several fit, the later one."""
 
 _CARRIERS = frozenset({"Transpose", "Cast", "Identity", "Reshape", "Squeeze", "Unsqueeze", "DequantizeLinear"})
 
 
 @dataclass(frozen=True)
 class Span:
-    """Part of an axis; what is left of it is a size that some node states."""
+    """Part of an axis; what is left of it is a size that some node states.
+
+    Attributes:
+        value: Name of the value.
+        axis: The axis.
+        start: First position.
+        stop: Position behind the last.
+        unit: Positions that count as one, such as those of an attention head.
+    """
 
     value: str
     axis: int
     start: int
     stop: int
+    unit: int = 1
 
 
 @dataclass(frozen=True)
@@ -47,6 +60,7 @@ class SizeTable:
         spans: Position in the list -> the span whose remaining length belongs there.
         scalar: True: the attribute is one integer, not a list.
         drops: Attributes that contradict the list and go once it is written.
+        at_most: True: the numbers may not exceed what is left, and are lowered only then.
     """
 
     output: str
@@ -55,6 +69,41 @@ class SizeTable:
     spans: tuple[tuple[int, Span], ...]
     scalar: bool = False
     drops: tuple[str, ...] = ()
+    at_most: bool = False
+
+
+@dataclass(frozen=True, eq=False)
+class IndexTable:
+    """Positions of an axis that a constant input lists; those that leave are struck off, the others renumbered.
+
+    Attributes:
+        output: Name of the node's first output, which finds the node.
+        slot: Index of the constant input.
+        numbers: The list, a vector or a single number, as it is before any removal.
+        value: Name of the value that is indexed.
+        axis: The axis of it.
+    """
+
+    output: str
+    slot: int
+    numbers: Indices
+    value: str
+    axis: int
+
+
+@dataclass(frozen=True)
+class Mean:
+    """A mean over an axis that channels are on; it is taken over fewer once some have left.
+
+    Attributes:
+        output: Name of the node's first output, which finds the node: a ReduceMean or a normalization.
+        value: What it reads.
+        axis: The axis.
+    """
+
+    output: str
+    value: str
+    axis: int
 
 
 @dataclass
@@ -70,11 +119,15 @@ class AxisMaps:
     pinned: list[tuple[Indices, int]] = field(default_factory=list["tuple[Indices, int]"])
     roles: dict[AxisName, list[tuple[Role, str]]] = field(default_factory=dict["AxisName", "list[tuple[Role, str]]"])
     tables: list[SizeTable] = field(default_factory=list[SizeTable])
+    indices: list[IndexTable] = field(default_factory=list["IndexTable"])
     origins: dict[str, str] = field(default_factory=dict[str, str])
+    zeros: set[str] = field(default_factory=set[str])
+    kinds: list[tuple[Indices, Kind]] = field(default_factory=list["tuple[Indices, Kind]"])
+    means: list[Mean] = field(default_factory=list["Mean"])
 
     def of(self, value: ir.Value) -> list[Indices | None] | None:
         """Atoms of each axis, None for a dynamic axis; None where even the rank is unknown."""
-        name = value.name or ""
+        name = self.key(value)
         if name not in self.axes:
             tensor = self.constants.of(value)
             dims = self.shapes.of(value) if tensor is None else tuple(tensor.shape.numpy())
@@ -82,6 +135,10 @@ class AxisMaps:
                 return None
             self.axes[name] = [self.partition.new(dim) if isinstance(dim, int) else None for dim in dims]
         return self.axes[name]
+
+    def key(self, value: ir.Value) -> str:
+        """What a value is called here; its name, in the main graph."""
+        return self.constants.names.key(value)
 
     def origin(self, value: ir.Value) -> str | None:
         """Name of the constant that a value is made from by operators with one tensor each, None if there is none."""
@@ -91,13 +148,13 @@ class AxisMaps:
             if first is None:
                 return None
             value = first
-        return value.name or ""
+        return self.key(value)
 
     def content(self, value: ir.Value | None) -> Content | None:
         """Entries of a small tensor, None if it is not one that shape arithmetic knows."""
         if value is None:
             return None
-        name = value.name or ""
+        name = self.key(value)
         if name not in self.contents:
             tensor = self.constants.of(value)
             self.contents[name] = None if tensor is None else constant_content(tensor)
@@ -120,7 +177,7 @@ class AxisMaps:
         """Keep a value as it is, and everything that its content was read from."""
         for atoms in self.of(value) or ():
             self.pin(atoms, reason)
-        self.pin_axes(reads(self.contents.get(value.name or "")), reason)
+        self.pin_axes(reads(self.contents.get(self.key(value))), reason)
 
 
 class NodeView:
@@ -135,13 +192,27 @@ class NodeView:
 
     def __init__(self, maps: AxisMaps, node: ir.Node, label: str, opset: int) -> None:
         self.maps, self.node, self.label, self.opset = maps, node, label, opset
+        self.inputs: tuple[ir.Value | None, ...] = tuple(node.inputs)
         self.reason = f"pinned by {node.op_type} {label!r}"
         self._settled: set[AxisName] = set()
         self._understood: set[str] = set()
+        self._inner: list[ir.Value] = []
 
     def input(self, index: int) -> ir.Value | None:
         """An input, None where it is absent."""
-        return self.node.inputs[index] if index < len(self.node.inputs) else None
+        return self.inputs[index] if index < len(self.inputs) else None
+
+    def with_inputs(self, *indices: int) -> NodeView:
+        """The same node with some of its inputs only, in this order, for the rule of an operator that takes these."""
+        other = copy(self)
+        other.inputs = tuple(self.input(index) for index in indices)
+        return other
+
+    def declare(self, output: ir.Value, sizes: Sequence[int | None]) -> None:
+        """State the shape of an output that shape inference knows nothing of; None for sizes that are open."""
+        name = self.key(output)
+        if name and self.maps.of(output) is None:
+            self.maps.axes[name] = [None if size is None else self.maps.partition.new(size) for size in sizes]
 
     def rank(self, value: ir.Value | None) -> int | None:
         """Rank of a value, None if unknown or absent."""
@@ -169,7 +240,7 @@ class NodeView:
 
     def settle(self, value: ir.Value, axis: int) -> None:
         """Say that the rule has taken care of an axis; all others are pinned."""
-        self._settled.add((value.name or "", axis % (self.rank(value) or 1)))
+        self._settled.add((self.key(value), axis % (self.rank(value) or 1)))
 
     def link(self, a: ir.Value | None, a_axis: int, b: ir.Value | None, b_axis: int) -> bool:
         """Say that two axes are the same index for index; False, and nothing said, where that cannot be."""
@@ -192,18 +263,31 @@ class NodeView:
         rank = self.rank(value)
         if value is None or rank is None:
             return
-        self.maps.roles.setdefault((value.name or "", axis % rank), []).append((role, self.label))
+        self.maps.roles.setdefault((self.key(value), axis % rank), []).append((role, self.label))
         if (origin := self.maps.origin(value)) is not None:
-            self.maps.origins[value.name or ""] = origin
+            self.maps.origins[self.key(value)] = origin
         atoms = self.atoms(value, axis)
         if role == "output" and atoms is not None:
             self.maps.partition.mark(atoms)
+
+    def key(self, value: ir.Value) -> str:
+        """What a value is called in this analysis."""
+        return self.maps.key(value)
+
+    def is_zero(self, value: ir.Value | None) -> bool:
+        """Whether a value is zero wherever the weights of a channel are."""
+        return value is not None and (self.key(value) in self.maps.zeros or self.maps.constants.of(value) is not None)
+
+    def call(self, atoms: Indices | None, kind: Kind) -> None:
+        """Say what these units are."""
+        if atoms is not None:
+            self.maps.kinds.append((atoms, kind))
 
     def content(self, index: int) -> Content | None:
         """Entries of a small input; the rule answers for the axes that they were read from."""
         value = self.input(index)
         if value is not None:
-            self._understood.add(value.name or "")
+            self._understood.add(self.key(value))
         return self.maps.content(value)
 
     def numbers(self, index: int) -> tuple[int, ...] | None:
@@ -220,16 +304,30 @@ class NodeView:
         *,
         scalar: bool = False,
         drops: tuple[str, ...] = (),
+        at_most: bool = False,
     ) -> None:
         """Record numbers of this node that follow the channels."""
-        output = self.node.outputs[0].name or ""
-        self.maps.tables.append(SizeTable(output, slot, tuple(numbers), tuple(spans), scalar, drops))
+        output = self.key(self.node.outputs[0])
+        self.maps.tables.append(SizeTable(output, slot, tuple(numbers), tuple(spans), scalar, drops, at_most))
 
-    def span(self, value: ir.Value, axis: int, start: int = 0, stop: int | None = None) -> Span:
+    def span(self, value: ir.Value, axis: int, start: int = 0, stop: int | None = None, unit: int = 1) -> Span:
         """Part of an axis of known size."""
         atoms = self.atoms(value, axis)
         end = stop if stop is not None else 0 if atoms is None else len(atoms)
-        return Span(value.name or "", axis % (self.rank(value) or 1), start, end)
+        return Span(self.key(value), axis % (self.rank(value) or 1), start, end, unit)
+
+    def state_indices(self, slot: int, numbers: Indices, value: ir.Value, axis: int) -> None:
+        """Record a constant input that lists positions of an axis."""
+        output = self.key(self.node.outputs[0])
+        self.maps.indices.append(IndexTable(output, slot, numbers, self.key(value), axis))
+
+    def answer_for(self, values: Sequence[ir.Value]) -> None:
+        """Take in what goes in and out of the subgraphs of this node; what the rule does not mention is pinned."""
+        self._inner += values
+
+    def follow(self, value: ir.Value) -> None:
+        """Say that sizes which went into a value are followed further."""
+        self._understood.add(self.key(value))
 
     def finish(self, *, content_kept: bool) -> None:
         """Pin what the rule did not mention.
@@ -237,11 +335,11 @@ class NodeView:
         Args:
             content_kept: The output's content is known, so that what was read from shapes is still followed.
         """
-        for value in (*self.node.inputs, *self.node.outputs):
+        for value in (*self.node.inputs, *self.node.outputs, *self._inner):
             if value is None:
                 continue
             for axis, atoms in enumerate(self.maps.of(value) or ()):
-                if (value.name or "", axis) not in self._settled:
+                if (self.key(value), axis) not in self._settled:
                     self.maps.pin(atoms, self.reason)
-            if not content_kept and (value.name or "") not in self._understood:
-                self.maps.pin_axes(reads(self.maps.contents.get(value.name or "")), self.reason)
+            if not content_kept and self.key(value) not in self._understood:
+                self.maps.pin_axes(reads(self.maps.contents.get(self.key(value))), self.reason)

@@ -2,14 +2,16 @@
 
 operator             what is tied                                             what is pinned
 Transpose, Squeeze,  every axis to where it goes                              -
-  Unsqueeze, Expand                                                           axes that grow
+  Unsqueeze
+Expand               axes that stay; one that grows makes channels of its own sizes read elsewhere
 Reshape, Flatten     axes kept whole; a merged axis to the one axis           splits; the other axes of a merge
                      among its parts that carries channels
-Concat, Split,       positions; along the axis with their offset              slices with a step
-  Slice
+Concat, Split,       positions; along the axis with their offset; in a slice  backward and partial slices with a
+  Slice                with a step, those between two that are taken            step
 Pad                  positions; constant padding makes channels of its own    reflected and negative padding
 Resize, Upsample     axes that keep their size                                axes that change it
-Gather               axes beside the one that is indexed                      the indexed axis
+Gather               axes beside the one that is indexed; constant positions  the indexed axis otherwise; a single
+                     ~ what they point at                                     position
 Shape, Constant      nothing: sizes are followed through what reads them      -
 """
 
@@ -23,6 +25,8 @@ import onnx_ir as ir
 from graphopt.analyses._axis_maps import NodeView
 from graphopt.analyses._channel_reshape import flatten, reshape
 from graphopt.analyses._channel_rules import Rule
+from graphopt.analyses._partition import Indices
+from graphopt.analyses._shape_values import AxisName
 
 __all__ = ["MOVE_RULES"]
 
@@ -63,16 +67,16 @@ def _concat(view: NodeView) -> None:
     if rank is None:
         return
     axis = view.node.attributes.get_int("axis", 1) % rank
-    parts = [view.atoms(value, axis) for value in view.node.inputs]
+    parts = [view.atoms(value, axis) for value in view.inputs]
     if all(part is not None for part in parts):
         joined = np.concatenate([part for part in parts if part is not None])
         made = view.adopt(output, axis, len(joined))
         if made is not None and len(joined) == len(made):
             view.tie(joined, made)
-            for value in (*view.node.inputs, output):
+            for value in (*view.inputs, output):
                 if value is not None:
                     view.settle(value, axis)
-    for value in view.node.inputs:
+    for value in view.inputs:
         for other in range(rank):
             if other != axis:
                 view.link(value, other, output, other)
@@ -121,7 +125,10 @@ def _slice(view: NodeView) -> None:
     slots: tuple[str | int, str | int] = (1, 2) if inputs else ("starts", "ends")
     for i, (start, end, axis) in enumerate(zip(starts, ends, axes, strict=False)):
         whole = view.atoms(source, axis)
-        if whole is None or (steps is not None and steps[i] != 1):
+        if whole is None:
+            continue
+        if steps is not None and steps[i] != 1:
+            _strided_axis(view, axis, whole, slice(start, end, steps[i]), (slots[1], ends, i))
             continue
         first, last, _ = slice(start, end).indices(len(whole))
         made = view.adopt(output, axis, max(0, last - first))
@@ -131,6 +138,24 @@ def _slice(view: NodeView) -> None:
             view.settle(output, axis)
             for slot, numbers, bound in ((slots[0], starts, first), (slots[1], ends, last)):
                 view.state_sizes(slot, numbers, [(i, view.span(source, axis, 0, bound))])
+
+
+def _strided_axis(
+    view: NodeView, axis: int, whole: Indices, taken: slice, stated: tuple[str | int, Sequence[int], int]
+) -> None:
+    """Every n-th position: the n between two of them go together, so that the step stays right."""
+    source, output = view.node.inputs[0], view.node.outputs[0]
+    first, last, step = taken.indices(len(whole))
+    if source is None or step < 1 or first >= step or len(whole) % step or last + step <= len(whole) + first:
+        return
+    made = view.adopt(output, axis, len(whole) // step)
+    if made is None or len(made) * step != len(whole):
+        return
+    view.tie(np.repeat(made, step), whole)
+    view.settle(source, axis)
+    view.settle(output, axis)
+    slot, ends, i = stated
+    view.state_sizes(slot, ends, [(i, view.span(source, axis, 0, last))])
 
 
 def _pad(view: NodeView) -> None:
@@ -202,7 +227,7 @@ def _resize_to_sizes(view: NodeView, source: ir.Value, order: Sequence[int]) -> 
     literal = all(entry.number is not None and not entry.reads for entry in entries)
     for axis in range(view.rank(source) or 0):
         entry = entries[order.index(axis)] if axis in order else None
-        if entry is not None and entry.axis != (source.name, axis):
+        if entry is not None and entry.axis != (view.key(source), axis):
             view.maps.pin_axes(entry.reads, view.reason)
             if not literal:
                 continue
@@ -212,19 +237,49 @@ def _resize_to_sizes(view: NodeView, source: ir.Value, order: Sequence[int]) -> 
 
 
 def _expand(view: NodeView) -> None:
-    """Axes that the requested shape leaves at their size, by asking for 1 or by reading that very size."""
+    """Axes that stay are tied, and axes that grow make channels of their own, where the requested shape can follow."""
     source, output, content = view.input(0), view.node.outputs[0], view.content(1)
     rank, out_rank = view.rank(source), view.rank(output)
     if source is None or content is None or rank is None or out_rank is None:
         view.numbers(1)
         return
     entries = list(content.reshape(-1))
-    for back in range(1, rank + 1):
+    literal = all(entry.number is not None and not entry.reads for entry in entries)
+    follows: set[AxisName] = set()
+    for back in range(1, out_rank + 1):
         entry = entries[-back] if back <= len(entries) else None
-        if entry is None or entry.number == 1 or entry.axis == (source.name, rank - back):
+        if entry is None or entry.number == 1 or entry.axis == (view.key(source), rank - back):
             view.link(source, -back, output, -back)
-    follows = {(source.name, axis) for axis in range(rank)}
-    view.maps.pin_axes(sorted({r for e in entries for r in e.reads if e.axis not in follows}), view.reason)
+            follows.update(() if entry is None else entry.reads)
+        elif literal and _expanded_axis(view, source, back):
+            span = view.span(output, -back)
+            view.state_sizes(1, [int(e.number or 0) for e in entries], [(len(entries) - back, span)])
+        elif entry.axis is not None and _same_axis(view, entry.axis, output, -back):
+            _expanded_axis(view, source, back)
+            follows.update(entry.reads)
+    view.maps.pin_axes(sorted({r for e in entries for r in e.reads} - follows), view.reason)
+
+
+def _expanded_axis(view: NodeView, source: ir.Value, back: int) -> bool:
+    """Answer for an axis of the output, counted from the right: that of the input, or one that it is repeated along."""
+    output = view.node.outputs[0]
+    inside, made = view.atoms(source, -back), view.atoms(output, -back)
+    grows = back > (view.rank(source) or 0) or (inside is not None and len(inside) == 1)
+    if made is None or (not grows and not view.link(source, -back, output, -back)):
+        return False
+    view.settle(output, -back)
+    if inside is not None:
+        view.settle(source, -back)
+    return True
+
+
+def _same_axis(view: NodeView, read: AxisName, output: ir.Value, axis: int) -> bool:
+    """Tie an axis to the one whose size is asked for."""
+    atoms, made = view.maps.axes[read[0]][read[1]], view.atoms(output, axis)
+    if atoms is None or made is None or len(atoms) != len(made):
+        return False
+    view.tie(atoms, made)
+    return True
 
 
 def _gather(view: NodeView) -> None:
@@ -236,8 +291,30 @@ def _gather(view: NodeView) -> None:
     for other in range(rank):
         if other != axis:
             view.link(source, other, output, other if other < axis else other + index_rank - 1)
+    places = view.maps.constants.of(index)
+    if source is not None and index is not None and index_rank < 2 and places is not None:
+        _gather_constant(view, source, axis, places.numpy().astype(np.int64))
+        return
     for other in range(index_rank):
         view.link(index, other, output, axis + other)
+
+
+def _gather_constant(view: NodeView, source: ir.Value, axis: int, places: Indices) -> None:
+    """Constant positions: each goes with what it points at, and the list is renumbered; a single one stays."""
+    output, inside = view.node.outputs[0], view.atoms(source, axis)
+    if inside is None or not places.size or places.min() < -len(inside) or places.max() >= len(inside):
+        return
+    places = places % len(inside)
+    if places.ndim:
+        made = view.adopt(output, axis, len(places))
+        if made is None or len(made) != len(places):
+            return
+        view.tie(inside[places], made)
+        view.settle(output, axis)
+    else:
+        view.maps.pin(inside[places.reshape(1)], view.reason)
+    view.settle(source, axis)
+    view.state_indices(1, places, source, axis)
 
 
 def _shape(view: NodeView) -> None:

@@ -4,7 +4,8 @@ Both shapes are cut into the finest blocks of equal product, from the left and, 
 
     [N, 64, 7, 7] -> [N, 3136]     N | 64, 7, 7 merged: the channel is whichever of the three carries channels
     [N, 64, 1, 1] -> [N, 64]       N | 64
-    [N, 64] -> [N, 8, 8]           N | 64 split: pinned
+    [N, 64] -> [N, 8, 8]           N | 64 split: channels follow the part that later makes a batch of products (heads),
+                                   else the larger one (channel shuffle)
 """
 
 from __future__ import annotations
@@ -12,11 +13,13 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import onnx_ir as ir
 
 from graphopt.analyses._axis_maps import NodeView
+from graphopt.analyses._channel_lookahead import follow
 from graphopt.analyses._partition import Indices
 from graphopt.analyses._shape_values import Entry
 
@@ -88,7 +91,7 @@ def flatten(view: NodeView) -> None:
     axis = view.node.attributes.get_int("axis", 1)
     axis = axis + rank if axis < 0 else axis
     for parts, to in ((range(axis), 0), (range(axis, rank), 1)):
-        _tie_block(view, tuple(parts), to)
+        _tie_block(view, tuple(parts), (to,))
 
 
 def reshape(view: NodeView) -> None:
@@ -101,11 +104,7 @@ def reshape(view: NodeView) -> None:
         return
     linked: list[int] = []
     for parts, made in match_blocks(old, target.tokens):
-        if len(made) > 1 and sum(target.tokens[axis] != 1 for axis in made) > 1:
-            continue  # a split
-        to = next((axis for axis in made if target.tokens[axis] != 1), made[0] if made else None)
-        if to is not None and parts and _tie_block(view, parts, to):
-            linked.append(to)
+        linked += _tie_block(view, parts, made)
     _state_target(view, source, target, linked)
     for axis in set(range(view.rank(output) or 0)) - set(linked):
         view.maps.pin(view.atoms(output, axis), view.reason)
@@ -162,29 +161,91 @@ def _resolve(old: Sequence[Token], new: list[Token]) -> list[Token]:
     return [total // stated if token is None and stated else token for token in new]
 
 
-def _tie_block(view: NodeView, parts: tuple[int, ...], made: int) -> bool:
-    """Tie the merged axis to the one part that carries channels; the other parts stay."""
+def _tie_block(view: NodeView, parts: tuple[int, ...], made: tuple[int, ...]) -> list[int]:
+    """Tie the axes of a block index by index, or by the one digit that channels follow; gives the new axes tied."""
     source, output = view.node.inputs[0], view.node.outputs[0]
     if source is None:
-        return False
-    atoms = [view.atoms(source, axis) for axis in parts]
-    wide = [i for i, own in enumerate(atoms) if own is None or len(own) != 1]
-    if len(wide) == 1:
-        return view.link(source, parts[wide[0]], output, made)
-    if any(own is None for own in atoms):
-        return False
-    sizes = [len(_some(own)) for own in atoms]
-    carrying = [i for i in wide if view.maps.partition.marked(_some(atoms[i])).any()]
-    if not carrying:
-        carrying = _parts_of(view, view.atoms(output, made), sizes)
-    merged = view.adopt(output, made, math.prod(sizes)) if len(carrying) == 1 else None
-    if merged is None or math.prod(sizes) != len(merged):
-        return False
-    part = carrying[0]
-    view.tie(_some(atoms[part])[_coordinate(sizes, part)], merged)
-    view.settle(source, parts[part])
-    view.settle(output, made)
-    return True
+        return []
+    wide, new = _wide(view, source, parts), _wide(view, output, made)
+    if len(wide) == 1 and (len(new) == 1 or not new):
+        to = new[0] if new else made[0] if made else None
+        return [to] if to is not None and view.link(source, wide[0], output, to) else []
+    sizes = [len(_some(view.atoms(source, axis))) for axis in wide]
+    if len(new) == 1:  # the size of a merged axis follows from its parts
+        view.adopt(output, new[0], math.prod(sizes))
+    after = [len(_some(view.atoms(output, axis))) for axis in new]
+    digits = _digits(sizes, after)
+    if digits is None or 0 in sizes:
+        return []
+    before = list(zip(wide, _runs(sizes, digits), strict=True))
+    behind = list(zip(new, _runs(after, digits), strict=True))
+    digit = _carrier(view, digits, before, behind)
+    if digit is None:
+        return []
+    units = view.maps.partition.new(digits[digit])
+    for value, axes in ((source, before), (output, behind)):
+        for axis, run in axes:
+            if digit in run:
+                own = [digits[i] for i in run]
+                view.tie(_some(view.atoms(value, axis)), units[_coordinate(own, digit - run[0])])
+                view.settle(value, axis)
+    return [axis for axis, run in behind if digit in run]
+
+
+def _wide(view: NodeView, value: ir.Value, axes: Sequence[int]) -> list[int]:
+    """Axes that are not of size 1."""
+    return [axis for axis in axes if (atoms := view.atoms(value, axis)) is None or len(atoms) != 1]
+
+
+def _digits(old: Sequence[int], new: Sequence[int]) -> list[int] | None:
+    """Sizes of the finest parts that both shapes are made of, None where their borders do not nest."""
+    if not old or not new or 0 in (*old, *new) or math.prod(old) != math.prod(new):
+        return None
+    borders = sorted({math.prod(shape[i:]) for shape in (old, new) for i in range(len(shape) + 1)}, reverse=True)
+    if any(big % small for big, small in pairwise(borders)):
+        return None
+    return [big // small for big, small in pairwise(borders)]
+
+
+def _runs(sizes: Sequence[int], digits: Sequence[int]) -> list[range]:
+    """The digits that each axis is made of."""
+    runs: list[range] = []
+    at = 0
+    for size in sizes:
+        first, product = at, 1
+        while product < size:
+            product, at = product * digits[at], at + 1
+        runs.append(range(first, at))
+    return runs
+
+
+def _carrier(
+    view: NodeView, digits: Sequence[int], before: Sequence[tuple[int, range]], behind: Sequence[tuple[int, range]]
+) -> int | None:
+    """The digit that channels follow, None where there is none, or more than one."""
+    source, output = view.node.inputs[0], view.node.outputs[0]
+    assert source is not None
+    found: set[int] = set()
+    for value, axes in ((source, before), (output, behind)):
+        for axis, run in axes:
+            atoms = _some(view.atoms(value, axis))
+            if not view.maps.partition.marked(atoms).any():
+                continue
+            fits = _parts_of(view, atoms, [digits[i] for i in run])
+            split = len(run) > 1 and value is source and not fits
+            found.update([_chosen(view, digits, run, behind)] if split else [run[i] for i in fits])
+        if found:
+            break
+    return found.pop() if len(found) == 1 else None
+
+
+def _chosen(view: NodeView, digits: Sequence[int], run: range, behind: Sequence[tuple[int, range]]) -> int:
+    """The digit of a split axis to follow: one that becomes a batch of products, else the largest that may change."""
+    axes = [next(axis for axis, other in behind if digit in other) for digit in run]
+    batches, fixed = follow(view.maps, view.node.outputs[0], axes)
+    able = [i for i in range(len(run)) if i not in fixed] or list(range(len(run)))
+    best = max(able, key=lambda i: (i in batches, digits[run[i]]))
+    return run[best]
 
 
 def _coordinate(sizes: Sequence[int], part: int) -> np.ndarray:
@@ -192,10 +253,10 @@ def _coordinate(sizes: Sequence[int], part: int) -> np.ndarray:
     return np.unravel_index(np.arange(math.prod(sizes)), sizes)[part]
 
 
-def _parts_of(view: NodeView, merged: Indices | None, sizes: Sequence[int]) -> list[int]:
-    """The parts by which a merged axis is already tied together: those of the activation that meets this weight."""
-    if merged is None or len(merged) != math.prod(sizes):
-        return []
+def _parts_of(view: NodeView, merged: Indices, sizes: Sequence[int]) -> list[int]:
+    """The parts by which an axis is tied together already: all of one part's places are one set, and no others."""
+    if len(sizes) == 1:
+        return [0]
     roots = view.maps.partition.find(merged)
     count = len(np.unique(roots))
     fits = (len(np.unique(np.stack([roots, _coordinate(sizes, i)]), axis=1)[0]) for i in range(len(sizes)))
@@ -246,7 +307,7 @@ def _as_numbers(view: NodeView, source: ir.Value, target: _Target) -> list[int] 
             return None
     shape: list[int] = []
     for i, entry in enumerate(target.entries):
-        copies = entry.axis == (source.name, i)
+        copies = entry.axis == (view.key(source), i)
         plain = isinstance(entry.number, int) and (entry.axis is None or not entry.reads)
         shape.append(0 if copies else int(entry.number or 0) if plain else -1)
     return shape if shape.count(-1) <= 1 else None

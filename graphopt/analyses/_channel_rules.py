@@ -8,9 +8,8 @@ Conv                            in ~ weight in, weight out ~ bias ~ out         
 ConvTranspose                   like Conv, weight axes exchanged                           space, kernel
 Gemm, MatMul                    contraction; rows and columns ~ out; batch axes            -
 BatchNormalization, Instance-   channel ~ every parameter                                  space (Instance-)
-LayerNormalization, Softmax     axes in front                                              axes normalized over
+Softmax, LogSoftmax, Hardmax    axes in front                                              axes normalized over
 Lp-/MaxPool, AveragePool, ...   batch and channel                                          space
-Reduce*, ArgMax, ArgMin         axes that stay                                             axes that go
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ import onnx_ir as ir
 from graphopt.analyses._axis_maps import NodeView
 from graphopt.analyses._partition import Indices
 
-__all__ = ["COMPUTE_RULES", "Rule", "broadcast"]
+__all__ = ["COMPUTE_RULES", "Rule", "broadcast", "broadcast_axes"]
 
 Rule = Callable[[NodeView], None]
 
@@ -31,7 +30,7 @@ Rule = Callable[[NodeView], None]
 def broadcast(view: NodeView) -> None:
     """Elementwise operators: axes are aligned from the right; an axis of size 1 that is repeated stays."""
     output = view.node.outputs[0]
-    _broadcast(view, [value for value in view.node.inputs if value is not None], output, 0)
+    broadcast_axes(view, [value for value in view.inputs if value is not None], output, 0)
     for extra in view.node.outputs[1:]:
         for axis in range(view.rank(extra) or 0):
             view.link(output, axis, extra, axis)
@@ -41,12 +40,12 @@ def _first_only(view: NodeView) -> None:
     """Operators with one tensor and scalar parameters."""
     first = view.input(0)
     if first is not None:
-        _broadcast(view, [first], view.node.outputs[0], 0)
+        broadcast_axes(view, [first], view.node.outputs[0], 0)
         for extra in view.node.outputs[1:]:
-            _broadcast(view, [first], extra, 0)
+            broadcast_axes(view, [first], extra, 0)
 
 
-def _broadcast(view: NodeView, inputs: list[ir.Value], output: ir.Value, keep: int) -> None:
+def broadcast_axes(view: NodeView, inputs: list[ir.Value], output: ir.Value, keep: int) -> None:
     """Tie axes of equal size aligned from the right, leaving out the last `keep` of each."""
     rank = view.rank(output)
     ranks = [view.rank(value) for value in inputs]
@@ -143,12 +142,13 @@ def _gemm(view: NodeView) -> None:
     row, inner = (1, 0) if view.node.attributes.get_int("transA", 0) else (0, 1)
     depth, column = (1, 0) if view.node.attributes.get_int("transB", 0) else (0, 1)
     view.role(right, column, "output")
+    view.call(view.atoms(right, column), "neurons")
     view.role(right, depth, "input")
     view.link(left, inner, right, depth)
     view.link(left, row, output, 0)
     view.link(right, column, output, 1)
     if bias is not None:
-        _broadcast(view, [bias], output, 0)
+        broadcast_axes(view, [bias], output, 0)
 
 
 def _matmul(view: NodeView) -> None:
@@ -158,14 +158,20 @@ def _matmul(view: NodeView) -> None:
         return
     if view.maps.origin(right) is not None:
         view.role(right, -1 if right_rank > 1 else 0, "output")
+        view.call(view.atoms(right, -1), "neurons")
         view.role(right, -2 if right_rank > 1 else 0, "input")
-    view.link(left, -1, right, -2 if right_rank > 1 else 0)
+    if view.maps.origin(left) or view.maps.origin(right) or view.is_zero(left) or view.is_zero(right):
+        view.link(left, -1, right, -2 if right_rank > 1 else 0)
     if left_rank > 1:
         view.link(left, -2, output, -2 if right_rank > 1 else -1)
     if right_rank > 1:
         view.link(right, -1, output, -1)
     if left_rank > 1 and right_rank > 1:
-        _broadcast(view, [value for value in (left, right) if (view.rank(value) or 0) > 2], output, 2)
+        batched = [value for value in (left, right) if (view.rank(value) or 0) > 2]
+        broadcast_axes(view, batched, output, 2)
+        if view.maps.origin(left) is None and view.maps.origin(right) is None:
+            for axis in range((view.rank(output) or 2) - 2):
+                view.call(view.atoms(output, axis), "heads")
 
 
 def _normalization(view: NodeView) -> None:
@@ -191,7 +197,7 @@ def _last_axes(view: NodeView, default: int) -> None:
     if rank is None:
         return
     axis = view.node.attributes.get_int("axis", default)
-    single = view.node.op_type != "LayerNormalization" and view.opset >= 13
+    single = view.opset >= 13
     for other in range(rank):
         if other != axis % rank if single else other < axis % rank:
             for made in view.node.outputs:
@@ -204,23 +210,6 @@ def _pool(view: NodeView) -> None:
     for made in view.node.outputs:
         view.link(view.input(0), 0, made, 0)
         view.link(view.input(0), 1, made, 1)
-
-
-def _reduce(view: NodeView) -> None:
-    source, output = view.input(0), view.node.outputs[0]
-    rank = view.rank(source)
-    axes: tuple[int, ...] | None = tuple(view.node.attributes.get_ints("axes", ()))
-    if view.node.op_type in ("ArgMax", "ArgMin"):
-        axes = (view.node.attributes.get_int("axis", 0),)
-    elif view.input(1) is not None:
-        axes = view.numbers(1)
-    if rank is None or axes is None or not axes:
-        return  # over everything, or over what is not known yet
-    gone = {axis % rank for axis in axes}
-    kept_dims = view.node.attributes.get_int("keepdims", 1)
-    for axis in range(rank):
-        if axis not in gone:
-            view.link(source, axis, output, axis if kept_dims else axis - sum(other < axis for other in gone))
 
 
 _ELEMENTWISE = (
@@ -236,23 +225,16 @@ _UNARY = (
 _POOLS = (
     "AveragePool", "GlobalAveragePool", "GlobalLpPool", "GlobalMaxPool", "LpPool", "MaxPool",
 )  # fmt: skip
-_REDUCTIONS = (
-    "ArgMax", "ArgMin", "ReduceL1", "ReduceL2", "ReduceLogSum", "ReduceLogSumExp", "ReduceMax", "ReduceMean",
-    "ReduceMin", "ReduceProd", "ReduceSum", "ReduceSumSquare",
-)  # fmt: skip
-
 COMPUTE_RULES: dict[str, Rule] = {
     **dict.fromkeys(_ELEMENTWISE, broadcast),
     **dict.fromkeys(_UNARY, _first_only),
     **dict.fromkeys(_POOLS, _pool),
-    **dict.fromkeys(_REDUCTIONS, _reduce),
     "Conv": _conv,
     "ConvTranspose": _conv_transpose,
     "Gemm": _gemm,
     "MatMul": _matmul,
     "BatchNormalization": _normalization,
     "InstanceNormalization": _normalization,
-    "LayerNormalization": lambda view: _last_axes(view, -1),
     "Softmax": lambda view: _last_axes(view, -1 if view.opset >= 13 else 1),
     "LogSoftmax": lambda view: _last_axes(view, -1 if view.opset >= 13 else 1),
     "Hardmax": lambda view: _last_axes(view, -1 if view.opset >= 13 else 1),

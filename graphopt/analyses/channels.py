@@ -3,7 +3,7 @@
 Every axis of every value gets one atom per index. A table of rules, one per operator, says how indices of inputs and
 outputs correspond; union-find joins atoms that must be removed together (the dependency graph of DepGraph, Fang et al.
 2023, at the grain of single indices). Whatever no rule vouches for is pinned, with the operator that pinned it:
-unknown operators, graph inputs and outputs, values that subgraphs capture.
+unknown operators, graph inputs and outputs. Subgraphs are part of the graph; functions are unknown operators.
 
 Sets of atoms that occur on the same axes equally often form a group: the channels of one convolution, with the
 batch norms, residual partners, depthwise weights, flattened columns and padding that follow them.
@@ -11,25 +11,33 @@ batch norms, residual partners, depthwise weights, flattened columns and padding
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import numpy as np
 import onnx_ir as ir
 
-from graphopt.analyses._axis_maps import AxisMaps, NodeView, Role, SizeTable, Span
+from graphopt.analyses._axis_maps import AxisMaps, IndexTable, Kind, Mean, NodeView, Role, SizeTable, Span
 from graphopt.analyses._channel_moves import MOVE_RULES
-from graphopt.analyses._channel_rules import COMPUTE_RULES
+from graphopt.analyses._channel_norms import NORM_RULES
+from graphopt.analyses._channel_operators import CONTRIB_RULES, OPERATOR_RULES
+from graphopt.analyses._channel_rules import COMPUTE_RULES, Rule
+from graphopt.analyses._channel_subgraphs import visit_inside
+from graphopt.analyses._channel_zeros import keeps_zero
 from graphopt.analyses._partition import Indices
 from graphopt.analyses._shape_values import AxisName, Entry, evaluate
 from graphopt.analyses.constants import CONSTANTS
+from graphopt.analyses.names import Names
 from graphopt.analyses.shapes import SHAPES
 from graphopt.pass_base import Analysis, Context
 
-__all__ = ["CHANNEL_GROUPS", "ChannelGroup", "ChannelGroups", "ChannelGroupsAnalysis", "Place", "SizeTable", "Span"]
+__all__ = [
+    "CHANNEL_GROUPS", "ChannelGroup", "ChannelGroups", "ChannelGroupsAnalysis", "IndexTable", "Kind", "Mean", "Place",
+    "SizeTable", "Span",
+]  # fmt: skip
 
-_RULES = {**COMPUTE_RULES, **MOVE_RULES}
+_RULES = {**COMPUTE_RULES, **NORM_RULES, **MOVE_RULES, **OPERATOR_RULES}
 _FREE = np.iinfo(np.int64).max
 
 
@@ -64,6 +72,7 @@ class ChannelGroup:
         places: Every axis they sit on; for a pinned group only those of its producers.
         producers: Names of the nodes that make them, in the graph's order.
         pin: Why they cannot be removed, or None.
+        kind: What one unit is.
     """
 
     name: str
@@ -71,21 +80,26 @@ class ChannelGroup:
     places: tuple[Place, ...]
     producers: tuple[str, ...]
     pin: str | None
+    kind: Kind = "channels"
 
 
 @dataclass(frozen=True, eq=False)
 class ChannelGroups:
-    """All groups of the main graph.
+    """All groups of a model, subgraphs included.
 
     Attributes:
         groups: In the order of their first producers; pinned ones included.
         tables: Numbers in the graph that state how many channels there are.
-        elsewhere: Layers that are not looked at, by name, with the reason: those inside subgraphs.
+        elsewhere: Layers that are not looked at, by name, with the reason: those inside functions.
+        means: Means over axes that channels are on.
+        indices: Constants that list channels by their number.
     """
 
     groups: tuple[ChannelGroup, ...]
     tables: tuple[SizeTable, ...]
     elsewhere: Mapping[str, str]
+    means: tuple[Mean, ...] = ()
+    indices: tuple[IndexTable, ...] = ()
 
     @property
     def free(self) -> tuple[ChannelGroup, ...]:
@@ -103,20 +117,21 @@ class ChannelGroupsAnalysis(Analysis[ChannelGroups]):
         """Apply the rules in the graph's order, then collect the sets."""
         maps = AxisMaps(ctx.fact(SHAPES), ctx.fact(CONSTANTS))
         opset = model.graph.opset_imports.get("", 1)
-        labels = {id(node): _label(node, i) for i, node in enumerate(model.graph)}
+        names = Names(model)
         for value in model.graph.inputs:
             maps.pin_value(value, f"reaches graph input {value.name!r}")
-        order = {label: i for i, label in enumerate(labels.values())}
-        # a reshaped weight follows the activation that it meets, so it comes last
-        for node in sorted(model.graph, key=lambda node: node.op_type == "Reshape" and _reshapes_weight(maps, node)):
-            _visit(maps, node, labels[id(node)], opset)
+        _visit_graph(maps, model.graph, names, opset)
         for value in model.graph.outputs:
             maps.pin_value(value, f"reaches graph output {value.name!r}")
-        return ChannelGroups(_collect(maps, order), tuple(maps.tables), _elsewhere(model, labels))
+        order = {label: i for i, label in enumerate(names.order())}
+        groups, tables, means = _collect(maps, order), tuple(maps.tables), tuple(maps.means)
+        return ChannelGroups(groups, tables, _elsewhere(model), means, tuple(maps.indices))
 
 
-def _label(node: ir.Node, index: int) -> str:
-    return node.name or f"{node.op_type}_{index}"
+def _visit_graph(maps: AxisMaps, graph: ir.Graph, names: Names, opset: int) -> None:
+    # a reshaped weight follows the activation that it meets, so it comes last
+    for node in sorted(graph, key=lambda node: node.op_type == "Reshape" and _reshapes_weight(maps, node)):
+        _visit(maps, node, names, opset)
 
 
 def _reshapes_weight(maps: AxisMaps, node: ir.Node) -> bool:
@@ -124,18 +139,24 @@ def _reshapes_weight(maps: AxisMaps, node: ir.Node) -> bool:
     return source is not None and maps.constants.of(source) is not None
 
 
-def _visit(maps: AxisMaps, node: ir.Node, label: str, opset: int) -> None:
-    view = NodeView(maps, node, label, opset)
-    for value, graph in _captured(node):
-        maps.pin_value(value, f"captured by the subgraph {graph!r} of {node.op_type} {label!r}")
+def _visit(maps: AxisMaps, node: ir.Node, names: Names, opset: int) -> None:
+    view = NodeView(maps, node, names.label(node), opset)
+    visit_inside(view, lambda graph: _visit_graph(maps, graph, names, opset))
     content = evaluate(node, [maps.content(value) for value in node.inputs])
-    if node.domain in ("", "ai.onnx") and (rule := _RULES.get(node.op_type)) is not None:
+    if (rule := _rule(node)) is not None:
         rule(view)
     if node.op_type == "Shape":
         content = _shape_content(view)
     if content is not None:
-        maps.contents[node.outputs[0].name or ""] = content
+        maps.contents[maps.key(node.outputs[0])] = content
+    if node.domain in ("", "ai.onnx") and keeps_zero(maps, node):
+        maps.zeros.update(maps.key(output) for output in node.outputs)
     view.finish(content_kept=content is not None)
+
+
+def _rule(node: ir.Node) -> Rule | None:
+    standard = node.domain in ("", "ai.onnx")
+    return _RULES.get(node.op_type) if standard else CONTRIB_RULES.get((node.domain, node.op_type))
 
 
 def _shape_content(view: NodeView) -> np.ndarray[Any, np.dtype[np.object_]] | None:
@@ -147,7 +168,7 @@ def _shape_content(view: NodeView) -> np.ndarray[Any, np.dtype[np.object_]] | No
         view.maps.pin_value(source, view.reason)
         entries = [Entry(size) for size in sizes]
     else:
-        names = [(source.name or "", axis) for axis in range(len(sizes))]
+        names = [(view.key(source), axis) for axis in range(len(sizes))]
         entries = [Entry(size, name, (name,)) for name, size in zip(names, sizes, strict=True)]
     attributes = view.node.attributes
     kept = entries[attributes.get_int("start", 0) : attributes.get_int("end", len(entries))]
@@ -156,42 +177,14 @@ def _shape_content(view: NodeView) -> np.ndarray[Any, np.dtype[np.object_]] | No
     return content
 
 
-def _subgraphs(node: ir.Node) -> Iterator[ir.Graph]:
-    for attribute in node.attributes.values():
-        if attribute.type == ir.AttributeType.GRAPH:
-            yield attribute.as_graph()
-        elif attribute.type == ir.AttributeType.GRAPHS:
-            yield from attribute.as_graphs()
-
-
-def _captured(node: ir.Node) -> Iterator[tuple[ir.Value, str]]:
-    """Values that subgraphs of a node, at any depth, take from outside."""
-    for graph in _subgraphs(node):
-        inside: set[int] = {id(value) for value in (*graph.inputs, *graph.initializers.values())}
-        outer: list[ir.Value] = list(graph.outputs)
-        for inner in graph:
-            outer += [value for value in inner.inputs if value is not None]
-            outer += [value for value, _ in _captured(inner)]
-            inside.update(id(output) for output in inner.outputs)
-        for value in outer:
-            if id(value) not in inside:
-                yield value, graph.name or ""
-
-
-def _elsewhere(model: ir.Model, labels: Mapping[int, str]) -> dict[str, str]:
-    found: dict[str, str] = {}
-
-    def search(graph: ir.Graph, reason: str) -> None:
-        for i, node in enumerate(graph):
-            if node.op_type in ("Conv", "ConvTranspose", "Gemm", "MatMul"):
-                found[_label(node, i)] = reason
-            for inner in _subgraphs(node):
-                search(inner, reason)
-
-    for node in model.graph:
-        for inner in _subgraphs(node):
-            search(inner, f"inside the subgraph of {node.op_type} {labels[id(node)]!r}")
-    return found
+def _elsewhere(model: ir.Model) -> dict[str, str]:
+    """Layers of functions: what a function computes is the same wherever it is called."""
+    return {
+        f"{function.name}/{node.name or node.outputs[0].name}": f"inside the function {function.name!r}"
+        for function in model.functions.values()
+        for node in function.all_nodes()
+        if node.op_type in ("Conv", "ConvTranspose", "Gemm", "MatMul")
+    }
 
 
 @dataclass(frozen=True, eq=False)
@@ -210,6 +203,9 @@ def _collect(maps: AxisMaps, order: Mapping[str, int]) -> tuple[ChannelGroup, ..
     pins = np.full(len(everything), _FREE, dtype=np.int64)
     for atoms, reason in maps.pinned:
         np.minimum.at(pins, roots[atoms], reason)
+    kinds: dict[int, Kind] = {}
+    for atoms, kind in maps.kinds:
+        kinds.update(dict.fromkeys(np.unique(roots[atoms[carries[atoms]]]).tolist(), kind))
     axes: list[_Axis] = []
     for name, value_axes in maps.axes.items():
         for axis, atoms in enumerate(value_axes):
@@ -217,7 +213,7 @@ def _collect(maps: AxisMaps, order: Mapping[str, int]) -> tuple[ChannelGroup, ..
                 makes = tuple(label for role, label in maps.roles.get((name, axis), ()) if role == "output")
                 axes.append(_Axis((name, axis), roots[atoms], makes))
     groups = [
-        _group(maps, [axes[i] for i in indices], np.array(members, dtype=np.int64), pin, order)
+        _group(maps, [axes[i] for i in indices], np.array(members, dtype=np.int64), pin, order, kinds)
         for (indices, _, pin), members in _signatures(axes, carries, pins, maps.reasons).items()
     ]
     return tuple(group for _, group in sorted(groups, key=lambda pair: pair[0]))
@@ -245,7 +241,12 @@ def _signatures(
 
 
 def _group(
-    maps: AxisMaps, axes: Sequence[_Axis], members: Indices, pin: str | None, order: Mapping[str, int]
+    maps: AxisMaps,
+    axes: Sequence[_Axis],
+    members: Indices,
+    pin: str | None,
+    order: Mapping[str, int],
+    kinds: Mapping[int, Kind],
 ) -> tuple[tuple[int, int], ChannelGroup]:
     """Build a group; the key sorts groups by their first producer, then by their first channel there."""
     producers = sorted({label for axis in axes for label in axis.makes}, key=lambda label: order[label])
@@ -257,7 +258,8 @@ def _group(
         for axis in axes
     )
     key = order[producers[0]], int(np.argmax(first.roots == units[0]))
-    return key, ChannelGroup(producers[0], len(units), places, tuple(producers), pin)
+    kind = kinds.get(int(units[0]), "channels")
+    return key, ChannelGroup(producers[0], len(units), places, tuple(producers), pin, kind)
 
 
 def _positions(roots: Indices, units: Indices) -> Indices:

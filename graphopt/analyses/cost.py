@@ -10,6 +10,7 @@ from typing import ClassVar
 import onnx_ir as ir
 
 from graphopt.analyses.constants import CONSTANTS, Constants
+from graphopt.analyses.names import Names
 from graphopt.analyses.shapes import CONCRETE_SHAPES, Shapes
 from graphopt.pass_base import Analysis, Context
 
@@ -41,7 +42,7 @@ class NodeCost:
 
 @dataclass(frozen=True)
 class Cost:
-    """Costs of all nodes, subgraphs included; a tensor used twice is counted once in the totals."""
+    """Costs of all nodes, subgraphs included, each once; a tensor used twice is counted once in the totals."""
 
     nodes: Mapping[str, NodeCost]
     params: int
@@ -67,12 +68,8 @@ class CostAnalysis(Analysis[Cost]):
     def compute(self, model: ir.Model, ctx: Context) -> Cost:
         """Compute the cost of every node."""
         shapes, constants = ctx.fact(CONCRETE_SHAPES), ctx.fact(CONSTANTS)
-        nodes: dict[str, NodeCost] = {}
-        for graph in model.graphs():
-            for i, node in enumerate(graph):
-                if node.op_type != "Constant":
-                    name = node.name or f"{node.op_type}_{i}"
-                    nodes[name] = _node_cost(name, node, shapes, constants)
+        labels = Names(model).labels.items()
+        nodes = {name: _node_cost(name, node, shapes, constants) for node, name in labels if node.op_type != "Constant"}
         tensors = constants.tensors.values()
         return Cost(nodes, sum(t.size for t in tensors), sum(t.nbytes for t in tensors))
 

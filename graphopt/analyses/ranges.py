@@ -8,7 +8,7 @@ beyond the first.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
@@ -16,10 +16,10 @@ import numpy as np
 import onnx_ir as ir
 
 from graphopt.analyses.constants import CONSTANTS
-from graphopt.analyses.shapes import CONCRETE_SHAPES, SHAPES, Shapes
+from graphopt.analyses.shapes import SHAPES
+from graphopt.analyses.streaming import expose, stream
 from graphopt.errors import DataError
 from graphopt.pass_base import Analysis, Context
-from graphopt.reference import Feed, Reference
 
 __all__ = ["RANGES", "Histogram", "Method", "Ranges", "RangesAnalysis", "expose"]
 
@@ -27,8 +27,6 @@ BINS = 2048
 Array = np.ndarray[Any, np.dtype[Any]]
 Method = Literal["minmax", "percentile", "mse"]
 
-_BATCH = 16
-_RUN_BYTES = 256 << 20
 _CHUNK = 1 << 20
 _MSE_STEPS = 64
 _LEAST_WIDTH = 2.0**-126
@@ -197,25 +195,14 @@ class RangesAnalysis(Analysis[Ranges]):
             DataError: There is no calibration data.
             ModelError: ONNX Runtime cannot run the model on it.
         """
-        data = ctx.calibration
-        if data is None:
+        if ctx.calibration is None:
             raise DataError("calibration", "activation ranges need samples", "give --calibration")
-        wanted = self._wanted(model, ctx)
-        histograms = {name: Histogram() for name in wanted}
-        fed = {value.name for value in model.graph.inputs}
-        computed = [name for name in wanted if name not in fed]
-        session = Reference(expose(model, computed), threads=ctx.threads, extensions=ctx.extensions)
-        sizes = _sizes(computed, ctx.fact(CONCRETE_SHAPES))
-        batch = max(1, min(_BATCH, _RUN_BYTES // max(1, sum(sizes.values()))))
+        histograms = {name: Histogram() for name in self._wanted(model, ctx)}
         runs = 0
-        for feed in ctx.progress(data.batches(batch), "calibrating"):
-            runs += 1
-            for name in wanted:
-                if name in feed:
-                    histograms[name].add(feed[name])
-            for chunk in _chunks(sizes, feed):
-                for name, array in session.run(feed, chunk).items():
-                    histograms[name].add(array)
+        for seen in stream(model, list(histograms), ctx, "calibrating"):
+            runs = seen.batch + 1
+            for name, array in seen.values.items():
+                histograms[name].add(array)
         return Ranges(histograms, runs)
 
     def _wanted(self, model: ir.Model, ctx: Context) -> tuple[str, ...]:
@@ -225,43 +212,6 @@ class RangesAnalysis(Analysis[Ranges]):
         outputs = (output for node in model.graph for output in node.outputs)
         floats = (v for v in (*model.graph.inputs, *outputs) if shapes.dtype(v) == ir.DataType.FLOAT)
         return tuple(v.name for v in floats if v.name and constants.of(v) is None)
-
-
-def expose(model: ir.Model, names: Sequence[str]) -> ir.Model:
-    """Return a copy whose outputs are its own and the values of those names; weights are shared, not copied."""
-    copy = model.clone()
-    known = {value.name for value in copy.graph.outputs}
-    by_name = {output.name: output for node in copy.graph for output in node.outputs}
-    for name in names:
-        if name not in known and name in by_name:
-            by_name[name].shape = None  # the runtime knows better than a stale annotation
-            copy.graph.outputs.append(by_name[name])
-    return copy
-
-
-def _sizes(names: Sequence[str], shapes: Shapes) -> dict[str, int]:
-    """Bytes of each value for one sample; an unknown shape counts a tenth of the memory limit."""
-    found: dict[str, int] = {}
-    for name in names:
-        dims = shapes.shapes.get(name)
-        sizes = [d for d in dims or () if isinstance(d, int)]
-        found[name] = 4 * math.prod(sizes) if dims is not None and len(sizes) == len(dims) else _RUN_BYTES // 10
-    return found
-
-
-def _chunks(sizes: Mapping[str, int], feed: Feed) -> Iterator[list[str]]:
-    """Cut names into groups whose values stay below the memory limit."""
-    batch = max((array.shape[0] for array in feed.values() if array.ndim), default=1)
-    chunk: list[str] = []
-    filled = 0
-    for name, size in sizes.items():
-        if chunk and filled + size * batch > _RUN_BYTES:
-            yield chunk
-            chunk, filled = [], 0
-        chunk.append(name)
-        filled += size * batch
-    if chunk:
-        yield chunk
 
 
 def _shrunk(end: float) -> list[float]:

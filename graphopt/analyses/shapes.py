@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes.common import ShapeInferencePass
 
+from graphopt.analyses._carried_shapes import carried_values, infer_carried
+from graphopt.analyses.names import Names
 from graphopt.errors import GraphoptError
 from graphopt.model_io import input_specs
 from graphopt.pass_base import Analysis, Context
@@ -24,14 +26,21 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Shapes:
-    """Shapes and element types by value name; a dimension is a size, a name, or None where nothing is known."""
+    """Shapes and element types by value name; a dimension is a size, a name, or None where nothing is known.
+
+    Attributes:
+        shapes: Shapes of values whose rank is known, subgraphs included.
+        types: Element types.
+        names: What a value is called where two graphs use one name.
+    """
 
     shapes: Mapping[str, Dims]
     types: Mapping[str, ir.DataType]
+    names: Names = field(default_factory=Names)
 
     def of(self, value: ir.Value | None) -> Dims | None:
         """Shape of a value, None if even the rank is unknown."""
-        return None if value is None else self.shapes.get(value.name or "")
+        return None if value is None else self.shapes.get(self.names.key(value))
 
     def static(self, value: ir.Value | None) -> tuple[int, ...] | None:
         """Shape of a value if every dimension is a number."""
@@ -48,7 +57,7 @@ class Shapes:
 
     def dtype(self, value: ir.Value | None) -> ir.DataType | None:
         """Element type of a value."""
-        return None if value is None else self.types.get(value.name or "")
+        return None if value is None else self.types.get(self.names.key(value))
 
 
 @dataclass(frozen=True)
@@ -67,12 +76,15 @@ class ShapesAnalysis(Analysis[Shapes]):
     def compute(self, model: ir.Model, ctx: Context) -> Shapes:
         """Infer shapes and types of all values, subgraphs included."""
         copy = model.clone()
-        if self.concrete:
-            _fix_inputs(copy, ctx)
+        _rename(copy)
+        declared: dict[ir.Value, Dims] = _fix_inputs(copy, ctx) if self.concrete else {}
         _infer(copy)
         if self.concrete and (open_values := [v for v in _computed(copy.graph) if not _is_static(v)]):
             _observe(model, copy, open_values, ctx)
             _infer(copy)
+        for value, dims in declared.items():
+            if not _is_static(value):
+                value.shape = ir.Shape(dims)
         shapes: dict[str, Dims] = {}
         types: dict[str, ir.DataType] = {}
         for graph in copy.graphs():
@@ -81,17 +93,46 @@ class ShapesAnalysis(Analysis[Shapes]):
                     shapes[value.name] = tuple(d if isinstance(d, int) else d.value for d in value.shape)
                 if value.name and value.dtype is not None:
                     types[value.name] = value.dtype
-        return Shapes(shapes, types)
+        return Shapes(shapes, types, Names(model))
 
 
-def _fix_inputs(model: ir.Model, ctx: Context) -> None:
-    concrete = {spec.name: spec.concrete(ctx.binding) for spec in input_specs(model) if spec.shape is not None}
+def _rename(model: ir.Model) -> None:
+    """Call every value what the original's is called in facts; tensors are shared, and keep their names."""
+    for value, name in Names(model).renamed.items():
+        tensor = value.const_value
+        stored = None if tensor is None else tensor.name
+        value.name = name
+        if tensor is not None:
+            tensor.name = stored
+
+
+def _fix_inputs(model: ir.Model, ctx: Context) -> dict[ir.Value, Dims]:
+    """Give inputs their sizes and forget everything else.
+
+    Returns:
+        What was written down for values inside subgraphs, with the sizes that the inputs fix: to fall back on where
+        inference gives up.
+    """
+    specs = [spec for spec in input_specs(model) if spec.shape is not None]
+    concrete = {spec.name: spec.concrete(ctx.binding) for spec in specs}
+    sizes: dict[int | str | None, int] = {}
+    for spec in specs:
+        sizes.update(zip(spec.shape or (), concrete[spec.name], strict=True))
     for value in model.graph.inputs:
         if value.name in concrete:
             value.shape = ir.Shape(concrete[value.name])
+    declared: dict[ir.Value, Dims] = {}
+    for graph in model.graph.subgraphs():
+        for value in (*graph.inputs, *_computed(graph)):
+            if value.shape is not None:
+                dims = (d if isinstance(d, int) else d.value for d in value.shape)
+                declared[value] = tuple(sizes.get(d, d) for d in dims)
     for graph in model.graphs():
         for value in _computed(graph):
             value.shape = None
+    for carried in carried_values(model):
+        carried.start.shape = None
+    return declared
 
 
 def _infer(model: ir.Model) -> None:
@@ -100,6 +141,7 @@ def _infer(model: ir.Model) -> None:
             if value.const_value is not None:
                 value.shape, value.dtype = ir.Shape(value.const_value.shape.numpy()), value.const_value.dtype
     ShapeInferencePass()(model)
+    infer_carried(model, ShapeInferencePass())
 
 
 def _observe(model: ir.Model, copy: ir.Model, values: list[ir.Value], ctx: Context) -> None:

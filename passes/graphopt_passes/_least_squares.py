@@ -16,6 +16,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from graphopt.analyses.windows import pad_sizes, window_rows
+
 __all__ = ["RIDGES", "Correction", "Moments", "correct", "pad_sizes", "window_rows"]
 
 RIDGES = (1e-6, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)
@@ -157,64 +159,3 @@ def correct(seen: Moments, held_out: Moments, *, offset: bool, ridges: Sequence[
         return None
     seen.merge(held_out)
     return Correction(*seen.solve(best, offset=offset), before, after)
-
-
-def pad_sizes(
-    sizes: Sequence[int], reach: Sequence[int], strides: Sequence[int], pads: Sequence[int] | str
-) -> list[tuple[int, int]]:
-    """Padding before and after each spatial axis.
-
-    Args:
-        sizes: Of the input.
-        reach: What a kernel spans: `dilation * (kernel - 1) + 1`.
-        strides: Of the windows.
-        pads: ONNX's list, starts then ends, or `auto_pad`: VALID, SAME_UPPER, SAME_LOWER.
-    """
-    if not isinstance(pads, str):
-        return list(zip(pads[: len(sizes)], pads[len(sizes) :], strict=True))
-    if pads == "VALID":
-        return [(0, 0)] * len(sizes)
-    found: list[tuple[int, int]] = []
-    for size, span, stride in zip(sizes, reach, strides, strict=True):
-        total = max(0, (-(-size // stride) - 1) * stride + span - size)
-        less, more = total // 2, total - total // 2
-        found.append((less, more) if pads == "SAME_UPPER" else (more, less))
-    return found
-
-
-def window_rows(
-    x: np.ndarray,
-    kernel: Sequence[int],
-    strides: Sequence[int],
-    dilations: Sequence[int],
-    pads: Sequence[tuple[int, int]],
-    chosen: np.ndarray | None = None,
-) -> np.ndarray:
-    """What a convolution multiplies with its kernel at each position of its output (im2col).
-
-    Args:
-        x: `[batch, channels, *sizes]`.
-        kernel: Kernel sizes.
-        strides: Of the windows.
-        dilations: Of the kernel.
-        pads: Zeros before and after each spatial axis.
-        chosen: Indices into the flattened `[batch, *output sizes]`; None: all.
-
-    Returns:
-        `[rows, channels, *kernel]`, of the type of `x`.
-    """
-    padded = np.pad(x, [(0, 0), (0, 0), *pads])
-    reach = [d * (k - 1) + 1 for d, k in zip(dilations, kernel, strict=True)]
-    out = [(size - r) // s + 1 for size, r, s in zip(padded.shape[2:], reach, strides, strict=True)]
-    steps = padded.strides[2:]
-    moves = [step * s for step, s in zip(steps, strides, strict=True)]
-    inner = [step * d for step, d in zip(steps, dilations, strict=True)]
-    windows = np.lib.stride_tricks.as_strided(
-        padded,
-        (len(x), *out, x.shape[1], *kernel),
-        (padded.strides[0], *moves, padded.strides[1], *inner),
-        writeable=False,
-    )
-    if chosen is None:
-        return windows.reshape(-1, x.shape[1], *kernel)
-    return windows[np.unravel_index(chosen, windows.shape[: len(out) + 1])]

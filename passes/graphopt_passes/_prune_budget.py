@@ -1,26 +1,33 @@
-"""What a model costs as a function of how many units each group gives up, without touching the model."""
+"""What a model costs as a function of how many units each group gives up, without touching the model.
+
+The cost is a sum of terms, each a product of lengths of axes: a layer's multiply-accumulates, a weight's elements. An
+axis shrinks by a fixed number of positions for every unit of a group on it, so the sum is exact for any plan, and so is
+the change when single groups give up more or less.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import onnx_ir as ir
 
-from graphopt.allocation import Site, allocate
 from graphopt.analyses import Constants, Cost, Shapes
 from graphopt.analyses.channels import ChannelGroup
 
-__all__ = ["Budget", "Facts", "ladder", "plan_global", "plan_uniform", "step_of"]
+__all__ = ["Budget", "Facts", "Measure", "ladder", "step_of", "unit_width"]
 
 AxisName = tuple[str, int]
 Measure = Literal["macs", "params", "bytes"]
+Numbers = Sequence[int] | np.ndarray[Any, np.dtype[Any]]
 
 _LEAST_KEPT = 1 / 8
 _SMALL_LAYER_STEPS = 4
+_SHAPED_BY_WEIGHT = {"Conv": 1, "ConvInteger": 1, "QLinearConv": 3, "ConvTranspose": 1}
+_RECURRENT = ("LSTM", "GRU", "RNN")
 
 
 @dataclass(frozen=True)
@@ -33,52 +40,133 @@ class Facts:
 
 
 class Budget:
-    """Cost of the whole model by units removed: a sum of terms, each proportional to the lengths of some axes.
+    """Cost of the whole model by units removed.
 
     Args:
         model: The model.
         facts: What is known about it.
         groups: The groups that may lose units.
         of: What is counted.
+
+    Attributes:
+        whole: Cost of the model as it is.
+        fixed: The part of it that no group can change.
     """
 
     def __init__(self, model: ir.Model, facts: Facts, groups: Sequence[ChannelGroup], of: Measure) -> None:
-        counted = {(place.value, place.axis): place.size for group in groups for place in group.places}
-        index = {axis: i for i, axis in enumerate(counted)}
-        self.copies = np.zeros((len(counted), len(groups)))
-        for column, group in enumerate(groups):
-            for place in group.places:
-                self.copies[index[place.value, place.axis], column] = place.positions.shape[1]
-        self.sizes = np.array(list(counted.values()), dtype=np.float64)
+        places = [(i, place) for i, group in enumerate(groups) for place in group.places]
+        movable = {(place.value, place.axis) for _, place in places}
         terms = list(_mac_terms(model, facts) if of == "macs" else _weight_terms(facts.constants, of))
-        self.terms = [(amount, [index[axis] for axis in axes if axis in index]) for amount, axes in terms]
-        self.rest = float(facts.cost.macs) - sum(amount for amount, _ in terms) if of == "macs" else 0.0
-        self.whole = self.rest + sum(amount for amount, _ in terms)
+        counted = [(amount, [axis for axis in axes if axis in movable]) for amount, axes in terms]
+        self.fixed = math.fsum(amount for amount, axes in counted if not axes)
+        counted = [(amount, axes) for amount, axes in counted if axes]
+        self.whole = self.fixed + math.fsum(amount for amount, _ in counted)
+        index = {axis: i for i, axis in enumerate(dict.fromkeys(axis for _, axes in counted for axis in axes))}
+        held = [(index[key], i, p) for i, p in places if (key := (p.value, p.axis)) in index]
+        self._amounts = np.array([amount for amount, _ in counted])
+        self._factors = np.array([index[axis] for _, axes in counted for axis in axes], dtype=np.int64)
+        self._starts = _starts([len(axes) for _, axes in counted])
+        sizes = {axis: place.size for axis, _, place in held}
+        self._sizes = np.array([sizes[axis] for axis in range(len(index))], dtype=np.float64)
+        self._share_axis = np.array([axis for axis, _, _ in held], dtype=np.int64)
+        self._share_group = np.array([group for _, group, _ in held], dtype=np.int64)
+        self._share_copies = np.array([place.positions.shape[1] for _, _, place in held], dtype=np.float64)
+        self._touches = self._incidence(counted, index, len(groups))
 
-    def after(self, removed: Sequence[int]) -> float:
+    def _incidence(
+        self, terms: Sequence[tuple[float, Sequence[AxisName]]], index: dict[AxisName, int], groups: int
+    ) -> tuple[np.ndarray[Any, Any], ...]:
+        """Which factor of which term each group changes, by how much a unit, sorted by group and term."""
+        on_axis: list[list[tuple[int, float]]] = [[] for _ in index]
+        for axis, group, copies in zip(self._share_axis, self._share_group, self._share_copies, strict=True):
+            on_axis[axis].append((int(group), float(copies)))
+        found = sorted(
+            (group, term, index[axis], copies)
+            for term, (_, axes) in enumerate(terms)
+            for axis in axes
+            for group, copies in on_axis[index[axis]]
+        )
+        pairs = [(group, term) for group, term, _, _ in found]
+        first = [i for i, pair in enumerate(pairs) if i == 0 or pair != pairs[i - 1]]
+        owner = np.array([pairs[i][0] for i in first], dtype=np.int64)
+        term = np.array([pairs[i][1] for i in first], dtype=np.int64)
+        group_of, axis = (np.array([row[k] for row in found], dtype=np.int64) for k in (0, 2))
+        share = np.array([row[3] for row in found]) / self._sizes[axis]
+        self._groups = groups
+        return group_of, axis, share, np.array(first, dtype=np.int64), owner, term
+
+    def _kept(self, removed: Numbers) -> np.ndarray[Any, Any]:
+        lost = self._share_copies * np.asarray(removed, dtype=np.float64)[self._share_group]
+        return 1.0 - np.bincount(self._share_axis, lost, len(self._sizes)) / self._sizes
+
+    def _terms(self, kept: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+        if not len(self._amounts):
+            return self._amounts
+        return self._amounts * np.multiply.reduceat(kept[self._factors], self._starts)
+
+    def after(self, removed: Numbers) -> float:
         """Cost once group i has lost `removed[i]` units."""
-        kept = 1.0 - self.copies @ np.asarray(removed, dtype=np.float64) / self.sizes
-        return self.rest + sum(amount * math.prod(kept[axis] for axis in axes) for amount, axes in self.terms)
+        return self.fixed + float(self._terms(self._kept(removed)).sum())
+
+    def changes(self, removed: Numbers, more: Numbers) -> np.ndarray[Any, Any]:
+        """What each group alone changes the cost by.
+
+        Args:
+            removed: `[groups]` units lost already.
+            more: `[groups]` units that each group loses on top; negative: gets back.
+
+        Returns:
+            `[groups]` float64: cost with that one group changed, less the cost as it is.
+        """
+        group_of, axis, share, first, owner, term = self._touches
+        if not len(first):
+            return np.zeros(self._groups)
+        kept = self._kept(removed)
+        ratio = 1.0 - share * np.asarray(more, dtype=np.float64)[group_of] / kept[axis]
+        factor = np.multiply.reduceat(ratio, first)
+        return np.bincount(owner, self._terms(kept)[term] * (factor - 1.0), self._groups)
+
+
+def _starts(lengths: Sequence[int]) -> np.ndarray[Any, Any]:
+    return np.cumsum([0, *lengths[:-1]], dtype=np.int64) if lengths else np.zeros(0, dtype=np.int64)
 
 
 def _mac_terms(model: ir.Model, facts: Facts) -> Iterator[tuple[float, list[AxisName]]]:
-    for i, node in enumerate(model.graph):
-        counted = facts.cost.nodes.get(node.name or f"{node.op_type}_{i}")
-        if counted is not None and counted.macs:
-            yield float(counted.macs), list(_mac_axes(node, facts.shapes))
+    for graph in model.graphs():
+        for i, node in enumerate(graph):
+            counted = facts.cost.nodes.get(node.name or f"{node.op_type}_{i}")
+            if counted is None or not counted.macs:
+                continue
+            if node.op_type in _RECURRENT:
+                yield from _recurrent_terms(node, facts.shapes, float(counted.macs))
+            else:
+                yield float(counted.macs), list(_mac_axes(node, facts.shapes))
+
+
+def _axes(value: ir.Value | None, shapes: Shapes, first: int = 0) -> Iterator[AxisName]:
+    if value is not None:
+        yield from ((value.name or "", axis) for axis in range(first, shapes.rank(value) or 0))
 
 
 def _mac_axes(node: ir.Node, shapes: Shapes) -> Iterator[AxisName]:
-    """Axes that the multiply-accumulates of a linear node are proportional to."""
-    left, right = node.inputs[0], node.inputs[1]
-    if left is None or right is None:
+    """Axes whose lengths, multiplied, are a linear node's multiply-accumulates."""
+    if node.op_type in _SHAPED_BY_WEIGHT:
+        made = node.inputs[0] if node.op_type == "ConvTranspose" else node.outputs[0]
+        yield from _axes(made, shapes)
+        yield from _axes(node.inputs[_SHAPED_BY_WEIGHT[node.op_type]], shapes, first=1)
         return
-    if node.op_type in ("Conv", "ConvTranspose"):
-        yield from ((right.name or "", axis) for axis in (0, 1))
-    elif node.op_type in ("Gemm", "MatMul"):
-        yield from ((left.name or "", axis) for axis in range(shapes.rank(left) or 0))
-        flipped = node.op_type == "Gemm" and node.attributes.get_int("transB", 0)
-        yield right.name or "", 0 if flipped else (shapes.rank(right) or 1) - 1
+    left = node.inputs[0]
+    yield from _axes(node.outputs[0], shapes)
+    if left is not None and (rank := shapes.rank(left)):
+        summed = 0 if node.op_type == "Gemm" and node.attributes.get_int("transA", 0) else rank - 1
+        yield left.name or "", summed
+
+
+def _recurrent_terms(node: ir.Node, shapes: Shapes, macs: float) -> Iterator[tuple[float, list[AxisName]]]:
+    """The two weights of a recurrent layer, each in proportion to its elements."""
+    sizes = [math.prod(shapes.static(node.inputs[i]) or ()) for i in (1, 2)]
+    for i, size in zip((1, 2), sizes, strict=True):
+        yield macs * size / sum(sizes), list(_axes(node.inputs[i], shapes))
 
 
 def _weight_terms(constants: Constants, of: Measure) -> Iterator[tuple[float, list[AxisName]]]:
@@ -87,11 +175,24 @@ def _weight_terms(constants: Constants, of: Measure) -> Iterator[tuple[float, li
         yield float(amount), [(name, axis) for axis in range(len(tensor.shape))]
 
 
-def step_of(units: int, round_to: int, target_round_to: int) -> int:
-    """Units that leave at a time: what was asked for, or the target's, halved until a small layer has four steps."""
+def unit_width(group: ChannelGroup) -> int:
+    """Channels that one unit is in every layer that makes it: 64 for a head of 64."""
+    widths = [place.positions.shape[1] for place in group.places if place.constant and place.role == "output"]
+    return math.gcd(*widths) if widths else 1
+
+
+def step_of(units: int, round_to: int, target_round_to: int, width: int = 1) -> int:
+    """Units that leave at a time.
+
+    Args:
+        units: How many there are.
+        round_to: Channels that were asked for; 0: what the target likes.
+        target_round_to: Channels that the target likes; halved until a small layer has four steps.
+        width: Channels of a unit; wide units need less rounding, or none.
+    """
     if round_to:
-        return round_to
-    step = max(1, target_round_to)
+        return round_to // math.gcd(round_to, width)
+    step = max(1, target_round_to) // math.gcd(max(1, target_round_to), width)
     while step > 1 and step * _SMALL_LAYER_STEPS > units:
         step //= 2
     return step
@@ -101,69 +202,3 @@ def ladder(units: int, step: int) -> list[int]:
     """All numbers of units that a group may lose, ascending from 0: multiples of `step` remain, an eighth at least."""
     least = max(1, math.ceil(units * _LEAST_KEPT))
     return [0, *(units - kept for kept in range((units - 1) // step * step, 0, -step) if kept >= least)]
-
-
-def plan_uniform(budget: Budget, ladders: Sequence[Sequence[int]], units: Sequence[int], target: float) -> list[int]:
-    """Take the same fraction from every group, then settle single steps so that `target` is hit.
-
-    Args:
-        budget: The cost model.
-        ladders: What each group may lose.
-        units: How many units each group has.
-        target: Cost to come down to.
-    """
-
-    def at(fraction: float) -> list[int]:
-        return [min(rungs, key=lambda lost: abs(lost - fraction * n)) for rungs, n in zip(ladders, units, strict=True)]
-
-    low, high = 0.0, 1.0
-    for _ in range(40):
-        middle = (low + high) / 2
-        low, high = (middle, high) if budget.after(at(middle)) > target else (low, middle)
-    return _settled(budget, ladders, min((at(low), at(high)), key=lambda p: abs(budget.after(p) - target)), target)
-
-
-def plan_global(
-    budget: Budget, ladders: Sequence[Sequence[int]], scores: Sequence[np.ndarray], target: float
-) -> list[int]:
-    """Take units wherever they cost least, then settle single steps so that `target` is hit.
-
-    Savings of groups that meet in one layer multiply; tables are linear, so the budget is asked for again until the
-    true cost agrees.
-
-    Args:
-        budget: The cost model.
-        ladders: What each group may lose.
-        scores: What each unit is worth, ascending.
-        target: Cost to come down to.
-    """
-    alone = [budget.whole - budget.after(_only(len(ladders), i)) for i in range(len(ladders))]
-    sites = [
-        Site(str(i), np.array(rungs) * alone[i], np.array([float(scores[i][:lost].sum()) for lost in rungs]))
-        for i, rungs in enumerate(ladders)
-    ]
-    wanted, plan = budget.whole - target, [0] * len(ladders)
-    low, high = 0.0, 2.0 * wanted
-    for _ in range(16):
-        middle = (low + high) / 2
-        choice = allocate(sites, middle).choice
-        plan = [rungs[i] for rungs, i in zip(ladders, choice, strict=True)]
-        low, high = (middle, high) if budget.after(plan) > target else (low, middle)
-    return _settled(budget, ladders, plan, target)
-
-
-def _only(count: int, index: int) -> list[int]:
-    return [int(i == index) for i in range(count)]
-
-
-def _settled(budget: Budget, ladders: Sequence[Sequence[int]], plan: list[int], target: float) -> list[int]:
-    """Move single groups by one step, each at most once, as long as that comes closer to the target."""
-    near = [rungs[max(0, (at := rungs.index(n)) - 1) : at + 2] for rungs, n in zip(ladders, plan, strict=True)]
-    error = abs(budget.after(plan) - target)
-    while True:
-        changed = [[*plan[:i], other, *plan[i + 1 :]] for i, rungs in enumerate(near) for other in rungs]
-        best = min(changed, key=lambda p: abs(budget.after(p) - target), default=plan)
-        distance = abs(budget.after(best) - target)
-        if distance >= error * (1 - 1e-12):
-            return plan
-        error, plan = distance, best

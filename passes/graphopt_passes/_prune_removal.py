@@ -7,15 +7,18 @@ from collections.abc import Iterable, Mapping, Sequence
 import numpy as np
 import onnx_ir as ir
 
-from graphopt.analyses.channels import ChannelGroup, ChannelGroups, SizeTable, Span
+from graphopt.analyses.channels import ChannelGroup, ChannelGroups, IndexTable, SizeTable, Span
+from graphopt.analyses.names import Names
 from graphopt.errors import PassError
+from graphopt_passes._own_constants import new_constant
+from graphopt_passes._prune_means import restate_means
 
 __all__ = ["lost_positions", "remove"]
 
 AxisName = tuple[str, int]
 
 
-def remove(model: ir.Model, groups: ChannelGroups, removals: Iterable[tuple[ChannelGroup, Sequence[int]]]) -> None:
+def remove(model: ir.Model, groups: ChannelGroups, removals: Sequence[tuple[ChannelGroup, Sequence[int]]]) -> None:
     """Remove units of groups, physically and everywhere.
 
     Args:
@@ -27,7 +30,8 @@ def remove(model: ir.Model, groups: ChannelGroups, removals: Iterable[tuple[Chan
         PassError: A group is pinned, or an axis would be left empty.
     """
     gone = lost_positions(removals)
-    values = {value.name: value for value in _values(model.graph)}
+    names = Names(model)
+    values = {names.key(value): value for value in names.values()}
     by_value: dict[str, dict[int, np.ndarray]] = {}
     for (name, axis), positions in gone.items():
         by_value.setdefault(name, {})[axis] = positions
@@ -36,6 +40,9 @@ def remove(model: ir.Model, groups: ChannelGroups, removals: Iterable[tuple[Chan
     for output, slot in dict.fromkeys((table.output, table.slot) for table in groups.tables):
         same = [table for table in groups.tables if (table.output, table.slot) == (output, slot)]
         _restate(model.graph, values[output], same, gone)
+    for table in groups.indices:
+        _renumber(model.graph, values[table.output], table, gone)
+    restate_means(model.graph, values, groups.means, _kept(removals, gone))
 
 
 def lost_positions(removals: Iterable[tuple[ChannelGroup, Sequence[int]]]) -> dict[AxisName, np.ndarray]:
@@ -57,10 +64,12 @@ def lost_positions(removals: Iterable[tuple[ChannelGroup, Sequence[int]]]) -> di
     return {key: positions for key, positions in found.items() if len(positions)}
 
 
-def _values(graph: ir.Graph) -> Iterable[ir.Value]:
-    yield from graph.initializers.values()
-    for node in graph:
-        yield from node.outputs
+def _kept(
+    removals: Iterable[tuple[ChannelGroup, Sequence[int]]], gone: Mapping[AxisName, np.ndarray]
+) -> dict[AxisName, float]:
+    """The part that is left of every axis that lost something."""
+    sizes = {(place.value, place.axis): place.size for group, _ in removals for place in group.places}
+    return {axis: 1 - len(lost) / sizes[axis] for axis, lost in gone.items()}
 
 
 def _shrink(value: ir.Value, axes: Mapping[int, np.ndarray]) -> None:
@@ -119,7 +128,8 @@ def _restate(
     first = tables[0]
     numbers = list(first.numbers)
     for position, span in spans.items():
-        numbers[position] = _left(span, gone)
+        left = _left(span, gone)
+        numbers[position] = min(numbers[position], left) if first.at_most else left
     for name in first.drops:
         node.attributes.pop(name, None)
     if isinstance(first.slot, str):
@@ -131,39 +141,46 @@ def _restate(
 
 def _left(span: Span, gone: Mapping[AxisName, np.ndarray]) -> int:
     lost = gone[span.value, span.axis]
-    return span.stop - span.start - int(np.count_nonzero((lost >= span.start) & (lost < span.stop)))
+    left = span.stop - span.start - int(np.count_nonzero((lost >= span.start) & (lost < span.stop)))
+    return left // span.unit
 
 
-def _replace_input(graph: ir.Graph, node: ir.Node, index: int, numbers: Sequence[int]) -> None:
+def _renumber(graph: ir.Graph, output: ir.Value, table: IndexTable, gone: Mapping[AxisName, np.ndarray]) -> None:
+    """Write the positions that a constant input lists, of those that are left."""
+    lost, node = gone.get((table.value, table.axis)), output.producer()
+    if lost is None or node is None:
+        return
+    kept = table.numbers[~np.isin(table.numbers, lost)]
+    left = kept - np.searchsorted(lost, kept)
+    _replace_input(graph, node, table.slot, left.reshape(-1 if table.numbers.ndim else ()))
+
+
+def _replace_input(graph: ir.Graph, node: ir.Node, index: int, numbers: Sequence[int] | np.ndarray) -> None:
     """Give a node a constant of its own; the old one may serve others."""
     old = node.inputs[index] if index < len(node.inputs) else None
     dtype = old.dtype if old is not None and old.dtype is not None else ir.DataType.INT64
-    taken = {value.name for value in (*graph.inputs, *_values(graph))}
     stem = f"{node.name or node.outputs[0].name}_input{index}"
-    name = next(name for i in range(len(taken) + 1) if (name := f"{stem}_{i}" if i else stem) not in taken)
-    array = np.array(numbers, dtype=dtype.numpy())
-    constant = ir.Value(
-        name=name, type=ir.TensorType(dtype), shape=ir.Shape(array.shape), const_value=ir.tensor(array, name=name)
-    )
-    graph.register_initializer(constant)
+    constant = new_constant(graph, stem, np.array(numbers, dtype=dtype.numpy()), beside=node)
     if index >= len(node.inputs):
         node.resize_inputs(index + 1)
     node.replace_input_with(index, constant)
     if old is not None:
-        _drop_unused(graph, old)
+        _drop_unused(old)
 
 
-def _drop_unused(graph: ir.Graph, value: ir.Value) -> None:
+def _drop_unused(value: ir.Value) -> None:
     """Remove a value that nothing reads any more, with the arithmetic that made it."""
     if value.uses() or value.is_graph_output() or value.is_graph_input():
         return
-    node = value.producer()
+    node, graph = value.producer(), value.graph
     if node is None:
-        graph.initializers.pop(value.name or "", None)
+        if graph is not None:
+            graph.initializers.pop(value.name or "", None)
         return
     if any(output.uses() or output.is_graph_output() for output in node.outputs):
         return
     sources = [source for source in node.inputs if source is not None]
-    graph.remove(node, safe=True)
+    if graph is not None:
+        graph.remove(node, safe=True)
     for source in sources:
-        _drop_unused(graph, source)
+        _drop_unused(source)

@@ -14,13 +14,16 @@ from graphopt.analyses import CHANNEL_GROUPS, CONSTANTS, COST, SHAPES, ChannelGr
 from graphopt.errors import OptionError, nearest
 from graphopt.options import opt
 from graphopt.pass_base import Change, Context, Pass, PassResult
-from graphopt_passes._prune_budget import Budget, Facts, ladder, plan_global, plan_uniform, step_of
+from graphopt_passes._prune_budget import Budget, Facts, ladder, step_of, unit_width
 from graphopt_passes._prune_criteria import Criterion, scores
 from graphopt_passes._prune_output_error import output_scores
+from graphopt_passes._prune_plan import plan_global, plan_uniform
 from graphopt_passes._prune_refit import Refit, refit
 from graphopt_passes._prune_removal import lost_positions, remove
 
 __all__ = ["Prune"]
+
+_UNITS = ("channels", "heads", "neurons", "hidden", "experts", "groups", "blocks")
 
 
 @dataclass(frozen=True)
@@ -63,6 +66,10 @@ class Prune(Pass):
         help="the same fraction from every layer, or more where channels matter less; auto: global if judged by output",
     )
     round_to: int = opt(0, help="kept channels are a multiple of this; 0: what the target likes", ge=0)
+    units: tuple[str, ...] = opt(
+        ("channels", "heads", "neurons", "hidden", "experts", "groups"),
+        help="what may go; blocks as well: whole residual blocks, judged on calibration data",
+    )
     refit: bool = opt(True, help="re-solve the layers behind removed channels on calibration data")
     only: tuple[str, ...] = opt((), help="layers to prune: names or operators, with wildcards; none: all")
     skip: tuple[str, ...] = opt((), help="layers to leave alone: names or operators, with wildcards")
@@ -77,6 +84,11 @@ class Prune(Pass):
             raise OptionError("prune.criterion", "taylor needs gradients, not available yet", "use l2")
         if self.criterion == "output" and ctx.calibration is None:
             raise OptionError("prune.criterion", "output needs samples", "give --calibration, or use l2")
+        unknown = next((name for name in self.units if name not in _UNITS), None)
+        if unknown is not None:
+            raise OptionError("prune.units", f"{unknown!r} is no kind of unit", nearest(unknown, _UNITS))
+        if "blocks" in self.units and ctx.calibration is None:
+            raise OptionError("prune.units", "blocks are judged on samples", "give --calibration, or leave blocks out")
         groups = ctx.fact(CHANNEL_GROUPS)
         layers = _layers(model, groups)
         for option, globs in (("only", self.only), ("skip", self.skip)):
@@ -148,6 +160,8 @@ class Prune(Pass):
         layers, chosen, reasons = _layers(model, groups), list[ChannelGroup](), dict[int, str]()
         for group in groups.groups:
             reason = group.pin
+            if reason is None and group.kind.partition(" ")[0] not in self.units:
+                reason = f"prune.units does not name {group.kind}"
             if reason is None and self.only and not any(layers.match(name, self.only) for name in group.producers):
                 reason = "not in prune.only"
             if reason is None and (name := next((n for n in group.producers if layers.match(n, self.skip)), None)):
@@ -155,7 +169,7 @@ class Prune(Pass):
             if reason is None and blind:
                 reason = "no shape is known to count multiply-accumulates with; give --shape, or of=params"
             if reason is None and len(self._ladder(group, ctx)) == 1:
-                reason = f"{group.units} channels are too few to remove any"
+                reason = f"{group.units} {group.kind} are too few to remove any"
             if reason is None:
                 chosen.append(group)
             else:
@@ -163,7 +177,8 @@ class Prune(Pass):
         return chosen, reasons
 
     def _ladder(self, group: ChannelGroup, ctx: Context) -> list[int]:
-        return ladder(group.units, step_of(group.units, self.round_to, ctx.target.round_to))
+        step = step_of(group.units, self.round_to, ctx.target.round_to, unit_width(group))
+        return ladder(group.units, step)
 
     def _plan(
         self, budget: Budget, groups: Sequence[ChannelGroup], worth: Sequence[np.ndarray], ctx: Context
@@ -173,8 +188,11 @@ class Prune(Pass):
         ladders, target = [self._ladder(group, ctx) for group in groups], budget.whole * (1 - self.ratio)
         if self.scope == "global" or (self.scope == "auto" and self._judge(ctx) == "output"):
             # a channel that many layers share is missed by all of them
-            shared = [np.sort(w) * len(group.producers) for group, w in zip(groups, worth, strict=True)]
-            return plan_global(budget, ladders, shared, target)
+            costs = [
+                np.concatenate([[0.0], np.cumsum(np.sort(w))])[rungs] * len(group.producers)
+                for group, w, rungs in zip(groups, worth, ladders, strict=True)
+            ]
+            return plan_global(budget, ladders, costs, target)
         return plan_uniform(budget, ladders, [group.units for group in groups], target)
 
     def _metrics(self, before: Cost, after: Cost) -> dict[str, int | float | str | bool]:
@@ -207,7 +225,7 @@ def _change(group: ChannelGroup, lost: int, reason: str | None, before: Cost, af
 
     return Change(
         group.name,
-        f"removed {lost} of {group.units} channels",
+        f"removed {lost} of {group.units} {group.kind}",
         details={
             "channels_before": group.units,
             "channels_after": group.units - lost,

@@ -124,7 +124,7 @@ def test_the_order_of_samples_does_not_change_what_is_counted() -> None:
 def test_a_small_memory_limit_takes_more_runs_and_gives_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     samples = [np.random.default_rng(i).standard_normal((2, 4)).astype(np.float32) for i in range(3)]
     whole = context(*samples).fact(RANGES)
-    monkeypatch.setattr("graphopt.analyses.ranges._RUN_BYTES", 1)
+    monkeypatch.setattr("graphopt.analyses.streaming._RUN_BYTES", 1)
     pieces = context(*samples).fact(RANGES)
     for name, histogram in whole.histograms.items():
         np.testing.assert_array_equal(histogram.counts, pieces.histograms[name].counts)

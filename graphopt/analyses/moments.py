@@ -1,0 +1,216 @@
+"""Second moments of what linear layers read, on the calibration data, streamed.
+
+With `X` the rows that a layer multiplies with its weight (the im2col rows of a convolution), `X'X` says how much each
+input matters, alone and given the others. It serves channel scores (Wanda, Sun et al., 2023), least squares (Channel
+Pruning, He et al., 2017) and updates after removing or rounding weights (Optimal Brain Surgeon, Hassibi and Stork,
+1993; SparseGPT, Frantar and Alistarh, 2023; GPTQ, Frantar et al., 2022).
+
+Memory is bounded: activations are exposed some at a time (see `stream`), rows beyond what tells the inputs apart are
+left out, evenly and always the same ones, and where products of all layers would take more than `most_bytes` the
+widest layers keep only their diagonal. For exact products of many wide layers ask for portions:
+
+    for part in MOMENTS.portions(ctx):
+        moments = part.compute(model, ctx)
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
+import numpy as np
+import onnx_ir as ir
+
+from graphopt.analyses.linear_inputs import LINEAR_LAYERS, LinearInput
+from graphopt.analyses.streaming import stream
+from graphopt.errors import DataError
+from graphopt.pass_base import Analysis, Context
+
+__all__ = ["MOMENTS", "LayerMoments", "Moments", "MomentsAnalysis", "spread_out"]
+
+Array = np.ndarray[Any, np.dtype[Any]]
+
+_ROWS = 30_000
+_ELEMENTS = 1e8
+_PRODUCTS = 3e10
+_CHUNK = 1 << 22
+_GOLDEN = (5**0.5 - 1) / 2
+
+
+@dataclass(frozen=True, eq=False)
+class LayerMoments:
+    """Moments of the rows that a layer reads; float64, inputs in the order of the weight: channels, then kernel.
+
+    Attributes:
+        rows: How many rows were seen.
+        mean: `[groups, inputs]`.
+        squares: `[groups, inputs]` sums of squares, the diagonal of X'X.
+        xx: `[groups, inputs, inputs]` X'X, not divided by the rows; None where only its diagonal was asked for, or
+            memory holds no more.
+    """
+
+    rows: int
+    mean: Array
+    squares: Array
+    xx: Array | None
+
+    @property
+    def finite(self) -> bool:
+        """No row held an infinity or NaN."""
+        return bool(np.isfinite(self.squares).all())
+
+    @property
+    def norms(self) -> Array:
+        """`[groups, inputs]` root mean square of each input."""
+        return np.sqrt(self.squares / max(1, self.rows))
+
+    def covariance(self) -> Array | None:
+        """`[groups, inputs, inputs]`, None where there is no X'X."""
+        if self.xx is None:
+            return None
+        return self.xx / max(1, self.rows) - self.mean[:, :, None] * self.mean[:, None, :]
+
+
+@dataclass(frozen=True)
+class Moments:
+    """Moments by name of the layer; layers that read the same share them.
+
+    Attributes:
+        layers: What was measured.
+        left_out: Linear nodes without moments, and why.
+    """
+
+    layers: Mapping[str, LayerMoments]
+    left_out: Mapping[str, str]
+
+    def of(self, name: str | None) -> LayerMoments | None:
+        """The moments of a layer by the name of its node; None where there are none."""
+        return self.layers.get(name or "")
+
+
+@dataclass(frozen=True)
+class MomentsAnalysis(Analysis[Moments]):
+    """Run the calibration data through the model and sum products of what linear layers read.
+
+    Attributes:
+        layers: Names of the nodes wanted; None: all linear layers of the main graph.
+        samples: How many samples to use at most.
+        pairs: False: the diagonal only.
+        windows: False: each position of the activation is a row, whatever the kernel; inputs are channels then.
+        most_bytes: What the products of all layers may take together.
+    """
+
+    name: ClassVar[str] = "moments"
+    layers: tuple[str, ...] | None = None
+    samples: int = 256
+    pairs: bool = True
+    windows: bool = True
+    most_bytes: int = 512 << 20
+
+    def compute(self, model: ir.Model, ctx: Context) -> Moments:
+        """Stream the calibration data.
+
+        Raises:
+            DataError: There is no calibration data.
+            ModelError: ONNX Runtime cannot run the model on it.
+        """
+        data = ctx.calibration
+        if data is None:
+            raise DataError("calibration", "moments need samples", "give --calibration")
+        wanted = self._wanted(ctx)
+        sums = self._sums(wanted.values())
+        by_source: dict[str, list[_Sums]] = {}
+        for one in sums.values():
+            by_source.setdefault(one.layer.source, []).append(one)
+        samples = sum(1 for _ in data.feeds(self.samples))
+        for seen in stream(model, list(by_source), ctx, "measuring moments", self.samples):
+            for name, array in seen.values.items():
+                for one in by_source[name]:
+                    one.add(array, seen.samples / samples)
+        moments = {layer: one.moments() for layer, one in sums.items()}
+        return Moments({name: moments[layer] for name, layer in wanted.items()}, ctx.fact(LINEAR_LAYERS).left_out)
+
+    def portions(self, ctx: Context) -> tuple[MomentsAnalysis, ...]:
+        """The same for some layers at a time, so that `most_bytes` hold the products of each portion in full.
+
+        A layer that does not fit by itself makes a portion of its own, and keeps only its diagonal.
+        """
+        portions, filled, seen = list[list[str]](), 0, set[LinearInput]()
+        for name, layer in self._wanted(ctx).items():
+            size = 0 if layer in seen else _product_bytes(layer)
+            if not portions or filled + size > self.most_bytes:
+                portions.append([])
+                filled, seen, size = 0, set[LinearInput](), _product_bytes(layer)
+            portions[-1].append(name)
+            filled += size
+            seen.add(layer)
+        return tuple(replace(self, layers=tuple(names)) for names in portions)
+
+    def _wanted(self, ctx: Context) -> dict[str, LinearInput]:
+        found = ctx.fact(LINEAR_LAYERS).reads
+        names = found if self.layers is None else set(self.layers)
+        wanted = {name: layer for name, layer in found.items() if name in names}
+        return wanted if self.windows else {name: replace(layer, window=None) for name, layer in wanted.items()}
+
+    def _sums(self, layers: Iterable[LinearInput]) -> dict[LinearInput, _Sums]:
+        """Empty sums; the narrowest layers get their products first."""
+        distinct = list(dict.fromkeys(layers))
+        left, full = self.most_bytes, set[LinearInput]()
+        for layer in sorted(distinct, key=_product_bytes):
+            left -= _product_bytes(layer)
+            if left >= 0 and self.pairs:
+                full.add(layer)
+        return {layer: _Sums(layer, full=layer in full) for layer in distinct}
+
+
+def _product_bytes(layer: LinearInput) -> int:
+    return 8 * layer.groups * layer.inputs**2
+
+
+class _Sums:
+    """Sums over the rows of one input, as they come in."""
+
+    def __init__(self, layer: LinearInput, *, full: bool) -> None:
+        shape = layer.groups, layer.inputs
+        self.layer, self.rows = layer, 0
+        self.x, self.squares = np.zeros(shape), np.zeros(shape)
+        self.xx = np.zeros((*shape, layer.inputs)) if full else None
+
+    def add(self, activation: Array, share: float) -> None:
+        """Count rows of a batch that holds this share of all samples."""
+        chosen = spread_out(self.layer.count(activation), math.ceil(self._enough() * share))
+        for rows in np.array_split(chosen, len(chosen) * self.layer.groups * self.layer.inputs // _CHUNK + 1):
+            x = self.layer.rows(activation, rows)
+            self.rows += len(rows)
+            with np.errstate(all="ignore"):  # what is not finite shows in the sums
+                self.x += x.sum(axis=1)
+                self.squares += np.square(x).sum(axis=1)
+                if self.xx is not None:
+                    for group, part in zip(self.xx, x, strict=True):
+                        group += part.T @ part
+
+    def moments(self) -> LayerMoments:
+        return LayerMoments(self.rows, self.x / max(1, self.rows), self.squares, self.xx)
+
+    def _enough(self) -> float:
+        """Rows that tell the inputs apart, then as many as take seconds."""
+        groups, inputs = self.layer.groups, self.layer.inputs
+        quick = _ELEMENTS / (groups * inputs)
+        if self.xx is not None:
+            quick = max(4 * inputs, min(quick, _PRODUCTS / (groups * inputs**2)))
+        return min(_ROWS, quick)
+
+
+def spread_out(count: int, most: int) -> Array:
+    """At most so many of the indices below `count`, ascending, spread evenly but in step with no row length.
+
+    Multiples of the golden ratio fill an interval evenly, whatever their number.
+    """
+    if count <= most:
+        return np.arange(count)
+    return np.unique((count * ((np.arange(most) * _GOLDEN) % 1.0)).astype(np.int64))
+
+
+MOMENTS = MomentsAnalysis()

@@ -1,0 +1,109 @@
+"""Running samples through a model and looking at values inside it, in bounded memory."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import onnx_ir as ir
+
+from graphopt.analyses.shapes import CONCRETE_SHAPES, Shapes
+from graphopt.errors import DataError
+from graphopt.pass_base import Context
+from graphopt.reference import Feed, Reference
+
+__all__ = ["Seen", "expose", "stream"]
+
+_BATCH = 16
+_RUN_BYTES = 256 << 20
+
+
+@dataclass(frozen=True, eq=False)
+class Seen:
+    """Some values of one batch.
+
+    Attributes:
+        batch: Number of the batch, from 0.
+        samples: How many samples are joined in it.
+        values: Arrays by name.
+    """
+
+    batch: int
+    samples: int
+    values: Feed
+
+
+def stream(
+    model: ir.Model, names: Sequence[str], ctx: Context, label: str, samples: int | None = None
+) -> Iterator[Seen]:
+    """Run the calibration data through a model and yield values of its main graph.
+
+    A batch is run once, or several times for a part of the values each, so that what is exposed at a time stays below
+    256 MB; batches are as large as that allows, 16 samples at most.
+
+    Args:
+        model: The model; it does not change.
+        names: Values to look at: inputs, or computed by a node of the main graph.
+        ctx: Holds the data and says how ONNX Runtime runs.
+        label: What the progress bar calls it.
+        samples: How many samples to use at most; None: all.
+
+    Yields:
+        Some values of a batch; each comes once a batch.
+
+    Raises:
+        DataError: There is no calibration data.
+        ModelError: ONNX Runtime cannot run the model on it.
+    """
+    data = ctx.calibration
+    if data is None:
+        raise DataError("calibration", f"{label} needs samples", "give --calibration")
+    fed = {value.name for value in model.graph.inputs}
+    computed = [name for name in dict.fromkeys(names) if name not in fed]
+    session = Reference(expose(model, computed), threads=ctx.threads, extensions=ctx.extensions) if computed else None
+    sizes = _sizes(computed, ctx.fact(CONCRETE_SHAPES))
+    batch = max(1, min(_BATCH, _RUN_BYTES // max(1, sum(sizes.values()))))
+    for number, feed in enumerate(ctx.progress(data.batches(batch, samples), label)):
+        joined = len(next(iter(feed.values()))) if data.stacked else 1
+        yield Seen(number, joined, {name: feed[name] for name in dict.fromkeys(names) if name in feed})
+        if session is not None:
+            for chunk in _chunks(sizes, feed):
+                yield Seen(number, joined, session.run(feed, chunk))
+
+
+def expose(model: ir.Model, names: Sequence[str]) -> ir.Model:
+    """Return a copy whose outputs are its own and the values of those names; weights are shared, not copied."""
+    copy = model.clone()
+    known = {value.name for value in copy.graph.outputs}
+    by_name = {output.name: output for node in copy.graph for output in node.outputs}
+    for name in names:
+        if name not in known and name in by_name:
+            by_name[name].shape = None  # the runtime knows better than a stale annotation
+            copy.graph.outputs.append(by_name[name])
+    return copy
+
+
+def _sizes(names: Sequence[str], shapes: Shapes) -> dict[str, int]:
+    """Bytes of each value for one sample; an unknown shape counts a tenth of the memory limit."""
+    found: dict[str, int] = {}
+    for name in names:
+        dims = shapes.shapes.get(name)
+        sizes = [d for d in dims or () if isinstance(d, int)]
+        found[name] = 4 * math.prod(sizes) if dims is not None and len(sizes) == len(dims) else _RUN_BYTES // 10
+    return found
+
+
+def _chunks(sizes: Mapping[str, int], feed: Feed) -> Iterator[list[str]]:
+    """Cut names into groups whose values stay below the memory limit."""
+    batch = max((array.shape[0] for array in feed.values() if array.ndim), default=1)
+    chunk: list[str] = []
+    filled = 0
+    for name, size in sizes.items():
+        if chunk and filled + size * batch > _RUN_BYTES:
+            yield chunk
+            chunk, filled = [], 0
+        chunk.append(name)
+        filled += size * batch
+    if chunk:
+        yield chunk

@@ -1,0 +1,259 @@
+"""Which residual blocks leave the model: those that its outputs miss least for what they cost.
+
+A block is judged by the outputs of the whole model, on a few samples without labels: how much they change when its sum
+passes the shortcut on (BlockDrop, Wu et al., 2018; ShortGPT, Men et al., 2024, judge each block alone). Blocks make up
+for each other, so what a block costs is measured again after others have gone.
+"""
+
+from __future__ import annotations
+
+import heapq
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import onnx_ir as ir
+
+from graphopt.analyses import CONSTANTS, SHAPES, Constants, Cost
+from graphopt.calibration import Dataset
+from graphopt.pass_base import Change, Context
+from graphopt.reference import Feed, Reference
+from graphopt_passes._residual_blocks import Block, find_blocks, remove_block
+
+__all__ = ["BlockRemoval", "OutputChange", "Savings", "Step", "cheapest_blocks", "prune_blocks", "without"]
+
+_SAMPLES = 32
+_BATCH = 16
+
+
+@dataclass(frozen=True)
+class Step:
+    """One more block that goes.
+
+    Attributes:
+        block: The block.
+        saving: What it saves where the blocks before it are gone.
+        change: How much the outputs have changed once it is gone, with those before it.
+    """
+
+    block: Block
+    saving: float
+    change: float
+
+
+@dataclass(frozen=True, eq=False)
+class BlockRemoval:
+    """What became of the residual blocks of a model.
+
+    Attributes:
+        steps: Those that were removed, in the order in which they went.
+        changes: One entry for every sum of branches.
+    """
+
+    steps: tuple[Step, ...] = ()
+    changes: tuple[Change, ...] = ()
+
+    @property
+    def blocks(self) -> tuple[Block, ...]:
+        """The blocks that were removed."""
+        return tuple(step.block for step in self.steps)
+
+    @property
+    def sums(self) -> dict[tuple[str, int], np.ndarray]:
+        """Their sums, which are not what they were, with the positions that they lost: none."""
+        return {(block.output, 0): np.empty(0, dtype=np.int64) for block in self.blocks}
+
+
+class Savings:
+    """What blocks save, in the unit of a budget.
+
+    Args:
+        model: The model that the blocks were found in.
+        cost: What its nodes cost.
+        constants: Its constants; those that go are the ones that only removed nodes read.
+        of: What is counted.
+    """
+
+    def __init__(self, model: ir.Model, cost: Cost, constants: Constants, of: str) -> None:
+        nodes = list(model.graph)
+        order = {id(node): i for i, node in enumerate(nodes)}
+        self._macs = [0] * len(nodes)
+        self._weights = list[tuple[int, set[int]]]()
+        if of == "macs":
+            counted = [cost.nodes.get(node.name or f"{node.op_type}_{i}") for i, node in enumerate(nodes)]
+            self._macs = [0 if node is None else node.macs or 0 for node in counted]
+            return
+        for value in (*model.graph.initializers.values(), *(output for node in nodes for output in node.outputs)):
+            tensor = constants.of(value)
+            if tensor is not None and not value.is_graph_output():
+                users = {order.get(id(user), -1) for user, _ in value.uses()}
+                self._weights.append((tensor.size if of == "params" else tensor.nbytes, users))
+
+    def of(self, nodes: Iterable[int]) -> float:
+        """What the model saves without these nodes."""
+        gone = set(nodes)
+        weights = sum(amount for amount, users in self._weights if users and users <= gone)
+        return float(sum(self._macs[i] for i in gone) + weights)
+
+
+class OutputChange:
+    """How far the outputs of a changed model are from the original's.
+
+    Args:
+        model: The original.
+        data: Samples, of which 32 are used.
+        ctx: How ONNX Runtime runs.
+
+    Raises:
+        ModelError: ONNX Runtime cannot run the model.
+    """
+
+    def __init__(self, model: ir.Model, data: Dataset, ctx: Context) -> None:
+        self._ctx = ctx
+        self._feeds = list(data.batches(_BATCH, _SAMPLES))
+        self._wanted = self._run(model)
+
+    def of(self, model: ir.Model) -> float:
+        """Squared distance of the outputs in parts of their size, the mean over outputs; infinite if not finite.
+
+        What is not a float counts by how many of its elements differ.
+        """
+        found = self._run(model)
+        changes = [_distance([f[k] for f in self._wanted], [f[k] for f in found]) for k in self._wanted[0]]
+        return float(np.mean(changes))
+
+    def _run(self, model: ir.Model) -> list[Feed]:
+        session = Reference(model, threads=self._ctx.threads, extensions=self._ctx.extensions)
+        return [session.run(feed) for feed in self._feeds]
+
+
+def _distance(wanted: Sequence[np.ndarray], found: Sequence[np.ndarray]) -> float:
+    pairs = [(np.asarray(a), np.asarray(b)) for a, b in zip(wanted, found, strict=True)]
+    if any(a.shape != b.shape for a, b in pairs):
+        return 1.0
+    if any(a.dtype.kind != "f" for a, _ in pairs):
+        return float(np.mean([np.mean(a != b) for a, b in pairs if a.size] or [0.0]))
+    size = sum(float(np.square(a, dtype=np.float64).sum()) for a, _ in pairs)
+    error = sum(float(np.square(b - a, dtype=np.float64).sum()) for a, b in pairs)
+    return np.inf if not np.isfinite(error) else error / size if size else float(error > 0)
+
+
+def without(model: ir.Model, blocks: Sequence[Block]) -> ir.Model:
+    """A copy of a model whose blocks are gone; weights are shared."""
+    copy = model.clone()
+    for block in blocks:
+        remove_block(copy, block)
+    return copy
+
+
+def cheapest_blocks(
+    model: ir.Model,
+    blocks: Sequence[Block],
+    savings: Savings,
+    wanted: float,
+    judge: OutputChange,
+    ctx: Context,
+    limit: float = math.inf,
+) -> list[Step]:
+    """Choose blocks one by one, each the one that changes the outputs least for what it saves.
+
+    What a block costs hardly ever falls while others go, so only blocks that look cheapest are measured again.
+
+    Args:
+        model: The model; it is not changed.
+        blocks: Blocks that may go.
+        savings: What they save.
+        wanted: What to save; it is exceeded only where that comes nearer to it.
+        judge: Measures what goes wrong.
+        ctx: Shows progress.
+        limit: Most that the outputs may change for each unit saved.
+
+    Returns:
+        The choice, in the order in which the blocks go.
+    """
+    steps, gone, saved, change = list[Step](), set[int](), 0.0, 0.0
+    queue = list[tuple[float, int, int, float]]()
+    for i, block in enumerate(ctx.progress(blocks, "judging blocks")):
+        saving = savings.of(block.nodes)
+        if saving > 0 and abs(saving - wanted) < wanted:
+            after = judge.of(without(model, [block]))
+            queue.append((after / saving, i, 0, after))
+    heapq.heapify(queue)
+    while queue:
+        price, i, age, after = heapq.heappop(queue)
+        saving = savings.of(gone | set(blocks[i].nodes)) - saved
+        if saving <= 0 or abs(saved + saving - wanted) >= abs(saved - wanted):
+            continue  # it lies in another that went, or would save too much
+        if age < len(steps):
+            after = judge.of(without(model, [*(step.block for step in steps), blocks[i]]))
+            heapq.heappush(queue, ((after - change) / saving, i, len(steps), after))
+            continue
+        if price > limit:
+            break
+        steps.append(Step(blocks[i], saving, after))
+        gone |= set(blocks[i].nodes)
+        saved, change = saved + saving, after
+    return steps
+
+
+def prune_blocks(
+    model: ir.Model,
+    ctx: Context,
+    savings: Savings,
+    wanted: float,
+    *,
+    refuse: Callable[[Block], str | None],
+    others: Callable[[OutputChange], float],
+) -> BlockRemoval:
+    """Remove the blocks that the outputs miss least, as long as nothing else would be missed less.
+
+    Args:
+        model: The model; removed blocks leave an Identity that `join_shortcuts` takes away.
+        ctx: Its samples judge, and its facts are out of date afterwards.
+        savings: What blocks save.
+        wanted: What to save.
+        refuse: Says why a block has to stay, or None.
+        others: Measures how much the outputs change for each unit saved where other units go; infinite without any.
+
+    Raises:
+        ModelError: ONNX Runtime cannot run the model.
+    """
+    blocks, refused = find_blocks(model, ctx.fact(SHAPES), ctx.fact(CONSTANTS))
+    reasons = dict(refused) | {block.name: reason for block in blocks if (reason := refuse(block)) is not None}
+    allowed = [block for block in blocks if block.name not in reasons]
+    steps = list[Step]()
+    if allowed and ctx.calibration is not None and wanted > 0:
+        judge = OutputChange(model, ctx.calibration, ctx)
+        limit = others(judge)
+        steps = cheapest_blocks(model, allowed, savings, wanted, judge, ctx, limit)
+        for block in allowed:
+            reasons[block.name] = "the ratio is met without it" if limit == math.inf else "other units are missed less"
+    for step in steps:
+        remove_block(model, step.block)
+    return BlockRemoval(tuple(steps), tuple(_changes(blocks, steps, reasons, [name for name, _ in refused])))
+
+
+def _changes(
+    blocks: Sequence[Block], steps: Sequence[Step], reasons: Mapping[str, str], refused: Sequence[str]
+) -> Iterator[Change]:
+    before = 0.0
+    for step in steps:
+        yield Change(
+            step.block.name,
+            f"removed a residual block of {len(step.block.layers)} layers",
+            details={
+                "layers": len(step.block.layers),
+                "saving": step.saving,
+                "output_change": round(step.change - before, 6),
+            },
+        )
+        before = step.change
+    gone = {step.block.name: step.block for step in steps}
+    for block in blocks:
+        outer = next((other.name for other in gone.values() if set(block.nodes) < set(other.nodes)), None)
+        if block.name not in gone:
+            reason = reasons[block.name] if outer is None else f"left with the block of {outer!r}"
+            yield Change.skipped(block.name, f"block: {reason}")
+    for name in refused:
+        yield Change.skipped(name, f"not a residual block: {reasons[name]}")

@@ -1,0 +1,206 @@
+"""Sparsity inside weights: `prune{pattern=2:4}` and `prune{pattern=unstructured}`. Shapes stay as they are."""
+
+from __future__ import annotations
+
+import re
+import zlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+import numpy as np
+import onnx_ir as ir
+
+from graphopt.analyses import CONSTANTS, MOMENTS, LayerMoments
+from graphopt.errors import OptionError, nearest
+from graphopt.pass_base import Change, Context, PassResult
+from graphopt_passes._linear_layers import LinearLayer
+from graphopt_passes._pattern_fit import Fitted, Method, Refitter, shifted, too_wide
+from graphopt_passes._pattern_sites import Site, find_sites, write
+from graphopt_passes._sparse_obs import Rule, norm_scores
+
+__all__ = ["Sparsity"]
+
+_RUNS = re.compile(r"([1-9][0-9]{0,3}):([1-9][0-9]{0,3})")
+_METHODS: Mapping[str, Method] = {"l1": "magnitude", "l2": "magnitude", "wanda": "wanda", "obs": "obs"}
+_NOTE = (
+    "zeros make the file smaller only once it is compressed, and nothing faster without a sparse kernel: "
+    "ONNX Runtime has none on CPUs; NVIDIA's tensor cores from Ampere on run 2:4 with TensorRT"
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sparsity:
+    """Set the weights of layers to zero that matter least, in a pattern.
+
+    With calibration data the layers are visited in order, and what is left of each is re-solved so that its output
+    comes as close as it can to what the whole model computes. Biases make up for the mean.
+
+    Attributes:
+        pattern: `unstructured`, or N:M: at most N of M neighbouring inputs are not zero.
+        ratio: Fraction of zeros for `unstructured`.
+        default_ratio: What `ratio` is where the user asks for none.
+        criterion: auto, l1, l2, wanda or obs.
+        scope: The same fraction of every layer, or (global) more where weights matter less.
+        refit: Re-solve what is left on calibration data.
+        only: Layers: names or operators, with wildcards; none: all.
+        skip: Layers to leave alone.
+    """
+
+    pattern: str
+    ratio: float
+    default_ratio: float
+    criterion: str = "auto"
+    scope: str = "auto"
+    refit: bool = True
+    only: tuple[str, ...] = ()
+    skip: tuple[str, ...] = ()
+
+    def requires(self, model: ir.Model, ctx: Context) -> None:
+        """Check the options against each other and the model.
+
+        Raises:
+            OptionError: The pattern is none, options contradict each other, or a wildcard fits no layer.
+        """
+        keep, of = self._runs()
+        if of and self.scope == "global":
+            raise OptionError("prune.scope", f"{self.pattern} is the same for every layer", "leave scope out")
+        if of and self.ratio not in (self.default_ratio, 1 - keep / of):
+            fact = f"{self.pattern} makes {1 - keep / of:g} of the weights zero, not {self.ratio:g}"
+            raise OptionError("prune.ratio", fact, "leave ratio out")
+        if self.criterion != "auto" and self.criterion not in _METHODS:
+            fact = f"{self.criterion} judges channels, not single weights"
+            raise OptionError("prune.criterion", fact, f"use auto, {', '.join(_METHODS)}, or pattern=channels")
+        if self.criterion in ("wanda", "obs") and ctx.calibration is None:
+            raise OptionError("prune.criterion", f"{self.criterion} needs samples", "give --calibration, or use l2")
+        sites, skipped = find_sites(model, ctx)
+        names = [(site.name, site.node.op_type) for site in sites] + [(change.site, "") for change in skipped]
+        for option, globs in (("only", self.only), ("skip", self.skip)):
+            for glob in globs:
+                if not any(_matches(name, operator, (glob,)) for name, operator in names):
+                    hint = nearest(glob, {word for pair in names for word in pair if word})
+                    raise OptionError(f"prune.{option}", f"{glob!r} fits no layer with weights", hint)
+
+    def run(self, model: ir.Model, ctx: Context) -> PassResult:
+        """Choose the zeros and write them."""
+        sites, skipped = find_sites(model, ctx)
+        chosen, method = list[Site](), self._method(ctx)
+        for site in sites:
+            if reason := self._refusal(site):
+                skipped.append(Change.skipped(site.name, reason))
+            else:
+                chosen.append(site)
+        before, after, changes = _Sizes(), _Sizes(), list[Change]()
+        fitter = self._fitter(model, ctx) if chosen and ctx.calibration is not None else None
+        for site, rule in zip(ctx.progress(chosen, "sparsifying"), self._rules(chosen), strict=True):
+            old = _Sizes.of(site)
+            changes.append(_sparsify(model, site, method, rule, fitter, ctx))
+            new = _Sizes.of(site) if changes[-1].done else old
+            before, after = before + old, after + new
+        metrics = {
+            "pattern": self.pattern,
+            "layers": sum(change.done for change in changes),
+            "weights": after.weights,
+            "zeros_before": before.zeros,
+            "zeros_after": after.zeros,
+            "sparsity": round(after.zeros / max(1, after.weights), 6),
+            "bytes": after.raw,
+            "compressed_bytes_before": before.compressed,
+            "compressed_bytes_after": after.compressed,
+            "note": _NOTE,
+        }
+        return PassResult(any(change.done for change in changes), (*changes, *skipped), metrics=metrics)
+
+    def _fitter(self, model: ir.Model, ctx: Context) -> Refitter | Shifter:
+        return Refitter(model.clone(), model, ctx) if self.refit else Shifter(model.clone(), ctx)
+
+    def _runs(self) -> tuple[int, int]:
+        """N and M; zeros for `unstructured`."""
+        if self.pattern == "unstructured":
+            return 0, 0
+        match = _RUNS.fullmatch(self.pattern)
+        if match is None or int(match[1]) >= int(match[2]):
+            fact = f"{self.pattern!r} is not channels, unstructured or N:M with N less than M"
+            raise OptionError("prune.pattern", fact, "such as pattern=2:4")
+        return int(match[1]), int(match[2])
+
+    def _refusal(self, site: Site) -> str | None:
+        of, run = self._runs()[1], site.layout.run
+        if self.only and not _matches(site.name, site.node.op_type, self.only):
+            return "not in prune.only"
+        if _matches(site.name, site.node.op_type, self.skip):
+            return "prune.skip names it"
+        if of and run % of:
+            return f"its outputs read {run} input channels, no multiple of {of}"
+        return None
+
+    def _rules(self, sites: Sequence[Site]) -> list[Rule]:
+        """What each site loses."""
+        keep, of = self._runs()
+        if of:
+            return [Rule(keep=keep, of=of)] * len(sites)
+        if self.scope == "global":
+            return [Rule(count=count) for count in spread(sites, self.ratio)]
+        return [Rule(count=round(self.ratio * site.tensor.size)) for site in sites]
+
+    def _method(self, ctx: Context) -> Method:
+        if self.criterion != "auto":
+            return _METHODS[self.criterion]
+        return "obs" if ctx.calibration is not None else "magnitude"
+
+
+def spread(sites: Sequence[Site], ratio: float) -> list[int]:
+    """How many weights each site loses so that those lost matter least, by layer-adaptive magnitude.
+
+    A weight's score is its square over those of the layer's weights that are as large or larger (LAMP, Lee et al.,
+    2021), so that no layer is emptied before the others.
+    """
+    steps = [np.linspace(0, site.tensor.size, _STEPS + 1).astype(np.int64) for site in sites]
+    scores = list[np.ndarray]()
+    for site, at in zip(sites, steps, strict=True):
+        squares = np.sort(np.square(site.tensor.numpy().astype(np.float64)), axis=None)
+        above = np.cumsum(squares[::-1])[::-1]
+        scores.append((squares / np.maximum(above, np.finfo(np.float64).tiny))[at[:-1]])
+    owners = np.repeat(np.arange(len(sites)), _STEPS)
+    sizes = np.concatenate([np.diff(at) for at in steps]) if sites else np.zeros(0, dtype=np.int64)
+    counts = np.zeros(len(sites), dtype=np.int64)
+    order = np.argsort(np.concatenate(scores), kind="stable") if sites else []
+    left = round(ratio * int(sizes.sum()))
+    for step in order:
+        taken = min(left, int(sizes[step]))
+        counts[owners[step]] += taken
+        left -= taken
+    return counts.tolist()
+
+
+def _sparsify(
+    model: ir.Model, site: Site, method: Method, rule: Rule, fitter: Refitter | Shifter | None, ctx: Context
+) -> Change:
+    """Make one weight sparse, by magnitude where samples are of no use."""
+    layer = None if fitter is None else _layer(site, ctx)
+    found = layer if fitter is None or layer is None or isinstance(layer, str) else fitter.fit(site, layer, method, rule)
+    if isinstance(found, Fitted) and isinstance(layer, LinearLayer):
+        if found.bias.any():
+            layer.add(model.graph, np.zeros(layer.matrix().shape), found.bias)
+        write(site, found.weight)
+        action = f"made sparse by {method}: output error {found.before:.3f} -> {found.after:.3f}"
+        return Change(site.name, action, details=_counts(site, found))
+    if rule.fits(site.matrix()):
+        return Change.skipped(site.name, "it is as sparse already")
+    _write_later(site, rule)
+    why = f": {found}" if isinstance(found, str) else ""
+    return Change(site.name, f"made sparse by magnitude{why}", details=_counts(site))
+
+
+def _layer(site: Site, ctx: Context) -> LinearLayer | str:
+    """The layer of a site, or why samples are of no use to it."""
+    if site.alone is not None:
+        return site.alone
+    layer = LinearLayer.of(site.node, ctx.fact(CONSTANTS))
+    if isinstance(layer, LinearLayer) and site.node.attributes.get_float("alpha", 1.0) == 0:
+        return "its product is multiplied by zero"
+    return layer
+
+
+def _matches(name: str, operator: str, globs: Sequence[str]) -> bool:
+    return any(fnmatchcase(word, glob) for glob in globs for word in (name, operator))
