@@ -45,6 +45,7 @@ def export(name: str, variant: str, folder: Path) -> Path:
     import torch
 
     torch.manual_seed(0)
+    torch.backends.mha.set_fastpath_enabled(False)  # its fused operator has no ONNX form
     architecture = MODELS[name]
     network, feed = architecture.build()
     _shake(network.eval())

@@ -10,6 +10,7 @@ from graphopt.markers import hookspec
 if TYPE_CHECKING:
     from graphopt.backend_base import Backend
     from graphopt.calibration import Dataset
+    from graphopt.criterion_base import Criterion
     from graphopt.instruments import Instrument
     from graphopt.pass_base import Pass
     from graphopt.targets import Target
@@ -30,6 +31,11 @@ def graphopt_backends() -> Sequence[Backend]:  # type: ignore[empty-body]
 @hookspec
 def graphopt_targets() -> Sequence[Target]:  # type: ignore[empty-body]
     """Return targets: devices to compile for."""
+
+
+@hookspec
+def graphopt_criteria() -> Sequence[type[Criterion]]:  # type: ignore[empty-body]
+    """Return criteria classes: how pruning judges channels; their `name` is how `prune{criterion=...}` spells them."""
 
 
 @hookspec

@@ -10,7 +10,7 @@ import abc
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Generic, TypeVar, cast
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar, cast
 
 import numpy as np
 import onnx_ir as ir
@@ -21,6 +21,9 @@ from graphopt.model_io import ShapeBinding
 from graphopt.options import non_defaults
 from graphopt.pipeline_text import Step
 from graphopt.targets import Target
+
+if TYPE_CHECKING:
+    from graphopt.criterion_base import Criterion
 
 __all__ = ["Analysis", "Change", "Context", "Pass", "PassResult", "Progress"]
 
@@ -101,6 +104,7 @@ class Context:
         threads: Threads that ONNX Runtime may use.
         extensions: Libraries with custom operators for ONNX Runtime.
         evaluate: Scores a model on the user's labelled data; returns None without such data.
+        criteria: Pruning criteria by name; those of plugins, and built-in ones where they were loaded as such.
         progress: Wraps a loop to show its progress: `for x in ctx.progress(items, "calibrating"): ...`.
         log: Where a pass says what it does.
     """
@@ -114,6 +118,7 @@ class Context:
     threads: int = 1
     extensions: tuple[str, ...] = ()
     evaluate: Callable[[ir.Model], Score | None] = lambda model: None  # noqa: ARG005
+    criteria: Mapping[str, Criterion] = field(default_factory=dict[str, "Criterion"])
     progress: Progress = _plain_progress
     log: logging.Logger = field(default_factory=lambda: logging.getLogger("graphopt"))
     _facts: dict[Analysis[Any], Any] = field(default_factory=dict[Analysis[Any], Any])

@@ -26,6 +26,7 @@ import pluggy
 from graphopt import hookspecs
 from graphopt.backend_base import Backend
 from graphopt.calibration import Dataset
+from graphopt.criterion_base import RESERVED, Criterion
 from graphopt.errors import GraphoptError, OptionError, PluginError, UsageError, nearest
 from graphopt.options import build, specs
 from graphopt.pass_base import Pass
@@ -40,7 +41,7 @@ __all__ = ["PluginInfo", "Registry", "load_plugins"]
 _GROUP = "graphopt"
 _BUILTIN = "graphopt"
 _ENVIRONMENT = "GRAPHOPT_PLUGINS"
-_PASS_NAME = re.compile(r"[a-z][a-z0-9]*(-[a-z0-9]+)*")
+_NAME = re.compile(r"[a-z][a-z0-9]*(-[a-z0-9]+)*")
 _T = TypeVar("_T")
 
 
@@ -83,6 +84,7 @@ class Registry:
     passes: Mapping[str, type[Pass]]
     backends: Mapping[str, Backend]
     targets: TargetTable
+    criteria: Mapping[str, Criterion]
     plugins: tuple[PluginInfo, ...]
     _hooks: _Hooks = field(repr=False)
 
@@ -183,6 +185,7 @@ def load_plugins(*, disable: Collection[str] = (), only: Collection[str] | None 
     passes: dict[str, tuple[PluginInfo, type[Pass]]] = {}
     backends: dict[str, tuple[PluginInfo, Backend]] = {}
     targets: dict[str, tuple[PluginInfo, Target]] = {}
+    criteria: dict[str, tuple[PluginInfo, Criterion]] = {}
     for plugin, items in hooks.lists("graphopt_passes"):
         for item in items:
             _claim(passes, *_checked_pass(plugin, item), "pass")
@@ -196,10 +199,14 @@ def load_plugins(*, disable: Collection[str] = (), only: Collection[str] | None 
             if not isinstance(item, Target):
                 raise plugin.broken(f"graphopt_targets: {item!r} is not a Target")
             _claim(targets, str(item), plugin, item, "target")
+    for plugin, items in hooks.lists("graphopt_criteria"):
+        for item in items:
+            _claim(criteria, *_checked_criterion(plugin, item), "criterion")
     return Registry(
         passes={name: found for name, (_, found) in sorted(passes.items())},
         backends={name: found for name, (_, found) in sorted(backends.items())},
         targets=TargetTable(target for _, target in targets.values()),
+        criteria={name: found for name, (_, found) in sorted(criteria.items())},
         plugins=hooks.plugins,
         _hooks=hooks,
     )
@@ -339,7 +346,7 @@ def _checked_pass(plugin: PluginInfo, cls: Any) -> tuple[str, PluginInfo, type[P
         raise plugin.broken(f"graphopt_passes: {cls!r} is not a subclass of Pass")
     where = f"pass class {cls.__name__}"
     name, lossy = getattr(cls, "name", None), getattr(cls, "lossy", None)
-    if not isinstance(name, str) or not _PASS_NAME.fullmatch(name):
+    if not isinstance(name, str) or not _NAME.fullmatch(name):
         raise plugin.broken(f"{where} needs a name of lower-case letters, digits and dashes, not {name!r}")
     if not isinstance(lossy, bool):
         raise plugin.broken(f"{where} needs lossy = True or lossy = False")
@@ -356,6 +363,26 @@ def _checked_pass(plugin: PluginInfo, cls: Any) -> tuple[str, PluginInfo, type[P
         if item.init and item.name not in options:
             raise plugin.broken(f"{where}: field {item.name!r} is not declared with opt(...)")
     return name, plugin, cls
+
+
+def _checked_criterion(plugin: PluginInfo, cls: Any) -> tuple[str, PluginInfo, Criterion]:
+    if not (isinstance(cls, type) and issubclass(cls, Criterion)):
+        raise plugin.broken(f"graphopt_criteria: {cls!r} is not a subclass of Criterion")
+    where = f"criterion class {cls.__name__}"
+    name = getattr(cls, "name", None)
+    if not isinstance(name, str) or not _NAME.fullmatch(name):
+        raise plugin.broken(f"{where} needs a name of lower-case letters, digits and dashes, not {name!r}")
+    if name in RESERVED:
+        raise plugin.broken(f"{where}: the name {name!r} is reserved")
+    for flag in ("needs_data", "comparable"):
+        if not isinstance(getattr(cls, flag), bool):
+            raise plugin.broken(f"{where} needs {flag} = True or {flag} = False")
+    if inspect.isabstract(cls):
+        raise plugin.broken(f"{where} does not define {', '.join(sorted(cls.__abstractmethods__))}")
+    try:
+        return name, plugin, cls()
+    except Exception as e:
+        raise plugin.broken(f"{where} cannot be made without arguments: {_reason(e)}") from e
 
 
 def _claim(table: dict[str, tuple[PluginInfo, _T]], name: str, plugin: PluginInfo, item: _T, what: str) -> None:

@@ -1,4 +1,4 @@
-"""The conformance kit: one call that holds a pass or a backend to its contract, for built-ins and plugins alike.
+"""The conformance kit: one call holds a pass, a criterion or a backend to its contract, built-in or of a plugin.
 
     from graphopt.testing import check_pass
 
@@ -12,15 +12,18 @@ from __future__ import annotations
 
 import dataclasses
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 
+from graphopt.analyses.channels import CHANNEL_GROUPS
 from graphopt.backend_base import Backend, BuildOptions
 from graphopt.bundle import file_digests
 from graphopt.calibration import Dataset
+from graphopt.criterion_base import Criterion, judge
 from graphopt.fidelity import compare
 from graphopt.model_io import ShapeBinding, input_specs, load_model, model_bytes, save_model
 from graphopt.options import build
@@ -30,13 +33,13 @@ from graphopt.reference import Reference, random_feed
 from graphopt.runner import check_feeds, run_pass
 from graphopt.targets import Target
 
-__all__ = ["ContractError", "check_backend", "check_pass"]
+__all__ = ["ContractError", "check_backend", "check_criterion", "check_pass"]
 
 _PORTABLE = Target(name="ort")
 
 
 class ContractError(AssertionError):
-    """A pass or a backend does not keep its contract."""
+    """A pass, a criterion or a backend does not keep its contract."""
 
 
 def check_pass(
@@ -46,6 +49,7 @@ def check_pass(
     calibration: Dataset | None = None,
     target: Target = _PORTABLE,
     binding: ShapeBinding | None = None,
+    criteria: Sequence[Criterion] = (),
     feeds: int = 4,
 ) -> PassResult:
     """Run a pass on a copy of a model and check everything that the contract of a pass promises.
@@ -60,6 +64,7 @@ def check_pass(
         calibration: Samples for passes that use them.
         target: What the model is made for.
         binding: Sizes for dynamic dimensions.
+        criteria: Pruning criteria that the pass may name, besides the built-in ones.
         feeds: How many inputs to compare outputs on.
 
     Returns:
@@ -74,7 +79,13 @@ def check_pass(
     results: list[PassResult] = []
     contexts: list[Context] = []
     for _ in range(2):
-        ctx = Context(model=original.clone(), target=target, calibration=calibration, binding=binding or ShapeBinding())
+        ctx = Context(
+            model=original.clone(),
+            target=target,
+            calibration=calibration,
+            binding=binding or ShapeBinding(),
+            criteria={criterion.name: criterion for criterion in criteria},
+        )
         results.append(run_pass(step, ctx).result)
         contexts.append(ctx)
     result, ctx = results[0], contexts[0]
@@ -86,6 +97,41 @@ def check_pass(
         _require(len(change.action.removeprefix("skipped: ")) > 0, f"{change.site}: says what was done, or why not")
     _check_runs(original, ctx, feeds)
     return result
+
+
+def check_criterion(
+    criterion: Criterion, model: ir.Model | str | Path, *, calibration: Dataset | None = None
+) -> list[np.ndarray[Any, np.dtype[np.float64]] | None]:
+    """Judge all channel groups of a model twice and check what the contract of a criterion promises.
+
+    Checked: for each group scores of its size, finite and not negative; the same scores twice; the model stays as it
+    is; a criterion that says it needs no data needs none.
+
+    Args:
+        criterion: The criterion.
+        model: A model with channels that can be removed, or the path of one.
+        calibration: Samples, for a criterion that needs them.
+
+    Returns:
+        The scores of each group, for checks of your own.
+
+    Raises:
+        ContractError: The contract is broken, or the model has no channels to judge.
+        PassError: The scores are not what the contract asks for.
+    """
+    original = model if isinstance(model, ir.Model) else load_model(model)
+    before = model_bytes(original)
+    found: list[list[Any]] = []
+    for _ in range(2):
+        data = calibration if criterion.needs_data else None
+        ctx = Context(model=original, target=_PORTABLE, calibration=data)
+        groups = ctx.fact(CHANNEL_GROUPS).free
+        _require(len(groups) > 0, "the model has channels that can be removed")
+        found.append(judge(criterion, original, groups, ctx))
+    same = all(a is b or np.array_equal(a, b) for a, b in zip(*found, strict=True))
+    _require(same, "two runs on the same model give the same scores")
+    _require(model_bytes(original) == before, "the model stays as it is")
+    return found[0]
 
 
 def check_backend(

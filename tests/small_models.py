@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import numpy as np
+import onnx
 import onnx_ir as ir
 
 from graphopt.analyses import CHANNEL_GROUPS, ChannelGroup, ChannelGroups
+from graphopt.analyses.names import Names
 from graphopt.model_io import ShapeBinding, input_specs
 from graphopt.pass_base import Context
 from graphopt.reference import Feed, Reference, random_feed
@@ -24,7 +26,9 @@ def build(signature: str, body: str, weights: Mapping[str, Shape], opset: int = 
     tensors = [ir.tensor(np.abs(a) if name.startswith("var") else a, name=name) for name, a in arrays.items()]
     declared = ", ".join(f"float[{','.join(map(str, shape))}] {name}" for name, shape in weights.items())
     text = f'<ir_version: 8, opset_import: ["" : {opset}]>\nmain {signature} <{declared}> {{\n{body}\n}}'
-    return ir.from_onnx_text(text, initializers=tensors)
+    proto = onnx.parser.parse_model(text)
+    proto.graph.initializer.extend(ir.to_proto(tensor) for tensor in tensors)
+    return ir.from_proto(proto)
 
 
 def context(model: ir.Model, **fields: object) -> Context:
@@ -43,12 +47,18 @@ def feeds(model: ir.Model, count: int = 4) -> list[Feed]:
 
 def zero(model: ir.Model, group: ChannelGroup, units: Sequence[int]) -> None:
     """Set everything that belongs to some units to zero: a channel that is zero and that nobody reads."""
+    names = Names(model)
     for place in group.places:
-        value = model.graph.initializers.get(place.value)
-        if place.constant and value is not None and value.const_value is not None:
-            array = value.const_value.numpy().copy()
+        value = names.value(place.value)
+        if place.constant and value is not None:
+            producer = value.producer()
+            tensor = value.const_value if producer is None else producer.attributes["value"].as_tensor()
+            assert tensor is not None
+            array = tensor.numpy().copy()
             np.moveaxis(array, place.axis, 0)[place.positions[list(units)].reshape(-1)] = 0
-            value.const_value = ir.tensor(array, name=place.value)
+            value.const_value = ir.tensor(array, name=value.name)
+            if producer is not None:
+                producer.attributes["value"] = ir.AttrTensor("value", value.const_value)
 
 
 def assert_removal_is_exact(model: ir.Model, removals: list[tuple[ChannelGroup, list[int]]]) -> None:

@@ -16,6 +16,7 @@ import pytest
 from graphopt import plugins
 from graphopt.backend_base import Backend, Build
 from graphopt.calibration import Dataset
+from graphopt.criterion_base import Criterion
 from graphopt.errors import DataError, ExitCode, OptionError, PluginError
 from graphopt.instruments import Instrument, instruments_for
 from graphopt.markers import hookimpl
@@ -173,6 +174,64 @@ def test_two_plugins_with_one_pass_name_are_both_named(load: Load) -> None:
     text = refusal(load, acme=passes(Trim), zeta=passes(_variant(name="trim")))
     assert text == "pass trim: claimed by both acme-dist and zeta-dist; disable it with --no-plugin zeta-dist"
     assert "claimed twice by plugin acme-dist" in refusal(load, acme=passes(Trim, Trim))
+
+
+# ---------------------------------------------------------------- criteria
+
+
+class Size(Criterion):
+    """How many there are."""
+
+    name: ClassVar[str] = "size"
+
+    def scores(self, model: ir.Model, groups: Any, ctx: Context) -> list[np.ndarray]:
+        return [np.ones(group.units) for group in groups]
+
+
+def criteria(*classes: Any) -> dict[str, Any]:
+    return {"graphopt_criteria": lambda: list(classes)}
+
+
+def _criterion(**members: Any) -> type[Criterion]:
+    return type("Other", (Criterion,), {"name": "other", "scores": Size.scores, **members})
+
+
+def _demanding(self: Any, size: int) -> None:
+    raise AssertionError(size)
+
+
+def test_a_criterion_is_found_by_name(load: Load) -> None:
+    registry = load(acme=criteria(Size), zeta=criteria(_criterion(needs_data=True)))
+    assert list(registry.criteria) == ["other", "size"]
+    assert isinstance(registry.criteria["size"], Size)
+    assert registry.criteria["other"].needs_data
+    assert registry.plugins[0].hooks == ("graphopt_criteria",)
+
+
+@pytest.mark.parametrize(
+    ("item", "message"),
+    [
+        (Size(), "is not a subclass of Criterion"),
+        (int, "is not a subclass of Criterion"),
+        (type("Nameless", (Criterion,), {"scores": Size.scores}), "criterion class Nameless needs a name of"),
+        (_criterion(name="Two Words"), "needs a name of lower-case letters, digits and dashes, not 'Two Words'"),
+        (_criterion(name="taylor"), "criterion class Other: the name 'taylor' is reserved"),
+        (_criterion(needs_data="yes"), "criterion class Other needs needs_data = True or needs_data = False"),
+        (_criterion(comparable=1), "criterion class Other needs comparable = True or comparable = False"),
+        (type("Idle", (Criterion,), {"name": "idle"}), "criterion class Idle does not define scores"),
+        (_criterion(__init__=_demanding), "criterion class Other cannot be made without arguments: TypeError"),
+    ],
+)
+def test_a_class_that_is_no_criterion_is_refused(load: Load, item: Any, message: str) -> None:
+    text = refusal(load, acme=criteria(item))
+    assert text.startswith("plugin acme-dist: ")
+    assert message in text
+    assert text.endswith("; disable it with --no-plugin acme-dist")
+
+
+def test_two_plugins_with_one_criterion_are_both_named(load: Load) -> None:
+    text = refusal(load, acme=criteria(Size), zeta=criteria(_criterion(name="size")))
+    assert text == "criterion size: claimed by both acme-dist and zeta-dist; disable it with --no-plugin zeta-dist"
 
 
 # ---------------------------------------------------------------- backends and targets

@@ -54,6 +54,8 @@ def test_an_installed_plugin_is_listed(plugins: Install) -> None:
     listed = json.loads(ran.out)
     assert "acme-clip-weights" in listed["passes"]
     assert "acme:cam1" in listed["targets"]
+    assert listed["criteria"]["acme-peak"].startswith("Largest magnitude among the weights")
+    assert "wanda" in listed["criteria"]
     assert "acme-cam1" in listed["recipes"]
     names = {plugin["name"]: plugin["version"] for plugin in listed["plugins"]}
     assert names["acme-graphopt"] == "1.2.0"
@@ -113,6 +115,43 @@ for name in ("digits_cnn", "digits_transformer"):
     result = python(code, plugins("acme_graphopt"))
     assert [modified for modified, _ in result.values()] == [True, False, True, False]
     assert all(sites for _, sites in result.values())
+
+
+def test_its_criterion_decides_what_is_pruned(plugins: Install, fixtures: Path, tmp_path: Path) -> None:
+    model, env = fixtures / "digits_cnn" / "model.onnx", plugins("acme_graphopt")
+    steps = {}
+    for name in ("acme-peak", "l2"):
+        step = f"prune{{criterion={name}}}"
+        ran = graphopt(model, "--passes", step, "-o", name, "--json", env=env, cwd=tmp_path)
+        assert ran.code == 0, ran.err
+        report = json.loads(ran.out)
+        assert report["pipeline"] == step
+        steps[name] = (tmp_path / name / "model.onnx").read_bytes()
+        assert any(change["action"].startswith("removed ") for change in report["steps"][0]["changes"])
+    assert steps["acme-peak"] != steps["l2"]
+
+
+def test_a_misspelled_criterion_names_the_nearest(plugins: Install, fixtures: Path, tmp_path: Path) -> None:
+    model = fixtures / "digits_cnn" / "model.onnx"
+    ran = graphopt(model, "--passes", "prune{criterion=acme-peek}", env=plugins("acme_graphopt"), cwd=tmp_path)
+    assert (ran.code, ran.out) == (2, "")
+    assert "prune.criterion: no criterion called 'acme-peek'; did you mean 'acme-peak'?" in ran.err
+
+
+def test_its_criterion_keeps_the_contract(plugins: Install, fixtures: Path) -> None:
+    code = f"""
+from acme_graphopt.peak import Peak
+from graphopt.testing import check_criterion, check_pass
+from graphopt_passes.prune import Prune
+model = {str(fixtures)!r} + "/digits_cnn/model.onnx"
+scores = check_criterion(Peak(), model)
+done = check_pass(Prune(criterion="acme-peak"), model, criteria=[Peak()])
+result = [[round(float(s.mean()), 6) for s in scores], done.modified]
+"""
+    means, modified = python(code, plugins("acme_graphopt"))
+    assert means
+    assert set(means) == {1.0}
+    assert modified
 
 
 def test_its_recipe_is_found_by_name(plugins: Install) -> None:

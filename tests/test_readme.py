@@ -18,6 +18,11 @@ def test_the_plugin_is_the_tested_file() -> None:
     assert f"```python\n{plugin.read_text('utf8').rstrip()}\n```" in README
 
 
+def test_the_criterion_is_the_tested_one() -> None:
+    plugin = (ROOT / "tests" / "plugins" / "acme_graphopt" / "acme_graphopt" / "peak.py").read_text("utf8")
+    assert f"```python\n{plugin[plugin.index('class Peak') :].rstrip()}\n```" in README
+
+
 def test_the_entry_point_is_that_of_the_tested_package() -> None:
     line = 'clip-weights = "acme_graphopt.clip_weights"'
     assert line in README

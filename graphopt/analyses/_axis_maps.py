@@ -61,6 +61,8 @@ class SizeTable:
         scalar: True: the attribute is one integer, not a list.
         drops: Attributes that contradict the list and go once it is written.
         at_most: True: the numbers may not exceed what is left, and are lowered only then.
+        reads: Axes whose sizes the numbers were computed from; once one changes, what is computed is no longer meant.
+        dtype: Type of the constant input.
     """
 
     output: str
@@ -70,6 +72,8 @@ class SizeTable:
     scalar: bool = False
     drops: tuple[str, ...] = ()
     at_most: bool = False
+    reads: tuple[AxisName, ...] = ()
+    dtype: ir.DataType = ir.DataType.INT64
 
 
 @dataclass(frozen=True, eq=False)
@@ -112,6 +116,7 @@ class AxisMaps:
 
     shapes: Shapes
     constants: Constants
+    functions: frozenset[tuple[str, str, str]] = frozenset()
     partition: Partition = field(default_factory=Partition)
     axes: dict[str, list[Indices | None]] = field(default_factory=dict[str, "list[Indices | None]"])
     contents: dict[str, Content | None] = field(default_factory=dict[str, "Content | None"])
@@ -124,6 +129,10 @@ class AxisMaps:
     zeros: set[str] = field(default_factory=set[str])
     kinds: list[tuple[Indices, Kind]] = field(default_factory=list["tuple[Indices, Kind]"])
     means: list[Mean] = field(default_factory=list["Mean"])
+    routers: list[tuple[Indices, str]] = field(default_factory=list["tuple[Indices, str]"])
+    stacks: list[Indices] = field(default_factory=list["Indices"])
+    floors: list[tuple[Indices, int]] = field(default_factory=list["tuple[Indices, int]"])
+    numbered: dict[str, Indices] = field(default_factory=dict[str, "Indices"])
 
     def of(self, value: ir.Value) -> list[Indices | None] | None:
         """Atoms of each axis, None for a dynamic axis; None where even the rank is unknown."""
@@ -149,6 +158,21 @@ class AxisMaps:
                 return None
             value = first
         return self.key(value)
+
+    def origin_axis(self, value: ir.Value, axis: int) -> AxisName | None:
+        """The axis of a constant that an axis is, behind operators that keep axes whole; None where one does not."""
+        while self.constants.of(value) is None:
+            producer = value.producer()
+            first = producer.inputs[0] if producer is not None else None
+            rank = len(self.of(value) or ())
+            if producer is None or first is None or not rank:
+                return None
+            if producer.op_type == "Transpose":
+                axis = (producer.attributes.get_ints("perm", None) or tuple(reversed(range(rank))))[axis]
+            elif producer.op_type not in ("Cast", "DequantizeLinear", "Identity"):
+                return None
+            value = first
+        return self.key(value), axis
 
     def content(self, value: ir.Value | None) -> Content | None:
         """Entries of a small tensor, None if it is not one that shape arithmetic knows."""
@@ -266,6 +290,9 @@ class NodeView:
         self.maps.roles.setdefault((self.key(value), axis % rank), []).append((role, self.label))
         if (origin := self.maps.origin(value)) is not None:
             self.maps.origins[self.key(value)] = origin
+            source = self.maps.origin_axis(value, axis % rank)
+            if source is not None and source[0] != self.key(value):
+                self.maps.roles.setdefault(source, []).append((role, self.label))
         atoms = self.atoms(value, axis)
         if role == "output" and atoms is not None:
             self.maps.partition.mark(atoms)
@@ -283,6 +310,13 @@ class NodeView:
         if atoms is not None:
             self.maps.kinds.append((atoms, kind))
 
+    def stack(self, weight: ir.Value, axis: int) -> None:
+        """Say that a weight is a stack of weights along an axis, one for each head or expert."""
+        atoms = self.atoms(weight, axis)
+        if atoms is not None and len(atoms) > 1:
+            self.role(weight, axis, "output")
+            self.maps.stacks.append(atoms)
+
     def content(self, index: int) -> Content | None:
         """Entries of a small input; the rule answers for the axes that they were read from."""
         value = self.input(index)
@@ -291,10 +325,14 @@ class NodeView:
         return self.maps.content(value)
 
     def numbers(self, index: int) -> tuple[int, ...] | None:
-        """An input as numbers, None if one is unknown; sizes that went into them can no longer change."""
+        """An input as numbers, None if one is unknown; what was computed from sizes stays as it is now."""
         content = self.content(index)
-        self.maps.pin_axes(reads(content), self.reason)
-        return numbers(content)
+        found = numbers(content)
+        if content is None or found is None:
+            self.maps.pin_axes(reads(content), self.reason)
+        elif reads(content):
+            self.state_sizes(index, found, (), scalar=not content.ndim, reads=reads(content))
+        return found
 
     def state_sizes(
         self,
@@ -305,10 +343,14 @@ class NodeView:
         scalar: bool = False,
         drops: tuple[str, ...] = (),
         at_most: bool = False,
+        reads: tuple[AxisName, ...] = (),
     ) -> None:
-        """Record numbers of this node that follow the channels."""
+        """Record numbers of this node that follow the channels, or that must not follow them."""
         output = self.key(self.node.outputs[0])
-        self.maps.tables.append(SizeTable(output, slot, tuple(numbers), tuple(spans), scalar, drops, at_most))
+        value = self.input(slot) if isinstance(slot, int) else None
+        dtype = (None if value is None else self.maps.shapes.dtype(value)) or ir.DataType.INT64
+        table = SizeTable(output, slot, tuple(numbers), tuple(spans), scalar, drops, at_most, reads, dtype)
+        self.maps.tables.append(table)
 
     def span(self, value: ir.Value, axis: int, start: int = 0, stop: int | None = None, unit: int = 1) -> Span:
         """Part of an axis of known size."""
@@ -330,7 +372,7 @@ class NodeView:
         self._understood.add(self.key(value))
 
     def finish(self, *, content_kept: bool) -> None:
-        """Pin what the rule did not mention.
+        """Pin what the rule did not mention; numbers that were computed from sizes stay as they are.
 
         Args:
             content_kept: The output's content is known, so that what was read from shapes is still followed.
@@ -341,5 +383,11 @@ class NodeView:
             for axis, atoms in enumerate(self.maps.of(value) or ()):
                 if (self.key(value), axis) not in self._settled:
                     self.maps.pin(atoms, self.reason)
-            if not content_kept and self.key(value) not in self._understood:
+        if content_kept:
+            return
+        for index, value in enumerate(self.node.inputs):
+            if value is not None and self.key(value) not in self._understood:
+                self.numbers(index)
+        for value in self._inner:
+            if self.key(value) not in self._understood:
                 self.maps.pin_axes(reads(self.maps.contents.get(self.key(value))), self.reason)

@@ -88,6 +88,8 @@ def _roles(view: NodeView, operands: Sequence[ir.Value], labels: Sequence[Labels
     for i, value in enumerate(operands):
         if view.maps.origin(value) is None:
             continue
+        if len(labels[i]) > 2 and labels[i][0] in made:
+            view.stack(value, 0)
         elsewhere = {label for j, other in enumerate(labels) if j != i for label in other}
         for axis, label in enumerate(labels[i]):
             if label in made and label not in elsewhere:

@@ -108,19 +108,28 @@ def _reshaped(maps: AxisMaps, node: ir.Node, where: Where) -> Iterator[tuple[int
     sizes = [None if atoms is None else len(atoms) for atoms in old]
     made = [None if atoms is None else len(atoms) for atoms in new]
     for part, axis in where.items():
-        before, after = _product(sizes[:axis]), [_product(made[:to]) for to in range(len(made))]
-        start = [to for to, product in enumerate(after) if product == before and before is not None and made[to] != 1]
-        if start and sizes[axis] is not None and (made[start[0]] or 0) % (sizes[axis] or 1) == 0:
-            whole = sizes[axis] == made[start[0]]
-            yield part if whole or part < 0 else -1 - part, start[0]
+        to, size = _aligned(sizes, made, axis), sizes[axis]
+        if to is not None and size is not None and (made[to] or 0) % size == 0:
+            whole = size == made[to]
+            yield part if whole or part < 0 else -1 - part, to
 
 
-def _product(sizes: Sequence[int | None]) -> tuple[int, int] | None:
-    """How many open sizes, and the product of the others."""
-    known, open_sizes = 1, 0
-    for size in sizes:
-        known, open_sizes = known * (size or 1), open_sizes + (size is None)
-    return open_sizes, known
+def _aligned(old: Sequence[int | None], new: Sequence[int | None], axis: int) -> int | None:
+    """Where an axis begins in another shape; open sizes are taken to be equal."""
+    i = j = 0
+    while i < axis and j < len(new):
+        left, right = old[i], new[j]
+        i, j = i + 1, j + 1
+        while left is not None and right is not None and left != right:
+            if left < right and i < axis:
+                left, i = left * (old[i] or 1), i + 1
+            elif left > right and j < len(new):
+                right, j = right * (new[j] or 1), j + 1
+            else:
+                return None
+    while j < len(new) and new[j] == 1 != old[axis]:
+        j += 1
+    return j if i == axis and j < len(new) else None
 
 
 def _reduced(

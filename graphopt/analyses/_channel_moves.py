@@ -26,7 +26,7 @@ from graphopt.analyses._axis_maps import NodeView
 from graphopt.analyses._channel_reshape import flatten, reshape
 from graphopt.analyses._channel_rules import Rule
 from graphopt.analyses._partition import Indices
-from graphopt.analyses._shape_values import AxisName
+from graphopt.analyses._shape_values import AxisName, reads
 
 __all__ = ["MOVE_RULES"]
 
@@ -224,6 +224,10 @@ def _resize_to_sizes(view: NodeView, source: ir.Value, order: Sequence[int]) -> 
     if content is None:
         return
     entries = list(content.reshape(-1))
+    for back, entry in enumerate(reversed(entries), start=1):
+        inside = view.sizes(source)[-back] if back <= rank else 1  # type: ignore[index]
+        if entry.number is not None and inside is not None:  # shape inference gives up on sizes that the graph computes
+            view.adopt(output, -back, max(int(entry.number), inside))
     literal = all(entry.number is not None and not entry.reads for entry in entries)
     for axis in range(view.rank(source) or 0):
         entry = entries[order.index(axis)] if axis in order else None
@@ -244,16 +248,21 @@ def _expand(view: NodeView) -> None:
         view.numbers(1)
         return
     entries = list(content.reshape(-1))
-    literal = all(entry.number is not None and not entry.reads for entry in entries)
+    for back, entry in enumerate(reversed(entries), start=1):
+        inside = 1 if back > rank else (view.sizes(source) or [])[-back]
+        if entry.number is not None and inside is not None:  # shape inference gives up on sizes that the graph computes
+            view.adopt(output, -back, max(int(entry.number), inside))
+    if all(entry.number is not None for entry in entries):
+        axes = [len(entries) - back for back in range(1, out_rank + 1) if _expanded_axis(view, source, back)]
+        spans = [(i, view.span(output, i - len(entries))) for i in axes if 0 <= i and entries[i].number != 1]
+        view.state_sizes(1, [int(entry.number or 0) for entry in entries], spans, reads=reads(content))
+        return
     follows: set[AxisName] = set()
     for back in range(1, out_rank + 1):
         entry = entries[-back] if back <= len(entries) else None
         if entry is None or entry.number == 1 or entry.axis == (view.key(source), rank - back):
             view.link(source, -back, output, -back)
             follows.update(() if entry is None else entry.reads)
-        elif literal and _expanded_axis(view, source, back):
-            span = view.span(output, -back)
-            view.state_sizes(1, [int(e.number or 0) for e in entries], [(len(entries) - back, span)])
         elif entry.axis is not None and _same_axis(view, entry.axis, output, -back):
             _expanded_axis(view, source, back)
             follows.update(entry.reads)

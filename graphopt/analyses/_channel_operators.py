@@ -41,7 +41,7 @@ from graphopt.analyses._channel_einsum import einsum
 from graphopt.analyses._channel_quantized import QUANTIZED_CONTRIB_RULES, QUANTIZED_RULES
 from graphopt.analyses._channel_recurrent import RECURRENT_CONTRIB_RULES, RECURRENT_RULES
 from graphopt.analyses._channel_rules import COMPUTE_RULES, Rule, broadcast, broadcast_axes
-from graphopt.analyses._partition import Indices
+from graphopt.analyses._shape_values import AxisName
 
 __all__ = ["CONTRIB_RULES", "OPERATOR_RULES"]
 
@@ -265,7 +265,8 @@ def _constant_of_shape(view: NodeView) -> None:
             view.settle(output, axis)
             view.state_sizes(0, [int(e.number) for e in entries], [(axis, view.span(output, axis))])
             continue
-        read: Indices | None = None if entry.axis is None else view.maps.axes[entry.axis[0]][entry.axis[1]]
+        name: AxisName | None = entry.axis
+        read = None if name is None else view.maps.axes[name[0]][name[1]]
         if read is not None and made is not None and len(read) == len(made):
             view.tie(read, made)
             view.settle(output, axis)

@@ -21,7 +21,7 @@ import onnx_ir as ir
 from graphopt.analyses._axis_maps import NodeView
 from graphopt.analyses._channel_lookahead import follow
 from graphopt.analyses._partition import Indices
-from graphopt.analyses._shape_values import Entry
+from graphopt.analyses._shape_values import AxisName, Entry
 
 __all__ = ["flatten", "match_blocks", "reshape"]
 
@@ -102,6 +102,9 @@ def reshape(view: NodeView) -> None:
     if source is None or old is None or target is None:
         view.numbers(1)
         return
+    for axis, token in enumerate(target.tokens):
+        if isinstance(token, int):  # shape inference gives up on sizes that the graph computes
+            view.adopt(output, axis, token)
     linked: list[int] = []
     for parts, made in match_blocks(old, target.tokens):
         linked += _tie_block(view, parts, made)
@@ -140,8 +143,11 @@ def _target(view: NodeView, source: ir.Value | None, old: list[Token]) -> _Targe
             token = entry.number
         elif entry.axis is not None and source is not None and entry.axis[0] == source.name:
             token = old[entry.axis[1]]
-        tokens.append(token)
-    return _Target(entries, tuple(_resolve(old, tokens)))
+        tokens.append(None if entry.number == -1 and not isinstance(token, int) else token)
+    resolved = _resolve(old, tokens)
+    if inferred is not None and len(inferred) == len(resolved):
+        resolved = [inferred[i] if token is None else token for i, token in enumerate(resolved)]
+    return _Target(entries, tuple(resolved))
 
 
 def _resolve(old: Sequence[Token], new: list[Token]) -> list[Token]:
@@ -268,24 +274,22 @@ def _some(atoms: Indices | None) -> Indices:
 
 
 def _state_target(view: NodeView, source: ir.Value, target: _Target, linked: list[int]) -> None:
-    """See that the requested shape keeps up: sizes read from an axis are tied to it, stated ones are rewritten."""
-    output = view.node.outputs[0]
-    stated: list[int] = []
+    """See that the requested shape keeps up: it is written anew, or its sizes are tied to those they are read from."""
+    output, shape = view.node.outputs[0], _as_numbers(view, source, target)
+    others = [entry for axis, entry in enumerate(target.entries) if entry.axis != (view.key(source), axis)]
+    if shape is not None:
+        computed = tuple(sorted({name for entry in others for name in entry.reads}))
+        spans = [(axis, view.span(output, axis)) for axis in linked if shape[axis] > 1]
+        slot: str | int = 1 if view.input(1) is not None else "shape"
+        if spans or computed:
+            view.state_sizes(slot, shape, spans, reads=computed)
+        return
     for axis, entry in enumerate(target.entries):
         if entry.axis is not None and axis in linked and _same_size(view, entry.axis, output, axis):
             continue
         view.maps.pin_axes(entry.reads, view.reason)
-        if axis in linked and isinstance(entry.number, int) and entry.number > 1:
-            stated.append(axis)
-    if not stated:
-        return
-    shape = _as_numbers(view, source, target)
-    if shape is None:
-        for axis in stated:
+        if entry.number != -1 and entry.number != 0:
             view.maps.pin(view.atoms(output, axis), view.reason)
-        return
-    slot: str | int = 1 if view.input(1) is not None else "shape"
-    view.state_sizes(slot, shape, [(axis, view.span(output, axis)) for axis in stated])
 
 
 def _same_size(view: NodeView, name: tuple[str, int], output: ir.Value, axis: int) -> bool:
@@ -308,6 +312,5 @@ def _as_numbers(view: NodeView, source: ir.Value, target: _Target) -> list[int] 
     shape: list[int] = []
     for i, entry in enumerate(target.entries):
         copies = entry.axis == (view.key(source), i)
-        plain = isinstance(entry.number, int) and (entry.axis is None or not entry.reads)
-        shape.append(0 if copies else int(entry.number or 0) if plain else -1)
+        shape.append(0 if copies else -1 if entry.number is None else int(entry.number))
     return shape if shape.count(-1) <= 1 else None

@@ -160,6 +160,8 @@ def _matmul(view: NodeView) -> None:
         view.role(right, -1 if right_rank > 1 else 0, "output")
         view.call(view.atoms(right, -1), "neurons")
         view.role(right, -2 if right_rank > 1 else 0, "input")
+        for axis in range(right_rank - 2):
+            view.stack(right, axis)
     if view.maps.origin(left) or view.maps.origin(right) or view.is_zero(left) or view.is_zero(right):
         view.link(left, -1, right, -2 if right_rank > 1 else 0)
     if left_rank > 1:

@@ -71,10 +71,10 @@ def _follow_sizes(view: NodeView, results: Sequence[ir.Value], output: ir.Value)
     known = [content for content in contents if content is not None]
     if not output.name or len(known) < len(results) or len({content.shape for content in known}) > 1:
         return
-    merged: Content = known[0].copy()
-    for place in np.ndindex(merged.shape):
-        merged[place] = _either([content[place] for content in known])
-    view.maps.contents[view.key(output)] = merged
+    merged: Content = np.empty(known[0].size, dtype=object)
+    for place, entries in enumerate(zip(*(content.reshape(-1) for content in known), strict=True)):
+        merged[place] = _either(entries)
+    view.maps.contents[view.key(output)] = merged.reshape(known[0].shape)
     for value in (*results, output):
         view.follow(value)
 

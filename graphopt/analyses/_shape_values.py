@@ -6,6 +6,7 @@ gives the numbers of one that reads none.
 
 from __future__ import annotations
 
+import functools
 import math
 import operator
 from collections.abc import Callable, Sequence
@@ -158,10 +159,55 @@ def _elementwise(function: Callable[..., Any]) -> Callable[[ir.Node, list[Conten
         for entries in zip(*(operand.reshape(-1) for operand in operands), strict=True):
             known = [entry.number for entry in entries]
             number = None if any(n is None for n in known) else function(*known)
-            results.append(Entry(number, None, tuple(sorted({axis for entry in entries for axis in entry.reads}))))
+            results.append(Entry(number, None, _united(*entries)))
         return _pack(results, operands[0].shape)
 
     return apply
+
+
+def _where(node: ir.Node, inputs: list[Content]) -> Content:  # noqa: ARG001
+    """Each entry from the side that a known condition picks, so that sizes are still known as such."""
+    operands = np.broadcast_arrays(*inputs)
+    results: list[Entry] = []
+    for condition, yes, no in zip(*(operand.reshape(-1) for operand in operands), strict=True):
+        if condition.number is None:
+            raise TypeError("an unknown condition")
+        chosen = yes if condition.number else no
+        results.append(Entry(chosen.number, None if condition.reads else chosen.axis, _united(chosen, condition)))
+    return _pack(results, operands[0].shape)
+
+
+def _united(*entries: Entry) -> tuple[AxisName, ...]:
+    return tuple(sorted({axis for entry in entries for axis in entry.reads}))
+
+
+def _reduce(function: Callable[..., Any]) -> Callable[[ir.Node, list[Content]], Content]:
+    """All entries together."""
+
+    def apply(node: ir.Node, inputs: list[Content]) -> Content:
+        entries = list(inputs[0].reshape(-1))
+        axes = _axes(node, inputs)
+        if inputs[0].ndim != 1 or axes not in ([], [0], [-1]) or any(entry.number is None for entry in entries):
+            raise TypeError("not one list of known numbers")
+        number = functools.reduce(function, (entry.number for entry in entries))
+        return _pack([Entry(number, None, _united(*entries))], (1,) if node.attributes.get_int("keepdims", 1) else ())
+
+    return apply
+
+
+def _expand(node: ir.Node, inputs: list[Content]) -> Content:  # noqa: ARG001
+    shape = _integers(inputs[1])
+    if math.prod(shape) > _LARGEST:
+        raise ValueError("too large")
+    return np.broadcast_to(inputs[0], np.broadcast_shapes(inputs[0].shape, tuple(shape)))
+
+
+def _range(node: ir.Node, inputs: list[Content]) -> Content:  # noqa: ARG001
+    start, stop, step = (_integers(content)[0] for content in inputs)
+    found = range(start, stop, step)
+    if len(found) > _LARGEST:
+        raise ValueError("too large")
+    return _pack([Entry(number) for number in found], (len(found),))
 
 
 def _divide(a: float, b: float) -> float:
@@ -194,6 +240,25 @@ _OPERATORS: dict[str, Callable[[ir.Node, list[Content]], Content | None]] = {
     "Mul": _elementwise(operator.mul),
     "Div": _elementwise(_divide),
     "Neg": _elementwise(operator.neg),
+    "Abs": _elementwise(abs),
+    "Mod": _elementwise(operator.mod),
+    "Pow": _elementwise(operator.pow),
+    "And": _elementwise(lambda a, b: bool(a) and bool(b)),
+    "Or": _elementwise(lambda a, b: bool(a) or bool(b)),
+    "Sqrt": _elementwise(math.sqrt),
+    "Min": _elementwise(min),
+    "Max": _elementwise(max),
+    "Equal": _elementwise(operator.eq),
+    "Greater": _elementwise(operator.gt),
+    "Less": _elementwise(operator.lt),
+    "Not": _elementwise(operator.not_),
+    "Where": _where,
+    "ReduceProd": _reduce(operator.mul),
+    "ReduceSum": _reduce(operator.add),
+    "ReduceMax": _reduce(max),
+    "ReduceMin": _reduce(min),
+    "Expand": _expand,
+    "Range": _range,
     "Floor": _elementwise(_floor),
     "Ceil": _elementwise(_ceil),
 }

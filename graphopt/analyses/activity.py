@@ -97,6 +97,8 @@ class ActivityAnalysis(Analysis[Mapping[AxisName, AxisActivity]]):
         if ctx.calibration is None:
             raise DataError("calibration", "the activity of channels needs samples", "give --calibration")
         found = {axis: AxisActivity.empty(size) for axis, size in self.axes}
+        if not found:
+            return found
         names = list(dict.fromkeys(name for name, _ in found))
         for seen in stream(model, names, ctx, "measuring activity", self.samples):
             for (name, axis), activity in found.items():

@@ -19,6 +19,7 @@ import numpy as np
 import onnx_ir as ir
 
 from graphopt.analyses._axis_maps import AxisMaps, IndexTable, Kind, Mean, NodeView, Role, SizeTable, Span
+from graphopt.analyses._channel_experts import EXPERT_RULES, settle_routers
 from graphopt.analyses._channel_moves import MOVE_RULES
 from graphopt.analyses._channel_norms import NORM_RULES
 from graphopt.analyses._channel_operators import CONTRIB_RULES, OPERATOR_RULES
@@ -37,7 +38,7 @@ __all__ = [
     "SizeTable", "Span",
 ]  # fmt: skip
 
-_RULES = {**COMPUTE_RULES, **NORM_RULES, **MOVE_RULES, **OPERATOR_RULES}
+_RULES = {**COMPUTE_RULES, **NORM_RULES, **MOVE_RULES, **OPERATOR_RULES, **EXPERT_RULES}
 _FREE = np.iinfo(np.int64).max
 
 
@@ -73,6 +74,7 @@ class ChannelGroup:
         producers: Names of the nodes that make them, in the graph's order.
         pin: Why they cannot be removed, or None.
         kind: What one unit is.
+        least: How many have to stay, such as the experts that every token is given.
     """
 
     name: str
@@ -81,6 +83,7 @@ class ChannelGroup:
     producers: tuple[str, ...]
     pin: str | None
     kind: Kind = "channels"
+    least: int = 1
 
 
 @dataclass(frozen=True, eq=False)
@@ -115,12 +118,13 @@ class ChannelGroupsAnalysis(Analysis[ChannelGroups]):
 
     def compute(self, model: ir.Model, ctx: Context) -> ChannelGroups:
         """Apply the rules in the graph's order, then collect the sets."""
-        maps = AxisMaps(ctx.fact(SHAPES), ctx.fact(CONSTANTS))
+        maps = AxisMaps(ctx.fact(SHAPES), ctx.fact(CONSTANTS), frozenset(model.functions))
         opset = model.graph.opset_imports.get("", 1)
         names = Names(model)
         for value in model.graph.inputs:
             maps.pin_value(value, f"reaches graph input {value.name!r}")
         _visit_graph(maps, model.graph, names, opset)
+        settle_routers(maps)
         for value in model.graph.outputs:
             maps.pin_value(value, f"reaches graph output {value.name!r}")
         order = {label: i for i, label in enumerate(names.order())}
@@ -141,9 +145,11 @@ def _reshapes_weight(maps: AxisMaps, node: ir.Node) -> bool:
 
 def _visit(maps: AxisMaps, node: ir.Node, names: Names, opset: int) -> None:
     view = NodeView(maps, node, names.label(node), opset)
+    if node.op_identifier() in maps.functions:
+        view.reason = f"goes into the function {node.op_type!r} that {view.label!r} calls"
     visit_inside(view, lambda graph: _visit_graph(maps, graph, names, opset))
     content = evaluate(node, [maps.content(value) for value in node.inputs])
-    if (rule := _rule(node)) is not None:
+    if (rule := _rule(maps, node)) is not None:
         rule(view)
     if node.op_type == "Shape":
         content = _shape_content(view)
@@ -154,7 +160,9 @@ def _visit(maps: AxisMaps, node: ir.Node, names: Names, opset: int) -> None:
     view.finish(content_kept=content is not None)
 
 
-def _rule(node: ir.Node) -> Rule | None:
+def _rule(maps: AxisMaps, node: ir.Node) -> Rule | None:
+    if node.op_identifier() in maps.functions:
+        return None
     standard = node.domain in ("", "ai.onnx")
     return _RULES.get(node.op_type) if standard else CONTRIB_RULES.get((node.domain, node.op_type))
 
@@ -259,7 +267,8 @@ def _group(
     )
     key = order[producers[0]], int(np.argmax(first.roots == units[0]))
     kind = kinds.get(int(units[0]), "channels")
-    return key, ChannelGroup(producers[0], len(units), places, tuple(producers), pin, kind)
+    floors = (floor for atoms, floor in maps.floors if np.isin(maps.partition.find(atoms), units).any())
+    return key, ChannelGroup(producers[0], len(units), places, tuple(producers), pin, kind, max(floors, default=1))
 
 
 def _positions(roots: Indices, units: Indices) -> Indices:

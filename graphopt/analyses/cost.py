@@ -9,14 +9,13 @@ from typing import ClassVar
 
 import onnx_ir as ir
 
+from graphopt.analyses._mac_terms import MacTerm, mac_terms
 from graphopt.analyses.constants import CONSTANTS, Constants
 from graphopt.analyses.names import Names
 from graphopt.analyses.shapes import CONCRETE_SHAPES, Shapes
 from graphopt.pass_base import Analysis, Context
 
-__all__ = ["COST", "Cost", "CostAnalysis", "NodeCost"]
-
-_RECURRENT_GATES = {"LSTM": 4, "GRU": 3, "RNN": 1}
+__all__ = ["COST", "Cost", "CostAnalysis", "MacTerm", "NodeCost"]
 
 
 @dataclass(frozen=True)
@@ -30,6 +29,7 @@ class NodeCost:
         params: Elements of its constant inputs; a weight behind DequantizeLinear counts for the node that uses it.
         weight_bytes: Bytes of its constant inputs as stored.
         moved_bytes: Bytes of activations read and written, where shapes are known.
+        terms: The multiply-accumulates by what they are proportional to.
     """
 
     node: str
@@ -38,6 +38,7 @@ class NodeCost:
     params: int
     weight_bytes: int
     moved_bytes: int
+    terms: tuple[MacTerm, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -78,8 +79,10 @@ def _node_cost(name: str, node: ir.Node, shapes: Shapes, constants: Constants) -
     weights = [] if node.op_type == "DequantizeLinear" else [t for v in node.inputs for t in _stored(v, constants)]
     activations = [v for v in (*node.inputs, *node.outputs) if v is not None and constants.of(v) is None]
     moved = sum(_bytes(v, shapes) for v in activations)
-    macs = _macs(node, shapes)
-    return NodeCost(name, node.op_type, macs, sum(t.size for t in weights), sum(t.nbytes for t in weights), moved)
+    terms = mac_terms(node, shapes)
+    macs = None if terms is None else sum(term.amount for term in terms)
+    elements, stored = sum(t.size for t in weights), sum(t.nbytes for t in weights)
+    return NodeCost(name, node.op_type, macs, elements, stored, moved, terms or ())
 
 
 def _stored(value: ir.Value | None, constants: Constants) -> list[ir.TensorProtocol]:
@@ -96,30 +99,6 @@ def _stored(value: ir.Value | None, constants: Constants) -> list[ir.TensorProto
 def _bytes(value: ir.Value, shapes: Shapes) -> int:
     shape, dtype = shapes.static(value), shapes.dtype(value)
     return 0 if shape is None or dtype is None else math.ceil(math.prod(shape) * dtype.itemsize)
-
-
-def _macs(node: ir.Node, shapes: Shapes) -> int | None:
-    """MACs of a linear operator; 0 for all others."""
-    kind = node.op_type
-    if kind in ("Conv", "ConvInteger", "QLinearConv"):
-        weight = shapes.static(node.inputs[3 if kind == "QLinearConv" else 1])
-        output = shapes.static(node.outputs[0])
-        return None if weight is None or output is None else math.prod(output) * math.prod(weight[1:])
-    if kind == "ConvTranspose":
-        weight, source = shapes.static(node.inputs[1]), shapes.static(node.inputs[0])
-        return None if weight is None or source is None else math.prod(source) * math.prod(weight[1:])
-    if kind in ("Gemm", "MatMul", "MatMulInteger", "QLinearMatMul"):
-        left, output = shapes.static(node.inputs[0]), shapes.static(node.outputs[0])
-        if left is None or output is None:
-            return None
-        transposed = kind == "Gemm" and node.attributes.get_int("transA", 0)
-        return math.prod(output) * (left[0] if transposed else left[-1] if left else 1)
-    if kind in _RECURRENT_GATES:
-        source, weight, hidden = (shapes.static(node.inputs[i]) for i in range(3))
-        if source is None or weight is None or hidden is None:
-            return None
-        return source[0] * source[1] * (math.prod(weight) + math.prod(hidden))
-    return 0
 
 
 COST = CostAnalysis()

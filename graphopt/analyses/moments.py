@@ -66,6 +66,11 @@ class LayerMoments:
         """`[groups, inputs]` root mean square of each input."""
         return np.sqrt(self.squares / max(1, self.rows))
 
+    @property
+    def variances(self) -> Array:
+        """`[groups, inputs]`."""
+        return np.maximum(0.0, self.squares / max(1, self.rows) - np.square(self.mean))
+
     def covariance(self) -> Array | None:
         """`[groups, inputs, inputs]`, None where there is no X'X."""
         if self.xx is None:
@@ -99,6 +104,7 @@ class MomentsAnalysis(Analysis[Moments]):
         samples: How many samples to use at most.
         pairs: False: the diagonal only.
         windows: False: each position of the activation is a row, whatever the kernel; inputs are channels then.
+        widest: Layers with longer rows keep only their diagonal; None: no limit.
         most_bytes: What the products of all layers may take together.
     """
 
@@ -107,6 +113,7 @@ class MomentsAnalysis(Analysis[Moments]):
     samples: int = 256
     pairs: bool = True
     windows: bool = True
+    widest: int | None = None
     most_bytes: int = 512 << 20
 
     def compute(self, model: ir.Model, ctx: Context) -> Moments:
@@ -159,8 +166,9 @@ class MomentsAnalysis(Analysis[Moments]):
         distinct = list(dict.fromkeys(layers))
         left, full = self.most_bytes, set[LinearInput]()
         for layer in sorted(distinct, key=_product_bytes):
-            left -= _product_bytes(layer)
-            if left >= 0 and self.pairs:
+            fits = self.pairs and (self.widest is None or layer.inputs <= self.widest)
+            if fits and left >= _product_bytes(layer):
+                left -= _product_bytes(layer)
                 full.add(layer)
         return {layer: _Sums(layer, full=layer in full) for layer in distinct}
 

@@ -11,7 +11,9 @@ import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes.common import ShapeInferencePass
 
-from graphopt.analyses._carried_shapes import carried_values, infer_carried
+from graphopt.analyses._contrib_shapes import stand_in
+from graphopt.analyses._subgraph_shapes import carried_values, infer_carried, lend_constants
+from graphopt.analyses.constants import CONSTANTS
 from graphopt.analyses.names import Names
 from graphopt.errors import GraphoptError
 from graphopt.model_io import input_specs
@@ -77,6 +79,8 @@ class ShapesAnalysis(Analysis[Shapes]):
         """Infer shapes and types of all values, subgraphs included."""
         copy = model.clone()
         _rename(copy)
+        stand_in(copy)
+        lent = lend_constants(copy, CONSTANTS.compute(copy, ctx))
         declared: dict[ir.Value, Dims] = _fix_inputs(copy, ctx) if self.concrete else {}
         _infer(copy)
         if self.concrete and (open_values := [v for v in _computed(copy.graph) if not _is_static(v)]):
@@ -89,6 +93,8 @@ class ShapesAnalysis(Analysis[Shapes]):
         types: dict[str, ir.DataType] = {}
         for graph in copy.graphs():
             for value in (*graph.inputs, *graph.initializers.values(), *_computed(graph)):
+                if value in lent:
+                    continue
                 if value.name and value.shape is not None:
                     shapes[value.name] = tuple(d if isinstance(d, int) else d.value for d in value.shape)
                 if value.name and value.dtype is not None:

@@ -37,7 +37,8 @@ def inspect_model(
     for name, cls in registry.passes.items():
         copy = model.clone()
         try:
-            result = run_pass(cls(), Context(model=copy, target=target, binding=binding), check=False).result
+            inner = Context(model=copy, target=target, binding=binding, criteria=registry.criteria)
+            result = run_pass(cls(), inner, check=False).result
         except GraphoptError as e:
             passes[name] = {"error": str(e)}
             continue

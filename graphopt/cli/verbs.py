@@ -38,13 +38,14 @@ def inspect_command(model: Path, shape: Any, dim: Any, no_plugin: Any, as_json: 
 @_plugin_option
 @_json_option
 def list_command(no_plugin: Any, as_json: bool) -> int:
-    """List passes, targets, backends, recipes and plugins."""
+    """List passes, pruning criteria, targets, backends, recipes and plugins."""
     from graphopt.plugins import load_plugins
     from graphopt.recipe import recipe_summaries
 
     registry = load_plugins(disable=no_plugin)
     found: dict[str, Any] = {
         "passes": {name: _first_line(cls) for name, cls in registry.passes.items()},
+        "criteria": {name: _first_line(type(criterion)) for name, criterion in registry.criteria.items()},
         "targets": {str(target): target.summary for target in registry.targets},
         "backends": {name: _first_line(type(backend)) for name, backend in registry.backends.items()},
         "recipes": recipe_summaries(registry),

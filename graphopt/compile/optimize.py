@@ -156,6 +156,7 @@ def _start(request: Request, model: ir.Model, progress: Progress | None, started
         threads=request.threads,
         extensions=request.extensions,
         evaluate=evaluator(request),
+        criteria=request.registry.criteria,
         log=_log,
     )
     if progress is not None:

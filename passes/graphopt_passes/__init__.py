@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from graphopt.criterion_base import Criterion
 from graphopt.markers import hookimpl
 from graphopt.pass_base import Pass
 
-__all__ = ["graphopt_passes"]
+__all__ = ["graphopt_criteria", "graphopt_passes"]
 
 
 @hookimpl
@@ -16,3 +17,11 @@ def graphopt_passes() -> list[type[Pass]]:
     from graphopt_passes.quant import Quant
 
     return [Fold, Prune, Quant]
+
+
+@hookimpl
+def graphopt_criteria() -> list[type[Criterion]]:
+    """Return the built-in criteria."""
+    from graphopt_passes._prune_criteria import BUILT_IN
+
+    return list(BUILT_IN)

@@ -1,12 +1,11 @@
-"""Least squares from streamed second moments, and the rows that a convolution's windows make of its input.
+"""Least squares from streamed second moments.
 
 A linear layer should come closer to a wanted output: `R = Y - (X W + b)` is what it misses. The correction solves
 
     min over D, d of  |R - (X D + d)|^2 + ridge |D|^2
 
 so that few samples change little (ridge regression towards the present weights, Hoerl and Kennard, 1970). X and R enter
-only through `X'X`, `X'R` and sums, one batch after the other. The ridge is chosen on rows that were held out, with "no
-correction" among the candidates.
+only through `X'X`, `X'R` and sums, one batch after the other. The ridge is chosen on rows that were held out.
 """
 
 from __future__ import annotations
@@ -16,14 +15,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from graphopt.analyses.windows import pad_sizes, window_rows
+__all__ = ["RIDGES", "Correction", "Moments", "System", "choose_ridge"]
 
-__all__ = ["RIDGES", "Correction", "Moments", "correct", "pad_sizes", "window_rows"]
-
-RIDGES = (1e-6, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)
+RIDGES = (1e-6, 1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)
 """Candidates, relative to the mean square of an input."""
-
-_LEAST_GAIN = 1e-3
 
 
 @dataclass
@@ -99,6 +94,22 @@ class Moments:
         scale = spread if spread > 1e-12 * float(self.yy.sum()) else float(self.yy.sum())
         return float(np.sqrt(max(0.0, missed) / scale)) if scale > 0 else 0.0
 
+    def system(self, ridge: float, *, offset: bool) -> System:
+        """The equations of a correction.
+
+        Args:
+            ridge: Relative to the mean square of the inputs.
+            offset: The bias may change; it is not penalised.
+        """
+        mean = offset * self.x / max(1, self.rows)
+        matrix = self.xx - self.rows * mean[:, :, None] * mean[:, None, :]
+        diagonal = np.arange(matrix.shape[1])
+        power = self.xx[:, diagonal, diagonal].mean(axis=1)
+        # where the inputs hardly vary, what is left of them after centring is rounding
+        level = ridge * matrix[:, diagonal, diagonal].mean(axis=1) + 1e-12 * power
+        matrix[:, diagonal, diagonal] += np.where(power > 0, level, 1.0)[:, None]
+        return System(matrix, mean)
+
     def solve(self, ridge: float, *, offset: bool) -> tuple[np.ndarray, np.ndarray]:
         """The correction of weight `[groups, inputs, outputs]` and bias `[groups, outputs]`.
 
@@ -106,18 +117,23 @@ class Moments:
             ridge: Relative to the mean square of the inputs.
             offset: The bias may change; it is not penalised.
         """
-        count = max(1, self.rows)
-        mean_x, mean_r = (self.x / count, self.r / count) if offset else (0 * self.x, 0 * self.r)
-        xx = self.xx - count * mean_x[:, :, None] * mean_x[:, None, :]
-        xr = self.xr - count * mean_x[:, :, None] * mean_r[:, None, :]
-        inputs = xx.shape[1]
-        diagonal = np.arange(inputs)
-        power = self.xx[:, diagonal, diagonal].mean(axis=1)
-        # where the inputs hardly vary, what is left of them after centring is rounding
-        level = ridge * xx[:, diagonal, diagonal].mean(axis=1) + 1e-12 * power
-        xx[:, diagonal, diagonal] += np.where(power > 0, level, 1.0)[:, None]
-        weight = np.linalg.solve(xx, xr)
-        return weight, mean_r - (mean_x[:, None] @ weight)[:, 0]
+        system = self.system(ridge, offset=offset)
+        mean = offset * self.r / max(1, self.rows)
+        weight = np.linalg.solve(system.matrix, self.xr - self.rows * system.mean[:, :, None] * mean[:, None, :])
+        return weight, mean - (system.mean[:, None] @ weight)[:, 0]
+
+
+@dataclass(frozen=True, eq=False)
+class System:
+    """The left side of the equations of a correction.
+
+    Attributes:
+        matrix: `[groups, inputs, inputs]`: products of the inputs about their mean, with the ridge.
+        mean: `[groups, inputs]` of the inputs; zero where the bias may not change.
+    """
+
+    matrix: np.ndarray
+    mean: np.ndarray
 
 
 @dataclass(frozen=True, eq=False)
@@ -137,25 +153,24 @@ class Correction:
     after: float
 
 
-def correct(seen: Moments, held_out: Moments, *, offset: bool, ridges: Sequence[float] = RIDGES) -> Correction | None:
-    """Choose the ridge on held-out rows, then solve with all rows.
+def choose_ridge(seen: Moments, held_out: Moments, *, offset: bool, ridges: Sequence[float] = RIDGES) -> float:
+    """The ridge that does best on held-out rows; candidates are tried from the middle towards what is better.
 
     Args:
         seen: Moments of the rows to fit.
-        held_out: Moments of the rows to choose by; they are added to `seen`.
+        held_out: Moments of the rows to choose by.
         offset: The bias may change.
-        ridges: Candidates.
-
-    Returns:
-        The correction, None where none helps on the held-out rows.
+        ridges: Candidates, ascending.
     """
-    before = held_out.error()
-    best, after = None, before * (1 - _LEAST_GAIN)
-    for ridge in ridges:
-        error = held_out.error(*seen.solve(ridge, offset=offset))
-        if error < after:
-            best, after = ridge, error
-    if best is None:
-        return None
-    seen.merge(held_out)
-    return Correction(*seen.solve(best, offset=offset), before, after)
+    errors: dict[int, float] = {}
+
+    def error(i: int) -> float:
+        if i not in errors:
+            inside = 0 <= i < len(ridges)
+            errors[i] = held_out.error(*seen.solve(ridges[i], offset=offset)) if inside else np.inf
+        return errors[i]
+
+    best = len(ridges) // 2
+    while (better := min((best, best - 1, best + 1), key=error)) != best:
+        best = better
+    return ridges[best]

@@ -9,7 +9,7 @@ import numpy as np
 import onnx_ir as ir
 
 from graphopt.analyses import Constants
-from graphopt_passes._least_squares import pad_sizes, window_rows
+from graphopt.analyses.windows import pad_sizes, window_rows
 
 __all__ = ["LINEAR", "WIDEST", "LinearLayer", "rows_worth_reading"]
 
@@ -103,8 +103,8 @@ class LinearLayer:
 
     @property
     def channel_axis(self) -> int:
-        """Axis of the output that its channels are on."""
-        return 1 if self.node.op_type == "Conv" else -1
+        """Axis of the output that its channels are on, counted from the last."""
+        return 1 - self.array.ndim if self.node.op_type == "Conv" else -1
 
     def positions(self, output: np.ndarray) -> int:
         """How many rows an output has."""

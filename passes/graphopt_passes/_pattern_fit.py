@@ -14,7 +14,8 @@ from typing import Literal
 import numpy as np
 import onnx_ir as ir
 
-from graphopt.analyses import CONSTANTS, LayerMoments
+from graphopt.analyses import MOMENTS, LayerMoments
+from graphopt.analyses import Moments as InputMoments
 from graphopt.calibration import Dataset
 from graphopt.pass_base import Context
 from graphopt.reference import Feed
@@ -24,7 +25,7 @@ from graphopt_passes._pattern_sites import Site
 from graphopt_passes._sparse_obs import Rule, cost, damped, find_sparse, norm_scores, solve_kept, sweep
 from graphopt_passes._stepwise import Stepwise
 
-__all__ = ["Fitted", "Method", "Refitter", "shifted", "too_wide"]
+__all__ = ["Fitted", "Method", "Refitter", "Shifter"]
 
 Method = Literal["magnitude", "wanda", "obs"]
 
@@ -34,6 +35,8 @@ _HOLD_OUT = 5
 _CHUNK = 1 << 23
 _RIDGES = (1e-3, 1e-2, 1e-1, 1.0)
 _RIDGE = 1e-2
+_SAME = 1e-5
+_ENOUGH = "it is as sparse already"
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,62 +45,75 @@ class Fitted:
 
     Attributes:
         weight: `[groups, inputs, outputs]` in the order of the site.
-        bias: `[groups, outputs]`, to be added.
+        bias: `[groups, outputs]`, to be added to the output.
         before: Relative error of the output with weights zeroed and nothing else; with refitting on held-out samples.
         after: The same with what the other weights and the bias make up for; None: not known, as `before`.
+        done: False: there is nothing to do.
     """
 
     weight: np.ndarray
     bias: np.ndarray
-    before: float | None
-    after: float | None
+    before: float | None = None
+    after: float | None = None
+    done: bool = True
 
 
-def too_wide(layer: LinearLayer) -> str | None:
-    """Why there is no X'X for a layer, None if there is."""
-    if layer.groups * layer.inputs**2 <= WIDEST**2:
-        return None
-    return f"the second moments of its input are {layer.groups} x {layer.inputs} x {layer.inputs} numbers"
-
-
-def shifted(site: Site, layer: LinearLayer, method: Method, rule: Rule, seen: LayerMoments) -> Fitted | str:
-    """A sparse layer whose kept weights stay, or why samples are of no use.
+class Shifter:
+    """Makes layers sparse by what they read in the whole model; biases make up for the mean.
 
     Args:
-        site: The weight.
-        layer: The layer that reads it.
-        method: How weights are judged; obs lets the sweep update the weights that it keeps.
-        rule: How many are dropped.
-        seen: What the layer reads in the whole model.
+        whole: The model as it was.
+        ctx: Where samples come from.
     """
-    if not seen.rows or not seen.finite:
-        return "what goes through it is not finite" if seen.rows else "no sample reaches it"
-    order, weight = _order(site), site.matrix()
-    mean, power = seen.mean[:, order] * layer.offset, seen.squares[:, order] / seen.rows
-    if seen.xx is None:
+
+    def __init__(self, whole: ir.Model, ctx: Context) -> None:
+        self.whole, self.ctx = whole, ctx
+        self.portions = list(MOMENTS.portions(ctx))
+        self.seen = InputMoments(layers={}, left_out={})
+
+    def fit(self, site: Site, layer: LinearLayer, method: Method, rule: Rule) -> Fitted | str:
+        """A sparse layer, or why samples are of no use.
+
+        Args:
+            site: The weight.
+            layer: The layer that reads it.
+            method: How weights are judged; obs lets its sweep update the weights that are kept.
+            rule: How many are dropped.
+        """
+        seen, weight = self._moments(layer.node.name), site.matrix()
+        if isinstance(seen, str):
+            return seen
+        if rule.fits(weight):
+            return Fitted(weight, np.zeros(()), done=False)
+        order = _order(site)
+        mean, power = seen.mean[:, order], seen.squares[:, order] / seen.rows
+        dropped = rule.drop(norm_scores(weight, None if method == "magnitude" else power))
+        left = bare = np.where(dropped, 0.0, weight)
+        if seen.xx is None:
+            if method == "obs":
+                return "the second moments of its input are too large"
+            return Fitted(bare, self._bias(layer, mean, weight - bare))
+        products = seen.xx[:, order[:, None], order] / seen.rows
+        varying = products - mean[:, :, None] * mean[:, None, :]
+        free = varying if layer.offset else products  # the bias takes over what is constant
         if method == "obs":
-            return "the second moments of its input are too large"
-        zeros = rule.drop(norm_scores(weight, power if method == "wanda" else None))
-        return Fitted(np.where(zeros, 0.0, weight), _moved(mean, np.where(zeros, weight, 0.0)), None, None)
-    products = seen.xx[:, order[:, None], order] / seen.rows
-    spread = products - mean[:, :, None] * mean[:, None, :]  # the bias takes over what is constant
-    zeros = rule.drop(norm_scores(weight, power if method != "magnitude" else None))
-    bare = np.where(zeros, 0.0, weight)
-    left = bare if method != "obs" else sweep(weight, damped(spread, _RIDGE), rule)[0]
-    energy = max(cost(weight, spread), np.finfo(np.float64).tiny)
-    before, after = (max(0.0, cost(*pair)) / energy for pair in ((bare - weight, products), (left - weight, spread)))
-    return Fitted(left, _moved(mean, weight - left), float(np.sqrt(before)), float(np.sqrt(after)))
+            left, _ = sweep(weight, damped(free, _RIDGE), rule)
+        energy = max(cost(weight, varying), np.finfo(np.float64).tiny)
+        before, after = cost(bare - weight, products), cost(left - weight, free)
+        bias, (before, after) = self._bias(layer, mean, weight - left), np.sqrt(np.maximum(0, (before, after)) / energy)
+        return Fitted(left, bias, float(before), float(after))
 
+    def _moments(self, name: str | None) -> LayerMoments | str:
+        """What a layer reads; layers are asked for in the order of the portions."""
+        while (found := self.seen.of(name)) is None and self.portions:
+            self.seen = self.portions.pop(0).compute(self.whole, self.ctx)
+        if found is None or not found.rows:
+            return self.seen.left_out.get(name or "", "no sample reaches it")
+        return found if found.finite else "what goes through it is not finite"
 
-def _moved(mean: np.ndarray, lost: np.ndarray) -> np.ndarray:
-    """`[groups, outputs]`: what lost weights added on average."""
-    return (mean[:, None] @ lost)[:, 0]
-
-
-def _order(site: Site) -> np.ndarray:
-    """Where the inputs of the site, kernel first, are among those of the layer, channels first."""
-    run = site.layout.run
-    return np.arange(site.layout.inputs).reshape(run, -1).T.reshape(-1)
+    def _bias(self, layer: LinearLayer, mean: np.ndarray, lost: np.ndarray) -> np.ndarray:
+        """`[groups, outputs]`: what lost weights added on average."""
+        return _scale(layer) * layer.offset * (mean[:, None] @ lost)[:, 0]
 
 
 class Refitter:
@@ -113,17 +129,21 @@ class Refitter:
     def __init__(self, whole: ir.Model, model: ir.Model, data: Dataset, ctx: Context) -> None:
         count = sum(1 for _ in data.feeds(_SAMPLES))
         self.feeds: list[Feed] = list(data.batches(max(1, min(_BATCH, count // 10)), _SAMPLES))
-        self.old, self.new = Stepwise(whole, self.feeds, ctx), Stepwise(model, self.feeds, ctx)
-        self.rng, self.constants = ctx.rng, ctx.fact(CONSTANTS)
+        self.old, self.new, self.rng = Stepwise(whole, self.feeds, ctx), Stepwise(model, self.feeds, ctx), ctx.rng
 
     def fit(self, site: Site, layer: LinearLayer, method: Method, rule: Rule) -> Fitted | str:
         """A sparse layer, or why samples are of no use; sites come in the graph's order."""
+        if layer.groups * layer.inputs**2 > WIDEST**2:
+            return f"the second moments of its input are {layer.groups} x {layer.inputs} x {layer.inputs} numbers"
         moments = self._moments(site, layer)
         if isinstance(moments, str):
             return moments
         seen, held_out = moments
-        weight, offset = layer.matrix()[:, _order(site)], layer.offset
+        scale, offset = _scale(layer), layer.offset
+        weight = scale * site.matrix()
         fixed = weight == 0 if rule.fits(weight) else None
+        if fixed is not None and held_out.error() < _SAME:
+            return Fitted(weight, np.zeros(()), done=False)
 
         def error(ridge: float) -> float:
             problem = _Problem.of(seen, weight, ridge, offset=offset)
@@ -137,13 +157,13 @@ class Refitter:
         after = held_out.error(*problem.change(weight, zeros))
         seen.merge(held_out)
         change, bias = _Problem.of(seen, weight, ridge, offset=offset).change(weight, zeros)
-        return Fitted(np.where(zeros, 0.0, weight + change), bias, before, after)
+        return Fitted(np.where(zeros, 0.0, (weight + change) / scale), bias, before, after)
 
     def _moments(self, site: Site, layer: LinearLayer) -> tuple[Moments, Moments] | str:
         """Moments of what the layer reads now and of what it misses, to fit and to hold out."""
-        matrix, shift, order = layer.matrix(), layer.shift.reshape(layer.groups, 1, -1), _order(site)
+        order, batches = _order(site), len(self.feeds)
+        matrix, shift = layer.matrix(), layer.shift.reshape(layer.groups, 1, -1)
         sums = [Moments.empty(*matrix.shape) for _ in range(2)]
-        batches = len(self.feeds)
         most = rows_worth_reading(layer.groups, layer.inputs) // batches + 1
         for batch, (x, output) in enumerate(self._samples(layer)):
             count = layer.positions(output)
@@ -160,16 +180,25 @@ class Refitter:
 
     def _samples(self, layer: LinearLayer) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """The layer's input and the output that it should have, batch after batch."""
-        output, x = layer.node.outputs[0].name or "", layer.node.inputs[0]
-        position, shortcut = self.new.born[output], _shortcut(layer.node.outputs[0], self.new)
+        output, x = layer.node.outputs[0], layer.node.inputs[0]
+        position, shortcut = self.new.born[output.name or ""], _shortcut(output, self.new)
         more = [shortcut] if shortcut is not None and self.new.born[shortcut] < position else []
-        old = self.old.run(position + 1, [output, *more])
-        new = self.new.run(position, [x.name or "" if x is not None else "", *more])
+        old = self.old.run(self.old.born[output.name or ""] + 1, [output.name or "", *more])
+        new = self.new.run(position, [(x.name or "") if x is not None else "", *more])
         for (wanted, *was), (rows, *now) in zip(old, new, strict=True):
-            for before, after in zip(was, now, strict=True):
-                if before.shape == wanted.shape:
-                    wanted = wanted + before - after
-            yield rows, wanted
+            for before, after in zip(was, now, strict=True):  # what the shortcut lost is made up for
+                yield rows, wanted + before - after if before.shape == wanted.shape else wanted
+            if not more:
+                yield rows, wanted
+
+
+def _order(site: Site) -> np.ndarray:
+    """Where the inputs of the site, kernel first, are among those of the layer, channels first."""
+    return np.arange(site.layout.inputs).reshape(site.layout.run, -1).T.reshape(-1)
+
+
+def _scale(layer: LinearLayer) -> float:
+    return layer.node.attributes.get_float("alpha", 1.0) if layer.node.op_type == "Gemm" else 1.0
 
 
 def _shortcut(output: ir.Value, run: Stepwise) -> str | None:
@@ -212,7 +241,7 @@ class _Problem:
 
     @classmethod
     def of(cls, seen: Moments, weight: np.ndarray, ridge: float, *, offset: bool) -> _Problem:
-        mean, missed = (seen.x / seen.rows, seen.r / seen.rows) if offset else (0 * seen.x, 0 * seen.r)
+        mean, missed = offset * seen.x / seen.rows, offset * seen.r / seen.rows
         hessian = damped(seen.xx / seen.rows - mean[:, :, None] * mean[:, None, :], ridge)
         pull = seen.xr / seen.rows - mean[:, :, None] * missed[:, None, :]
         return cls(weight + np.linalg.solve(hessian, pull), hessian, mean, missed)

@@ -12,7 +12,7 @@ The order of inputs within a convolution is kernel first, channels last, as spar
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -68,7 +68,6 @@ class Site:
         name: What reports call it: the node, for recurrent layers with the weight's part.
         node: The layer; the first of those that share the weight.
         value: The constant.
-        tensor: Its numbers.
         layout: How they lie.
         alone: Why no data can be used, or None: the node of the main graph reads its own weight directly.
     """
@@ -76,14 +75,25 @@ class Site:
     name: str
     node: ir.Node
     value: ir.Value
-    tensor: ir.TensorProtocol
     layout: Layout
     alone: str | None
 
     @property
-    def shape(self) -> tuple[int, ...]:
-        """Shape of the constant."""
-        return tuple(int(size) for size in self.tensor.shape.numpy())
+    def tensor(self) -> ir.TensorProtocol:
+        """What the constant holds now."""
+        producer, tensor = self.value.producer(), self.value.const_value
+        if producer is not None:
+            (attribute,) = producer.attributes.values()
+            plain = attribute.name == "value"
+            return attribute.as_tensor() if plain else ir.tensor(attribute.value, dtype=ir.DataType.FLOAT)
+        if tensor is None:
+            raise TypeError(f"{self.value.name!r} is no constant")
+        return tensor
+
+    @property
+    def size(self) -> int:
+        """Number of weights."""
+        return self.tensor.size
 
     def matrix(self) -> np.ndarray:
         """`[groups, inputs, outputs]`, float64."""
@@ -110,16 +120,34 @@ def find_sites(model: ir.Model, ctx: Context) -> tuple[list[Site], list[Change]]
     return _unshared(found, skipped), skipped
 
 
-def write(site: Site, matrix: np.ndarray) -> None:
-    """Put other numbers into the constant of a site, in its own type."""
+def write(site: Site, matrix: np.ndarray | Callable[[ir.TensorProtocol], np.ndarray]) -> None:
+    """Put other numbers into the constant of a site, in its own type.
+
+    Args:
+        site: The weight.
+        matrix: `[groups, inputs, outputs]`, or what makes it of the old tensor: where that lies in a file, it is made
+            when it is read.
+    """
     old, value = site.tensor, site.value
-    tensor = ir.Tensor(
-        site.layout.array(matrix, site.shape).astype(old.dtype.numpy()),
-        dtype=old.dtype,
-        name=old.name,
-        doc_string=old.doc_string,
-        metadata_props=dict(old.metadata_props),
-    )
+    shape = tuple(int(size) for size in old.shape.numpy())
+
+    def made() -> ir.Tensor:
+        numbers = matrix(old) if callable(matrix) else matrix
+        array = site.layout.array(numbers, shape).astype(old.dtype.numpy())
+        properties = dict(old.metadata_props)
+        return ir.Tensor(array, dtype=old.dtype, name=old.name, doc_string=old.doc_string, metadata_props=properties)
+
+    if callable(matrix) and isinstance(old, (ir.ExternalTensor, ir.LazyTensor)):
+        tensor = ir.LazyTensor(
+            made,
+            dtype=old.dtype,
+            shape=ir.Shape(shape),
+            name=old.name,
+            doc_string=old.doc_string,
+            metadata_props=dict(old.metadata_props),
+        )
+    else:
+        tensor = made()
     producer = value.producer()
     if producer is not None:
         producer.attributes.clear()
@@ -185,7 +213,7 @@ def _site(label: str, node: ir.Node, index: int, constants: Constants, *, main: 
     layout = _layout(node, index, turned, [stored[axis] for axis in turned])
     if isinstance(layout, str):
         return layout
-    return Site(label, node, value, tensor, layout, _why_alone(node, index, direct=direct, main=main))
+    return Site(label, node, value, layout, _why_alone(node, index, direct=direct, main=main))
 
 
 def _why_alone(node: ir.Node, index: int, *, direct: bool, main: bool) -> str | None:
@@ -237,7 +265,7 @@ def _unshared(sites: list[Site], skipped: list[Change]) -> list[Site]:
             skipped += [Change.skipped(site.name, why) for site in group]
         elif len(group) > 1:
             why = f"{len(group)} layers share its weight"
-            kept.append(Site(first.name, first.node, value, first.tensor, first.layout, why))
+            kept.append(Site(first.name, first.node, value, first.layout, why))
         else:
             kept.append(first)
     return kept

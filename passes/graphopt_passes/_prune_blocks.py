@@ -16,12 +16,14 @@ import numpy as np
 import onnx_ir as ir
 
 from graphopt.analyses import CONSTANTS, SHAPES, Constants, Cost
+from graphopt.analyses.names import Names
 from graphopt.calibration import Dataset
 from graphopt.pass_base import Change, Context
 from graphopt.reference import Feed, Reference
+from graphopt_passes._prune_by_output import output_distance
 from graphopt_passes._residual_blocks import Block, find_blocks, remove_block
 
-__all__ = ["BlockRemoval", "OutputChange", "Savings", "Step", "cheapest_blocks", "prune_blocks", "without"]
+__all__ = ["BlockRemoval", "OutputJudge", "Savings", "Step", "cheapest_blocks", "prune_blocks", "without"]
 
 _SAMPLES = 32
 _BATCH = 16
@@ -81,7 +83,8 @@ class Savings:
         self._macs = [0] * len(nodes)
         self._weights = list[tuple[int, set[int]]]()
         if of == "macs":
-            counted = [cost.nodes.get(node.name or f"{node.op_type}_{i}") for i, node in enumerate(nodes)]
+            label = Names(model).label
+            counted = [cost.nodes.get(label(node)) for node in nodes]
             self._macs = [0 if node is None else node.macs or 0 for node in counted]
             return
         for value in (*model.graph.initializers.values(), *(output for node in nodes for output in node.outputs)):
@@ -97,7 +100,7 @@ class Savings:
         return float(sum(self._macs[i] for i in gone) + weights)
 
 
-class OutputChange:
+class OutputJudge:
     """How far the outputs of a changed model are from the original's.
 
     Args:
@@ -115,28 +118,14 @@ class OutputChange:
         self._wanted = self._run(model)
 
     def of(self, model: ir.Model) -> float:
-        """Squared distance of the outputs in parts of their size, the mean over outputs; infinite if not finite.
-
-        What is not a float counts by how many of its elements differ.
-        """
+        """Squared distance of the outputs in parts of their energy, the mean over all outputs."""
         found = self._run(model)
-        changes = [_distance([f[k] for f in self._wanted], [f[k] for f in found]) for k in self._wanted[0]]
+        changes = [output_distance([f[k] for f in self._wanted], [f[k] for f in found]) for k in self._wanted[0]]
         return float(np.mean(changes))
 
     def _run(self, model: ir.Model) -> list[Feed]:
         session = Reference(model, threads=self._ctx.threads, extensions=self._ctx.extensions)
         return [session.run(feed) for feed in self._feeds]
-
-
-def _distance(wanted: Sequence[np.ndarray], found: Sequence[np.ndarray]) -> float:
-    pairs = [(np.asarray(a), np.asarray(b)) for a, b in zip(wanted, found, strict=True)]
-    if any(a.shape != b.shape for a, b in pairs):
-        return 1.0
-    if any(a.dtype.kind != "f" for a, _ in pairs):
-        return float(np.mean([np.mean(a != b) for a, b in pairs if a.size] or [0.0]))
-    size = sum(float(np.square(a, dtype=np.float64).sum()) for a, _ in pairs)
-    error = sum(float(np.square(b - a, dtype=np.float64).sum()) for a, b in pairs)
-    return np.inf if not np.isfinite(error) else error / size if size else float(error > 0)
 
 
 def without(model: ir.Model, blocks: Sequence[Block]) -> ir.Model:
@@ -152,7 +141,7 @@ def cheapest_blocks(
     blocks: Sequence[Block],
     savings: Savings,
     wanted: float,
-    judge: OutputChange,
+    judge: OutputJudge,
     ctx: Context,
     limit: float = math.inf,
 ) -> list[Step]:
@@ -173,21 +162,21 @@ def cheapest_blocks(
         The choice, in the order in which the blocks go.
     """
     steps, gone, saved, change = list[Step](), set[int](), 0.0, 0.0
-    queue = list[tuple[float, int, int, float]]()
+    queue = list[tuple[float, float, int, int, float]]()  # of equal ones the largest goes, then the first
     for i, block in enumerate(ctx.progress(blocks, "judging blocks")):
         saving = savings.of(block.nodes)
         if saving > 0 and abs(saving - wanted) < wanted:
             after = judge.of(without(model, [block]))
-            queue.append((after / saving, i, 0, after))
+            queue.append((after / saving, -saving, i, 0, after))
     heapq.heapify(queue)
     while queue:
-        price, i, age, after = heapq.heappop(queue)
+        price, _, i, age, after = heapq.heappop(queue)
         saving = savings.of(gone | set(blocks[i].nodes)) - saved
         if saving <= 0 or abs(saved + saving - wanted) >= abs(saved - wanted):
             continue  # it lies in another that went, or would save too much
         if age < len(steps):
             after = judge.of(without(model, [*(step.block for step in steps), blocks[i]]))
-            heapq.heappush(queue, ((after - change) / saving, i, len(steps), after))
+            heapq.heappush(queue, ((after - change) / saving, -saving, i, len(steps), after))
             continue
         if price > limit:
             break
@@ -204,7 +193,7 @@ def prune_blocks(
     wanted: float,
     *,
     refuse: Callable[[Block], str | None],
-    others: Callable[[OutputChange], float],
+    others: Callable[[OutputJudge], float],
 ) -> BlockRemoval:
     """Remove the blocks that the outputs miss least, as long as nothing else would be missed less.
 
@@ -224,7 +213,7 @@ def prune_blocks(
     allowed = [block for block in blocks if block.name not in reasons]
     steps = list[Step]()
     if allowed and ctx.calibration is not None and wanted > 0:
-        judge = OutputChange(model, ctx.calibration, ctx)
+        judge = OutputJudge(model, ctx.calibration, ctx)
         limit = others(judge)
         steps = cheapest_blocks(model, allowed, savings, wanted, judge, ctx, limit)
         for block in allowed:
@@ -237,23 +226,21 @@ def prune_blocks(
 def _changes(
     blocks: Sequence[Block], steps: Sequence[Step], reasons: Mapping[str, str], refused: Sequence[str]
 ) -> Iterator[Change]:
+    gone = {step.block.name: step for step in steps}
+    outer = {
+        block.name: step.block.name for step in steps for block in blocks if set(block.nodes) < set(step.block.nodes)
+    }
     before = 0.0
     for step in steps:
-        yield Change(
-            step.block.name,
-            f"removed a residual block of {len(step.block.layers)} layers",
-            details={
-                "layers": len(step.block.layers),
-                "saving": step.saving,
-                "output_change": round(step.change - before, 6),
-            },
-        )
+        if step.block.name not in outer:
+            count, change = len(step.block.layers), round(step.change - before, 6)
+            details = {"layers": count, "saving": int(step.saving), "output_change": change}
+            yield Change(step.block.name, f"removed a residual block of {count} layers", details=details)
         before = step.change
-    gone = {step.block.name: step.block for step in steps}
     for block in blocks:
-        outer = next((other.name for other in gone.values() if set(block.nodes) < set(other.nodes)), None)
-        if block.name not in gone:
-            reason = reasons[block.name] if outer is None else f"left with the block of {outer!r}"
-            yield Change.skipped(block.name, f"block: {reason}")
+        if block.name in outer:
+            yield Change.skipped(block.name, f"block: it left with the block of {outer[block.name]!r}")
+        elif block.name not in gone:
+            yield Change.skipped(block.name, f"block: {reasons[block.name]}")
     for name in refused:
         yield Change.skipped(name, f"not a residual block: {reasons[name]}")

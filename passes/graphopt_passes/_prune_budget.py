@@ -13,9 +13,8 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
-import onnx_ir as ir
 
-from graphopt.analyses import Constants, Cost, Shapes
+from graphopt.analyses import Constants, Cost
 from graphopt.analyses.channels import ChannelGroup
 
 __all__ = ["Budget", "Facts", "Measure", "ladder", "step_of", "unit_width"]
@@ -26,8 +25,6 @@ Numbers = Sequence[int] | np.ndarray[Any, np.dtype[Any]]
 
 _LEAST_KEPT = 1 / 8
 _SMALL_LAYER_STEPS = 4
-_SHAPED_BY_WEIGHT = {"Conv": 1, "ConvInteger": 1, "QLinearConv": 3, "ConvTranspose": 1}
-_RECURRENT = ("LSTM", "GRU", "RNN")
 
 
 @dataclass(frozen=True)
@@ -35,7 +32,6 @@ class Facts:
     """What is known about a model."""
 
     cost: Cost
-    shapes: Shapes
     constants: Constants
 
 
@@ -43,7 +39,6 @@ class Budget:
     """Cost of the whole model by units removed.
 
     Args:
-        model: The model.
         facts: What is known about it.
         groups: The groups that may lose units.
         of: What is counted.
@@ -53,10 +48,10 @@ class Budget:
         fixed: The part of it that no group can change.
     """
 
-    def __init__(self, model: ir.Model, facts: Facts, groups: Sequence[ChannelGroup], of: Measure) -> None:
+    def __init__(self, facts: Facts, groups: Sequence[ChannelGroup], of: Measure) -> None:
         places = [(i, place) for i, group in enumerate(groups) for place in group.places]
         movable = {(place.value, place.axis) for _, place in places}
-        terms = list(_mac_terms(model, facts) if of == "macs" else _weight_terms(facts.constants, of))
+        terms = list(_mac_terms(facts.cost) if of == "macs" else _weight_terms(facts.constants, of))
         counted = [(amount, [axis for axis in axes if axis in movable]) for amount, axes in terms]
         self.fixed = math.fsum(amount for amount, axes in counted if not axes)
         counted = [(amount, axes) for amount, axes in counted if axes]
@@ -131,42 +126,10 @@ def _starts(lengths: Sequence[int]) -> np.ndarray[Any, Any]:
     return np.cumsum([0, *lengths[:-1]], dtype=np.int64) if lengths else np.zeros(0, dtype=np.int64)
 
 
-def _mac_terms(model: ir.Model, facts: Facts) -> Iterator[tuple[float, list[AxisName]]]:
-    for graph in model.graphs():
-        for i, node in enumerate(graph):
-            counted = facts.cost.nodes.get(node.name or f"{node.op_type}_{i}")
-            if counted is None or not counted.macs:
-                continue
-            if node.op_type in _RECURRENT:
-                yield from _recurrent_terms(node, facts.shapes, float(counted.macs))
-            else:
-                yield float(counted.macs), list(_mac_axes(node, facts.shapes))
-
-
-def _axes(value: ir.Value | None, shapes: Shapes, first: int = 0) -> Iterator[AxisName]:
-    if value is not None:
-        yield from ((value.name or "", axis) for axis in range(first, shapes.rank(value) or 0))
-
-
-def _mac_axes(node: ir.Node, shapes: Shapes) -> Iterator[AxisName]:
-    """Axes whose lengths, multiplied, are a linear node's multiply-accumulates."""
-    if node.op_type in _SHAPED_BY_WEIGHT:
-        made = node.inputs[0] if node.op_type == "ConvTranspose" else node.outputs[0]
-        yield from _axes(made, shapes)
-        yield from _axes(node.inputs[_SHAPED_BY_WEIGHT[node.op_type]], shapes, first=1)
-        return
-    left = node.inputs[0]
-    yield from _axes(node.outputs[0], shapes)
-    if left is not None and (rank := shapes.rank(left)):
-        summed = 0 if node.op_type == "Gemm" and node.attributes.get_int("transA", 0) else rank - 1
-        yield left.name or "", summed
-
-
-def _recurrent_terms(node: ir.Node, shapes: Shapes, macs: float) -> Iterator[tuple[float, list[AxisName]]]:
-    """The two weights of a recurrent layer, each in proportion to its elements."""
-    sizes = [math.prod(shapes.static(node.inputs[i]) or ()) for i in (1, 2)]
-    for i, size in zip((1, 2), sizes, strict=True):
-        yield macs * size / sum(sizes), list(_axes(node.inputs[i], shapes))
+def _mac_terms(cost: Cost) -> Iterator[tuple[float, list[AxisName]]]:
+    for node in cost.nodes.values():
+        for term in node.terms:
+            yield float(term.amount), list(term.axes)
 
 
 def _weight_terms(constants: Constants, of: Measure) -> Iterator[tuple[float, list[AxisName]]]:
@@ -198,7 +161,7 @@ def step_of(units: int, round_to: int, target_round_to: int, width: int = 1) -> 
     return step
 
 
-def ladder(units: int, step: int) -> list[int]:
+def ladder(units: int, step: int, least: int = 1) -> list[int]:
     """All numbers of units that a group may lose, ascending from 0: multiples of `step` remain, an eighth at least."""
-    least = max(1, math.ceil(units * _LEAST_KEPT))
+    least = max(least, math.ceil(units * _LEAST_KEPT))
     return [0, *(units - kept for kept in range((units - 1) // step * step, 0, -step) if kept >= least)]

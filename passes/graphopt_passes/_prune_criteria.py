@@ -1,92 +1,78 @@
-"""How much each unit of a group matters, from weights alone.
-
-l1, l2      norm of the weights that make a channel (Li et al., Pruning Filters, 2017), behind a batch norm as it
-            scales them, averaged over all layers that share the channel (group norm of DepGraph, Fang et al., 2023)
-bn-scale    size of the batch norm's scale (Liu et al., Network Slimming, 2017); l2 where a group has none
-random      the baseline that a criterion has to beat
-"""
+"""Which criterion judges, built-in or of a plugin, and what units are worth by it."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import Literal
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 
 import numpy as np
 import onnx_ir as ir
 
-from graphopt.analyses import Constants
-from graphopt.analyses.channels import ChannelGroup, Place
+from graphopt.analyses.channels import ChannelGroup
+from graphopt.criterion_base import Criterion, judge
+from graphopt.errors import OptionError, nearest
+from graphopt.pass_base import Context
+from graphopt_passes._prune_by_activations import Activation, AveragePercentageOfZeros, Wanda
+from graphopt_passes._prune_by_output import OutputChange
+from graphopt_passes._prune_by_reconstruction import Reconstruction
+from graphopt_passes._prune_by_weights import L1, L2, BatchNormScale, GeometricMedian, Random
 
-__all__ = ["Criterion", "scores"]
+__all__ = ["BUILT_IN", "find_criterion", "worth"]
 
-Criterion = Literal["l2", "l1", "bn-scale", "random", "taylor"]
+BUILT_IN: tuple[type[Criterion], ...] = (
+    L1,
+    L2,
+    BatchNormScale,
+    GeometricMedian,
+    Activation,
+    AveragePercentageOfZeros,
+    Wanda,
+    Reconstruction,
+    OutputChange,
+    Random,
+)
+"""Criteria that `prune` knows even where no plugin was loaded."""
+
+_OWN: Mapping[str, Criterion] = MappingProxyType({criterion.name: criterion() for criterion in BUILT_IN})
 
 
-def scores(
-    model: ir.Model, constants: Constants, group: ChannelGroup, criterion: Criterion, rng: np.random.Generator
-) -> np.ndarray:
-    """What each unit is worth; the mean over a group is 1, so that groups can be compared.
+def find_criterion(name: str, ctx: Context) -> Criterion:
+    """The criterion of a name; `auto` is `reconstruction` with calibration data and `l2` without.
 
-    Args:
-        model: The model.
-        constants: Its constants.
-        group: A group that can lose units.
-        criterion: How to judge.
-        rng: Used by `random` only.
+    Raises:
+        OptionError: There is none, it needs gradients, or it needs data and there is none.
+    """
+    known = {**_OWN, **ctx.criteria}
+    if name == "taylor":
+        raise OptionError("prune.criterion", "taylor needs gradients, not available yet", "use l2")
+    if name == "auto":
+        return known["l2" if ctx.calibration is None else "reconstruction"]
+    if name not in known:
+        raise OptionError("prune.criterion", f"no criterion called {name!r}", nearest(name, ["auto", *known]))
+    if known[name].needs_data and ctx.calibration is None:
+        raise OptionError("prune.criterion", f"{name} needs samples", "give --calibration, or use l2")
+    return known[name]
+
+
+def worth(criterion: Criterion, model: ir.Model, groups: Sequence[ChannelGroup], ctx: Context) -> list[np.ndarray]:
+    """What the units of each group are worth, on one scale for all groups.
+
+    Scores have a mean of 1 in each group or, where a criterion's scores are comparable, are shares of what layers
+    compute. Groups that the criterion has nothing to go by for are judged by l2, on the same scale: as if all units of
+    the group together made one whole output, in proportion to their squared norms.
 
     Returns:
-        float64 `[units]`, not negative.
+        For each group float64 `[units]`; ascending, it is the order to remove units in.
+
+    Raises:
+        PassError: The criterion breaks its contract.
+        ModelError: ONNX Runtime cannot run the model.
     """
-    if criterion == "random":
-        return rng.random(group.units) * 2
-    scales = [_sizes(constants, place, 1) for place in group.places if place.constant and place.role == "scale"]
-    if criterion == "bn-scale" and scales:
-        return _balanced(scales, group.units)
-    power = 1 if criterion == "l1" else 2
-    read = [_sizes(constants, place, power) for place in group.places if place.constant and place.role == "input"]
-    made = _balanced(list(_norms(model, constants, group, power)), group.units)
-    return _balanced([made * _balanced(read, group.units)], group.units)
+    found = judge(criterion, model, groups, ctx)
+    open_groups = [group for group, scores in zip(groups, found, strict=True) if scores is None]
+    norms = iter(L2().scores(model, open_groups, ctx))
+    return [_by_norm(next(norms), criterion) if scores is None else scores for scores in found]
 
 
-def _balanced(found: Sequence[np.ndarray], units: int) -> np.ndarray:
-    """Mean over layers, each brought to a mean of 1 first; all 1 where nothing is known."""
-    means = [values / values.mean() for values in found if values.mean() > 0]
-    return np.mean(means, axis=0) if means else np.ones(units)
-
-
-def _norms(model: ir.Model, constants: Constants, group: ChannelGroup, power: int) -> Iterator[np.ndarray]:
-    """Norm of the weights that make each unit, one array per layer."""
-    for place in group.places:
-        if place.constant and place.role == "output":
-            norms = _sizes(constants, place, power)
-            norm = _following_norm(model.graph.initializers.get(place.value))
-            if norm is not None:
-                norms = norms * _per_unit(_gain(constants, norm), place)
-            yield norms
-
-
-def _sizes(constants: Constants, place: Place, power: int) -> np.ndarray:
-    """`[units]`: norm of the slices of each unit, all copies together."""
-    array = np.abs(constants.tensors[place.value].numpy().astype(np.float64)) ** power
-    sums = array.sum(axis=tuple(axis for axis in range(array.ndim) if axis != place.axis))
-    return _per_unit(sums, place) ** (1 / power)
-
-
-def _per_unit(values: np.ndarray, place: Place) -> np.ndarray:
-    return values[place.positions].sum(axis=1)
-
-
-def _following_norm(weight: ir.Value | None) -> ir.Node | None:
-    """The batch norm that alone reads the layer of a weight."""
-    readers = [] if weight is None else list(weight.consumers())
-    outputs = list(readers[0].outputs[0].consumers()) if len(readers) == 1 and readers[0].op_type == "Conv" else []
-    return outputs[0] if len(outputs) == 1 and outputs[0].op_type == "BatchNormalization" else None
-
-
-def _gain(constants: Constants, norm: ir.Node) -> np.ndarray:
-    """What a batch norm multiplies each channel by."""
-    scale, variance = constants.of(norm.inputs[1]), constants.of(norm.inputs[4])
-    if scale is None or variance is None:
-        return np.ones(1)
-    epsilon = norm.attributes.get_float("epsilon", 1e-5)
-    return np.abs(scale.numpy().astype(np.float64)) / np.sqrt(variance.numpy().astype(np.float64) + epsilon)
+def _by_norm(norms: np.ndarray, criterion: Criterion) -> np.ndarray:
+    return np.square(norms) / max(float(np.square(norms).sum()), 1e-300) if criterion.comparable else norms

@@ -11,18 +11,22 @@ from fnmatch import fnmatchcase
 import numpy as np
 import onnx_ir as ir
 
-from graphopt.analyses import CONSTANTS, MOMENTS, LayerMoments
+from graphopt.analyses import CONSTANTS
 from graphopt.errors import OptionError, nearest
 from graphopt.pass_base import Change, Context, PassResult
 from graphopt_passes._linear_layers import LinearLayer
-from graphopt_passes._pattern_fit import Fitted, Method, Refitter, shifted, too_wide
+from graphopt_passes._pattern_fit import Fitted, Method, Refitter, Shifter
 from graphopt_passes._pattern_sites import Site, find_sites, write
 from graphopt_passes._sparse_obs import Rule, norm_scores
 
-__all__ = ["Sparsity"]
+__all__ = ["PATTERN_CRITERIA", "Sparsity", "spread"]
+
+PATTERN_CRITERIA: Mapping[str, Method] = {"l1": "magnitude", "l2": "magnitude", "wanda": "wanda", "obs": "obs"}
+"""Criteria that judge single weights."""
 
 _RUNS = re.compile(r"([1-9][0-9]{0,3}):([1-9][0-9]{0,3})")
-_METHODS: Mapping[str, Method] = {"l1": "magnitude", "l2": "magnitude", "wanda": "wanda", "obs": "obs"}
+_STEPS = 1000
+_ENOUGH = "it is as sparse already"
 _NOTE = (
     "zeros make the file smaller only once it is compressed, and nothing faster without a sparse kernel: "
     "ONNX Runtime has none on CPUs; NVIDIA's tensor cores from Ampere on run 2:4 with TensorRT"
@@ -31,17 +35,17 @@ _NOTE = (
 
 @dataclass(frozen=True, kw_only=True)
 class Sparsity:
-    """Set the weights of layers to zero that matter least, in a pattern.
+    """Set the weights to zero that matter least, in a pattern.
 
     With calibration data the layers are visited in order, and what is left of each is re-solved so that its output
     comes as close as it can to what the whole model computes. Biases make up for the mean.
 
     Attributes:
-        pattern: `unstructured`, or N:M: at most N of M neighbouring inputs are not zero.
+        pattern: `unstructured`, or N:M: of M neighbouring inputs at most N are not zero.
         ratio: Fraction of zeros for `unstructured`.
         default_ratio: What `ratio` is where the user asks for none.
         criterion: auto, l1, l2, wanda or obs.
-        scope: The same fraction of every layer, or (global) more where weights matter less.
+        scope: auto or uniform: the same fraction of every layer; global: more where weights matter less.
         refit: Re-solve what is left on calibration data.
         only: Layers: names or operators, with wildcards; none: all.
         skip: Layers to leave alone.
@@ -68,17 +72,17 @@ class Sparsity:
         if of and self.ratio not in (self.default_ratio, 1 - keep / of):
             fact = f"{self.pattern} makes {1 - keep / of:g} of the weights zero, not {self.ratio:g}"
             raise OptionError("prune.ratio", fact, "leave ratio out")
-        if self.criterion != "auto" and self.criterion not in _METHODS:
+        if self.criterion != "auto" and self.criterion not in PATTERN_CRITERIA:
             fact = f"{self.criterion} judges channels, not single weights"
-            raise OptionError("prune.criterion", fact, f"use auto, {', '.join(_METHODS)}, or pattern=channels")
+            raise OptionError("prune.criterion", fact, f"use one of auto, {', '.join(PATTERN_CRITERIA)}")
         if self.criterion in ("wanda", "obs") and ctx.calibration is None:
             raise OptionError("prune.criterion", f"{self.criterion} needs samples", "give --calibration, or use l2")
         sites, skipped = find_sites(model, ctx)
-        names = [(site.name, site.node.op_type) for site in sites] + [(change.site, "") for change in skipped]
+        operators = {change.site: "" for change in skipped} | {site.name: site.node.op_type for site in sites}
         for option, globs in (("only", self.only), ("skip", self.skip)):
             for glob in globs:
-                if not any(_matches(name, operator, (glob,)) for name, operator in names):
-                    hint = nearest(glob, {word for pair in names for word in pair if word})
+                if not any(_matches(name, operator, (glob,)) for name, operator in operators.items()):
+                    hint = nearest(glob, {*operators, *operators.values()})
                     raise OptionError(f"prune.{option}", f"{glob!r} fits no layer with weights", hint)
 
     def run(self, model: ir.Model, ctx: Context) -> PassResult:
@@ -90,29 +94,33 @@ class Sparsity:
                 skipped.append(Change.skipped(site.name, reason))
             else:
                 chosen.append(site)
-        before, after, changes = _Sizes(), _Sizes(), list[Change]()
-        fitter = self._fitter(model, ctx) if chosen and ctx.calibration is not None else None
-        for site, rule in zip(ctx.progress(chosen, "sparsifying"), self._rules(chosen), strict=True):
-            old = _Sizes.of(site)
+        rules = self._rules(chosen)
+        fitter = self._fitter(model, ctx) if chosen else None
+        before, after, changes = _Amount(), _Amount(), list[Change]()
+        for site, rule in zip(ctx.progress(chosen, "sparsifying"), rules, strict=True):
+            old = _Amount.of(site)
             changes.append(_sparsify(model, site, method, rule, fitter, ctx))
-            new = _Sizes.of(site) if changes[-1].done else old
-            before, after = before + old, after + new
-        metrics = {
+            before, after = before + old, after + (_Amount.of(site) if changes[-1].done else old)
+        ctx.drop_facts()
+        metrics: dict[str, int | float | str | bool] = {
             "pattern": self.pattern,
             "layers": sum(change.done for change in changes),
             "weights": after.weights,
             "zeros_before": before.zeros,
             "zeros_after": after.zeros,
             "sparsity": round(after.zeros / max(1, after.weights), 6),
-            "bytes": after.raw,
+            "weight_bytes": after.plain,
             "compressed_bytes_before": before.compressed,
             "compressed_bytes_after": after.compressed,
             "note": _NOTE,
         }
         return PassResult(any(change.done for change in changes), (*changes, *skipped), metrics=metrics)
 
-    def _fitter(self, model: ir.Model, ctx: Context) -> Refitter | Shifter:
-        return Refitter(model.clone(), model, ctx) if self.refit else Shifter(model.clone(), ctx)
+    def _fitter(self, model: ir.Model, ctx: Context) -> Refitter | Shifter | None:
+        if ctx.calibration is None:
+            return None
+        whole = model.clone()
+        return Refitter(whole, model, ctx.calibration, ctx) if self.refit else Shifter(whole, ctx)
 
     def _runs(self) -> tuple[int, int]:
         """N and M; zeros for `unstructured`."""
@@ -121,7 +129,7 @@ class Sparsity:
         match = _RUNS.fullmatch(self.pattern)
         if match is None or int(match[1]) >= int(match[2]):
             fact = f"{self.pattern!r} is not channels, unstructured or N:M with N less than M"
-            raise OptionError("prune.pattern", fact, "such as pattern=2:4")
+            raise OptionError("prune.pattern", fact, "write pattern=2:4")
         return int(match[1]), int(match[2])
 
     def _refusal(self, site: Site) -> str | None:
@@ -129,7 +137,7 @@ class Sparsity:
         if self.only and not _matches(site.name, site.node.op_type, self.only):
             return "not in prune.only"
         if _matches(site.name, site.node.op_type, self.skip):
-            return "prune.skip names it"
+            return f"prune.skip names {site.name!r}"
         if of and run % of:
             return f"its outputs read {run} input channels, no multiple of {of}"
         return None
@@ -141,11 +149,11 @@ class Sparsity:
             return [Rule(keep=keep, of=of)] * len(sites)
         if self.scope == "global":
             return [Rule(count=count) for count in spread(sites, self.ratio)]
-        return [Rule(count=round(self.ratio * site.tensor.size)) for site in sites]
+        return [Rule(count=round(self.ratio * site.size)) for site in sites]
 
     def _method(self, ctx: Context) -> Method:
         if self.criterion != "auto":
-            return _METHODS[self.criterion]
+            return PATTERN_CRITERIA[self.criterion]
         return "obs" if ctx.calibration is not None else "magnitude"
 
 
@@ -153,43 +161,83 @@ def spread(sites: Sequence[Site], ratio: float) -> list[int]:
     """How many weights each site loses so that those lost matter least, by layer-adaptive magnitude.
 
     A weight's score is its square over those of the layer's weights that are as large or larger (LAMP, Lee et al.,
-    2021), so that no layer is emptied before the others.
+    2021), so that no layer is emptied before the others. Scores are looked at in steps of a thousandth of a layer.
     """
-    steps = [np.linspace(0, site.tensor.size, _STEPS + 1).astype(np.int64) for site in sites]
-    scores = list[np.ndarray]()
-    for site, at in zip(sites, steps, strict=True):
+    scores, sizes = list[np.ndarray](), list[np.ndarray]()
+    for site in sites:
         squares = np.sort(np.square(site.tensor.numpy().astype(np.float64)), axis=None)
-        above = np.cumsum(squares[::-1])[::-1]
-        scores.append((squares / np.maximum(above, np.finfo(np.float64).tiny))[at[:-1]])
-    owners = np.repeat(np.arange(len(sites)), _STEPS)
-    sizes = np.concatenate([np.diff(at) for at in steps]) if sites else np.zeros(0, dtype=np.int64)
-    counts = np.zeros(len(sites), dtype=np.int64)
-    order = np.argsort(np.concatenate(scores), kind="stable") if sites else []
-    left = round(ratio * int(sizes.sum()))
-    for step in order:
-        taken = min(left, int(sizes[step]))
+        left = np.maximum(np.cumsum(squares[::-1])[::-1], np.finfo(np.float64).tiny)
+        edges = np.unique(np.linspace(0, site.size, _STEPS + 1).astype(np.int64))
+        scores.append((squares / left)[edges[:-1]])
+        sizes.append(np.diff(edges))
+    missing, counts = round(ratio * sum(site.size for site in sites)), [0] * len(sites)
+    owners = np.repeat(np.arange(len(sites)), [len(found) for found in scores])
+    every, amounts = np.concatenate([np.zeros(0), *scores]), np.concatenate([np.zeros(0, np.int64), *sizes])
+    for step in np.argsort(every, kind="stable"):
+        taken = min(missing, int(amounts[step]))
         counts[owners[step]] += taken
-        left -= taken
-    return counts.tolist()
+        missing -= taken
+    return counts
+
+
+@dataclass(frozen=True)
+class _Amount:
+    """Weights, zeros and bytes, as they are and compressed with zlib."""
+
+    weights: int = 0
+    zeros: int = 0
+    plain: int = 0
+    compressed: int = 0
+
+    @classmethod
+    def of(cls, site: Site) -> _Amount:
+        array = np.ascontiguousarray(site.tensor.numpy())
+        packed = len(zlib.compress(array.tobytes(), 1))
+        return cls(array.size, int(np.count_nonzero(array == 0)), array.nbytes, packed)
+
+    def __add__(self, other: _Amount) -> _Amount:
+        return _Amount(
+            self.weights + other.weights,
+            self.zeros + other.zeros,
+            self.plain + other.plain,
+            self.compressed + other.compressed,
+        )
 
 
 def _sparsify(
     model: ir.Model, site: Site, method: Method, rule: Rule, fitter: Refitter | Shifter | None, ctx: Context
 ) -> Change:
     """Make one weight sparse, by magnitude where samples are of no use."""
-    layer = None if fitter is None else _layer(site, ctx)
-    found = layer if fitter is None or layer is None or isinstance(layer, str) else fitter.fit(site, layer, method, rule)
-    if isinstance(found, Fitted) and isinstance(layer, LinearLayer):
-        if found.bias.any():
-            layer.add(model.graph, np.zeros(layer.matrix().shape), found.bias)
-        write(site, found.weight)
-        action = f"made sparse by {method}: output error {found.before:.3f} -> {found.after:.3f}"
-        return Change(site.name, action, details=_counts(site, found))
+    why = ""
+    if fitter is not None:
+        layer = _layer(site, ctx)
+        found = layer if isinstance(layer, str) else fitter.fit(site, layer, method, rule)
+        if isinstance(layer, LinearLayer) and isinstance(found, Fitted):
+            return _put(model, site, layer, found, method)
+        why = f": {found}"
     if rule.fits(site.matrix()):
-        return Change.skipped(site.name, "it is as sparse already")
-    _write_later(site, rule)
-    why = f": {found}" if isinstance(found, str) else ""
-    return Change(site.name, f"made sparse by magnitude{why}", details=_counts(site))
+        return Change.skipped(site.name, _ENOUGH)
+
+    def sparse(tensor: ir.TensorProtocol) -> np.ndarray:
+        weight = site.layout.matrix(tensor.numpy().astype(np.float64))
+        return np.where(rule.drop(norm_scores(weight)), 0.0, weight)
+
+    write(site, sparse)
+    return Change(site.name, f"made sparse by magnitude{why}", details=_details(site, "magnitude"))
+
+
+def _put(model: ir.Model, site: Site, layer: LinearLayer, found: Fitted, method: Method) -> Change:
+    """Write what was fitted."""
+    if not found.done:
+        return Change.skipped(site.name, _ENOUGH)
+    if found.bias.any():
+        layer.add(model.graph, np.zeros(layer.matrix().shape), found.bias)
+    write(site, found.weight)
+    action, details = f"made sparse by {method}", _details(site, method)
+    if found.before is not None and found.after is not None:
+        action += f": output error {found.before:.3f} -> {found.after:.3f}"
+        details |= {"error_before": round(found.before, 6), "error_after": round(found.after, 6)}
+    return Change(site.name, action, details=details)
 
 
 def _layer(site: Site, ctx: Context) -> LinearLayer | str:
@@ -197,9 +245,14 @@ def _layer(site: Site, ctx: Context) -> LinearLayer | str:
     if site.alone is not None:
         return site.alone
     layer = LinearLayer.of(site.node, ctx.fact(CONSTANTS))
-    if isinstance(layer, LinearLayer) and site.node.attributes.get_float("alpha", 1.0) == 0:
+    if isinstance(layer, LinearLayer) and layer.node.attributes.get_float("alpha", 1.0) == 0:
         return "its product is multiplied by zero"
     return layer
+
+
+def _details(site: Site, method: str) -> dict[str, int | float | str | bool]:
+    zeros = int(np.count_nonzero(site.tensor.numpy() == 0))
+    return {"method": method, "weights": site.size, "zeros": zeros, "sparsity": round(zeros / site.size, 6)}
 
 
 def _matches(name: str, operator: str, globs: Sequence[str]) -> bool:

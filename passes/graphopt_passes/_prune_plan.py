@@ -7,9 +7,10 @@ from typing import Any
 
 import numpy as np
 
+from graphopt.analyses.channels import ChannelGroup
 from graphopt_passes._prune_budget import Budget
 
-__all__ = ["plan_global", "plan_uniform"]
+__all__ = ["plan_global", "plan_uniform", "score_costs"]
 
 Ladders = Sequence[Sequence[int]]
 Floats = np.ndarray[Any, np.dtype[np.float64]]
@@ -63,6 +64,21 @@ def plan_global(budget: Budget, ladders: Ladders, costs: Sequence[Floats], targe
             break
         savings = np.sqrt(savings * fresh)  # halfway, or two groups in one layer would take turns
     return _settled(budget, ladders, plan, target)
+
+
+def score_costs(groups: Sequence[ChannelGroup], worth: Sequence[Floats], ladders: Ladders) -> list[Floats]:
+    """What going down each ladder costs by scores alone, `[rungs]` a group: a shared channel is missed by all layers.
+
+    Args:
+        groups: The groups.
+        worth: `[units]` scores of each.
+        ladders: What each group may lose, ascending from 0.
+    """
+    sums = [np.concatenate([[0.0], np.cumsum(np.sort(scores))]) for scores in worth]
+    return [
+        len(group.producers) * total[np.array(steps)]
+        for group, total, steps in zip(groups, sums, ladders, strict=True)
+    ]
 
 
 def _rising(costs: Floats, units: np.ndarray[Any, Any]) -> Floats:

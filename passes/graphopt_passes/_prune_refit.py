@@ -3,8 +3,8 @@
 Layers are visited in the graph's order. Each is asked to make the output that it had in the whole model (the channels
 that are left of it) from the input that it has now, with all layers before it refitted already. That is a linear least-
 squares problem, solved from second moments (Channel Pruning, He et al., 2017; ThiNet, Luo et al., 2017). Where the
-output is added to a shortcut, the layer makes up for what the shortcut lost as well. Batch norms behind a layer stay
-right, because what goes into them does.
+output is added to a shortcut, the layer makes up for what the shortcut lost as well; what a Relu or Clip then hides is
+not fitted (Zhang et al., 2015). Batch norms behind a layer stay right, because what goes into them does.
 """
 
 from __future__ import annotations
@@ -15,12 +15,14 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
-from graphopt.analyses import CONSTANTS
+from graphopt.analyses import CONSTANTS, Constants
 from graphopt.calibration import Dataset
 from graphopt.pass_base import Change, Context
 from graphopt.reference import Feed
-from graphopt_passes._least_squares import Correction, Moments, correct
+from graphopt_passes._clipped_fit import Rows, fit
+from graphopt_passes._least_squares import Correction
 from graphopt_passes._linear_layers import LINEAR, WIDEST, LinearLayer, rows_worth_reading
+from graphopt_passes._outlook import Outlook, outlook
 from graphopt_passes._stepwise import Stepwise, reads
 
 __all__ = ["Refit", "refit"]
@@ -61,27 +63,31 @@ class _Site:
     Attributes:
         layer: The layer of the pruned model.
         positions: Its place in the order of nodes, in the whole and in the pruned model.
-        shortcut: Name of what its output is added to, where both models know it before the layer runs.
+        outlook: What becomes of its output.
         kept: `[outputs]` positions of its outputs in the whole model.
     """
 
     layer: LinearLayer
     positions: tuple[int, int]
-    shortcut: str | None
+    outlook: Outlook
     kept: np.ndarray
 
-    def samples(self, whole: Stepwise, pruned: Stepwise) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """The layer's input and the output that it should have, batch after batch."""
-        node, more = self.layer.node, [self.shortcut] if self.shortcut else []
-        old = whole.run(self.positions[0] + 1, [node.outputs[0].name or "", *more])
+    def samples(self, whole: Stepwise, pruned: Stepwise) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray | None]]:
+        """The layer's input, the total that it should lead to, and what is added to its output, batch after batch.
+
+        What is added is None where it has not the output's shape; then the total is the output alone.
+        """
+        node, axis, shortcut = self.layer.node, self.layer.channel_axis, self.outlook.shortcut
+        more = [shortcut] if shortcut else []
+        old = whole.run(self.positions[0] + 1, [_name(node.outputs[0]), *more])
         new = pruned.run(self.positions[1], [_name(node.inputs[0]), *more])
-        axis = self.layer.channel_axis
         for (output, *was), (x, *now) in zip(old, new, strict=True):
             wanted = np.take(output, self.kept, axis=axis)
-            for before, after in zip(was, now, strict=True):
-                if before.shape == output.shape and after.shape == wanted.shape:
-                    wanted += np.take(before, self.kept, axis=axis) - after
-            yield x, wanted
+            if any(a.shape != output.shape or b.shape != wanted.shape for a, b in zip(was, now, strict=True)):
+                yield x, wanted, None
+                continue
+            before = self.outlook.bypass(np.take(was[0], self.kept, axis=axis) if was else None, wanted, axis)
+            yield x, wanted + before, self.outlook.bypass(now[0] if now else None, wanted, axis)
 
 
 def refit(whole: ir.Model, model: ir.Model, lost: Mapping[AxisName, np.ndarray], data: Dataset, ctx: Context) -> Refit:
@@ -103,7 +109,9 @@ def refit(whole: ir.Model, model: ir.Model, lost: Mapping[AxisName, np.ndarray],
     changes, errors = list[Change](), list[tuple[float, float]]()
     for node in ctx.progress(list(_affected(new, lost)), "refitting"):
         layer = LinearLayer.of(node, constants)
-        found = layer if isinstance(layer, str) else _correction(_site(layer, old, new, lost), old, new, ctx.rng)
+        found = (
+            layer if isinstance(layer, str) else _correction(_site(layer, old, new, lost, constants), old, new, ctx.rng)
+        )
         name = node.name or _name(node.outputs[0])
         if isinstance(layer, str) or isinstance(found, str):
             changes.append(Change.skipped(name, f"not refitted: {found}"))
@@ -136,64 +144,69 @@ def _affected(run: Stepwise, lost: Mapping[AxisName, np.ndarray]) -> Iterator[ir
             other.update(_name(output) for output in node.outputs)
 
 
-def _site(layer: LinearLayer, old: Stepwise, new: Stepwise, lost: Mapping[AxisName, np.ndarray]) -> _Site:
-    name = _name(layer.node.outputs[0])
+def _site(
+    layer: LinearLayer, old: Stepwise, new: Stepwise, lost: Mapping[AxisName, np.ndarray], constants: Constants
+) -> _Site:
+    output = layer.node.outputs[0]
+    name = _name(output)
     positions = old.born[name], new.born[name]
     gone = lost.get((_name(layer.weight), layer.axis), np.empty(0, dtype=np.int64))
     kept = np.delete(np.arange(layer.outputs + len(gone)), gone)
-    shortcut = _shortcut(layer.node.outputs[0], new)
-    known = shortcut is not None and all(
-        run.born.get(shortcut, at) < at for run, at in zip((old, new), positions, strict=True)
-    )
-    return _Site(layer, positions, shortcut if known else None, kept)
-
-
-def _shortcut(output: ir.Value, run: Stepwise) -> str | None:
-    """What alone is done to an output, but for adding constants, is adding this to it."""
-    while len(uses := list(output.uses())) == 1 and not output.is_graph_output():
-        node, index = uses[0]
-        if node.op_type != "Add":
-            return None
-        other = _name(node.inputs[1 - index])
-        if other in run.born:
-            return other
-        output = node.outputs[0]
-    return None
+    known = {
+        value
+        for value in new.born
+        if all(run.born.get(value, at) < at for run, at in zip((old, new), positions, strict=True))
+    }
+    seen = outlook(output, layer.outputs, layer.channel_axis, constants, known)
+    return _Site(layer, positions, seen, kept)
 
 
 def _correction(site: _Site, old: Stepwise, new: Stepwise, rng: np.random.Generator) -> Correction | str:
     """The correction of a layer, or why there is none."""
-    layer, batches = site.layer, len(old.feeds)
+    layer = site.layer
     if layer.groups * layer.inputs**2 > WIDEST**2:
         return f"the second moments of its input are {layer.groups} x {layer.inputs} x {layer.inputs} numbers"
-    matrix, shift = layer.matrix(), layer.shift.reshape(layer.groups, 1, -1)
-    sums = [Moments.empty(*matrix.shape) for _ in range(2)]
-    most = rows_worth_reading(layer.groups, layer.inputs) // batches + 1
-    for batch, (x, output) in enumerate(site.samples(old, new)):
-        count = layer.positions(output)
-        chosen = np.sort(rng.choice(count, most, replace=False)) if count > most else np.arange(count)
-        for moments, part in zip(sums, _parts(chosen, batch, batches), strict=True):
-            for rows in np.array_split(part, len(part) * layer.groups * layer.inputs // _CHUNK + 1):
-                made_of, wanted = layer.rows(x, rows), layer.wanted(output, rows)
-                with np.errstate(all="ignore"):  # what is not finite shows in the moments
-                    moments.add(made_of, wanted - made_of @ matrix - shift, wanted)
-    seen, held_out = sums
-    if not seen.rows or not held_out.rows:
+    with np.errstate(all="ignore"):  # what is not finite is looked for
+        rows = _rows(site, old, new, rng)
+    if not rows.held_out.any() or rows.held_out.all():
         return "too few samples to hold some out"
-    if not (seen.finite and held_out.finite):
+    if not (np.isfinite(rows.x).all() and np.isfinite(rows.wanted).all() and np.isfinite(rows.now).all()):
         return "what goes through it is not finite"
-    if held_out.error() < _SAME:
+    held_out = rows.of(rows.held_out)
+    if held_out.error(held_out.now) < _SAME:
         return "its output has not changed"
-    return correct(seen, held_out, offset=layer.offset) or "no better on held-out samples"
+    return fit(rows, offset=layer.offset) or "no better on held-out samples"
 
 
-def _parts(chosen: np.ndarray, batch: int, batches: int) -> tuple[np.ndarray, np.ndarray]:
-    """Rows to fit and rows to hold out: whole batches where there are enough, else a fifth of each."""
-    none = chosen[:0]
+def _rows(site: _Site, old: Stepwise, new: Stepwise, rng: np.random.Generator) -> Rows:
+    """As many rows of a layer as are worth reading."""
+    layer, batches = site.layer, len(old.feeds)
+    matrix, shift = layer.matrix(), layer.shift.reshape(layer.groups, 1, -1)
+    most = rows_worth_reading(layer.groups, layer.inputs) // batches + 1
+    parts, held_out, plain = list[tuple[np.ndarray, ...]](), list[np.ndarray](), False
+    for batch, (x, total, bypass) in enumerate(site.samples(old, new)):
+        count = layer.positions(total)
+        chosen = np.sort(rng.choice(count, most, replace=False)) if count > most else np.arange(count)
+        held_out.append(_held_out(len(chosen), batch, batches))
+        plain = plain or bypass is None
+        for some in np.array_split(chosen, len(chosen) * layer.groups * layer.inputs // _CHUNK + 1):
+            made_of, wanted = layer.rows(x, some), layer.wanted(total, some)
+            added = 0.0 if bypass is None else layer.wanted(bypass, some)
+            parts.append(tuple(a.astype(np.float32) for a in (made_of, wanted, made_of @ matrix + shift + added)))
+    arrays = [np.concatenate(part, axis=1) for part in zip(*parts, strict=True)]
+    bounds = (site.outlook.low, site.outlook.high)
+    low, high = (b.reshape(layer.groups, 1, -1).astype(np.float32) for b in bounds)
+    if plain:
+        low, high = np.full_like(low, -np.inf), np.full_like(high, np.inf)
+    return Rows(arrays[0], arrays[1], arrays[2], np.concatenate(held_out), low, high)
+
+
+def _held_out(count: int, batch: int, batches: int) -> np.ndarray:
+    """`[count]`: rows to hold out: whole batches where there are enough, else a fifth of each."""
     if batches >= _HOLD_OUT:
-        return (none, chosen) if batch % _HOLD_OUT == _HOLD_OUT // 2 else (chosen, none)
-    first, last = 2 * len(chosen) // _HOLD_OUT, 3 * len(chosen) // _HOLD_OUT
-    return np.concatenate([chosen[:first], chosen[last:]]), chosen[first:last]
+        return np.full(count, batch % _HOLD_OUT == _HOLD_OUT // 2)
+    places = np.arange(count)
+    return (places >= 2 * count // _HOLD_OUT) & (places < 3 * count // _HOLD_OUT)
 
 
 def _change(site: str, found: Correction) -> Change:

@@ -123,20 +123,22 @@ def _restate(
     """Write the sizes that one attribute or constant input of a node states."""
     spans = {position: span for table in tables for position, span in table.spans if (span.value, span.axis) in gone}
     node = output.producer()
-    if not spans or node is None:
+    outdated = any(axis in gone for table in tables for axis in table.reads)
+    if node is None or not (spans or outdated):
         return
     first = tables[0]
     numbers = list(first.numbers)
     for position, span in spans.items():
         left = _left(span, gone)
-        numbers[position] = min(numbers[position], left) if first.at_most else left
-    for name in first.drops:
+        numbers[position] = min(numbers[position], left) if any(table.at_most for table in tables) else left
+    for name in (name for table in tables for name in table.drops):
         node.attributes.pop(name, None)
     if isinstance(first.slot, str):
         value = ir.AttrInt64(first.slot, numbers[0]) if first.scalar else ir.AttrInt64s(first.slot, numbers)
         node.attributes[first.slot] = value
     else:
-        _replace_input(graph, node, first.slot, numbers)
+        array = np.array(numbers, first.dtype.numpy())
+        _replace_input(graph, node, first.slot, array.reshape(() if first.scalar else -1))
 
 
 def _left(span: Span, gone: Mapping[AxisName, np.ndarray]) -> int:
@@ -152,15 +154,14 @@ def _renumber(graph: ir.Graph, output: ir.Value, table: IndexTable, gone: Mappin
         return
     kept = table.numbers[~np.isin(table.numbers, lost)]
     left = kept - np.searchsorted(lost, kept)
-    _replace_input(graph, node, table.slot, left.reshape(-1 if table.numbers.ndim else ()))
+    _replace_input(graph, node, table.slot, left.astype(table.numbers.dtype).reshape(-1 if table.numbers.ndim else ()))
 
 
-def _replace_input(graph: ir.Graph, node: ir.Node, index: int, numbers: Sequence[int] | np.ndarray) -> None:
+def _replace_input(graph: ir.Graph, node: ir.Node, index: int, array: np.ndarray) -> None:
     """Give a node a constant of its own; the old one may serve others."""
     old = node.inputs[index] if index < len(node.inputs) else None
-    dtype = old.dtype if old is not None and old.dtype is not None else ir.DataType.INT64
     stem = f"{node.name or node.outputs[0].name}_input{index}"
-    constant = new_constant(graph, stem, np.array(numbers, dtype=dtype.numpy()), beside=node)
+    constant = new_constant(graph, stem, array, beside=node)
     if index >= len(node.inputs):
         node.resize_inputs(index + 1)
     node.replace_input_with(index, constant)

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import onnx_ir as ir
 
 from graphopt.analyses import Constants, Shapes
+from graphopt.analyses.names import Names
 from graphopt.errors import PassError
 from graphopt_passes._stepwise import reads
 
@@ -38,6 +39,7 @@ class Block:
 
     Attributes:
         name: Name of the sum's node.
+        operator: Its operator, Add or Sum.
         output: Name of the sum.
         shortcut: Which operand of the sum stays, 0 or 1.
         nodes: Indices of the nodes that go, in the graph's order; the sum is not among them.
@@ -45,6 +47,7 @@ class Block:
     """
 
     name: str
+    operator: str
     output: str
     shortcut: int
     nodes: tuple[int, ...]
@@ -82,10 +85,7 @@ class _Finder:
         self.shapes, self.constants = shapes, constants
         self.nodes = list(model.graph)
         self.order = {id(node): i for i, node in enumerate(self.nodes)}
-
-    def label(self, node: ir.Node) -> str:
-        """The node's name in reports."""
-        return node.name or f"{node.op_type}_{self.order[id(node)]}"
+        self.label = Names(model).label
 
     def look(self, node: ir.Node) -> Block | str | None:
         """The block that a sum closes, why it closes none, or None where it is no sum of branches."""
@@ -140,7 +140,7 @@ class _Finder:
             return self._reader(self.nodes[last], inside, node)
         name, layers = self.label(node), [self.nodes[i] for i in sorted(inside) if self.nodes[i].op_type in _LAYERS]
         named = tuple((self.label(layer), layer.op_type) for layer in layers)
-        return Block(name, node.outputs[0].name or "", shortcut, tuple(sorted(inside)), named)
+        return Block(name, node.op_type, node.outputs[0].name or "", shortcut, tuple(sorted(inside)), named)
 
     def _private(self, node: ir.Node, operand: int, branch: Sequence[int]) -> set[int]:
         """Nodes of a branch whose outputs nothing reads but each other and one operand of the sum."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -11,18 +12,23 @@ import numpy as np
 import onnx_ir as ir
 
 from graphopt.analyses import CHANNEL_GROUPS, CONSTANTS, COST, SHAPES, ChannelGroup, ChannelGroups, Cost
+from graphopt.analyses.names import Names
 from graphopt.errors import OptionError, nearest
 from graphopt.options import opt
 from graphopt.pass_base import Change, Context, Pass, PassResult
+from graphopt_passes._prune_blocks import BlockRemoval, OutputJudge, Savings, prune_blocks
 from graphopt_passes._prune_budget import Budget, Facts, ladder, step_of, unit_width
-from graphopt_passes._prune_criteria import Criterion, scores
-from graphopt_passes._prune_output_error import output_scores
-from graphopt_passes._prune_plan import plan_global, plan_uniform
+from graphopt_passes._prune_criteria import find_criterion, worth
+from graphopt_passes._prune_pattern import Sparsity
+from graphopt_passes._prune_plan import plan_global, plan_uniform, score_costs
 from graphopt_passes._prune_refit import Refit, refit
 from graphopt_passes._prune_removal import lost_positions, remove
+from graphopt_passes._prune_sensitivity import is_affordable, sensitivity
+from graphopt_passes._residual_blocks import Block, find_blocks, join_shortcuts
 
 __all__ = ["Prune"]
 
+_RATIO = 0.3
 _UNITS = ("channels", "heads", "neurons", "hidden", "experts", "groups", "blocks")
 
 
@@ -56,14 +62,20 @@ class Prune(Pass):
     lossy: ClassVar[bool] = True
     without_data: ClassVar[str] = "prune chooses channels by weights alone and refits no layer"
 
-    ratio: float = opt(0.3, help="fraction removed, of what `of` names", ge=0, lt=1)
-    of: Literal["macs", "params", "bytes"] = opt("macs", help="what `ratio` is a fraction of")
-    criterion: Literal["auto", "output", "l2", "l1", "bn-scale", "random", "taylor"] = opt(
-        "auto", help="how channels are judged; auto: by what layers lose on calibration data (output), else l2"
+    ratio: float = opt(_RATIO, help="fraction removed, of what `of` names", ge=0, lt=1)
+    pattern: str = opt(
+        "channels",
+        help="channels; or zeros inside weights: unstructured, or N:M (2:4: of 4 neighbouring inputs at most 2 stay)",
     )
-    scope: Literal["auto", "uniform", "global"] = opt(
+    of: Literal["macs", "params", "bytes"] = opt("macs", help="what `ratio` is a fraction of")
+    criterion: str = opt(
         "auto",
-        help="the same fraction from every layer, or more where channels matter less; auto: global if judged by output",
+        help="how channels are judged: l1, l2, bn-scale, fpgm, activation, apoz, wanda, reconstruction, output-change, "
+        "random, or one of a plugin's; auto: reconstruction with calibration data (what layers lose), else l2",
+    )
+    scope: Literal["auto", "uniform", "global", "sensitivity"] = opt(
+        "auto",
+        help="the same fraction from every layer, or more where channels matter less; auto: that if the criterion compares layers",
     )
     round_to: int = opt(0, help="kept channels are a multiple of this; 0: what the target likes", ge=0)
     units: tuple[str, ...] = opt(
@@ -78,19 +90,21 @@ class Prune(Pass):
         """Check the options that depend on the model.
 
         Raises:
-            OptionError: The criterion needs gradients, or a wildcard fits no layer.
+            OptionError: There is no such criterion, it lacks data, or a wildcard fits no layer.
         """
-        if self.criterion == "taylor":
-            raise OptionError("prune.criterion", "taylor needs gradients, not available yet", "use l2")
-        if self.criterion == "output" and ctx.calibration is None:
-            raise OptionError("prune.criterion", "output needs samples", "give --calibration, or use l2")
+        if self.pattern != "channels":
+            self._sparsity().requires(model, ctx)
+            return
+        find_criterion(self.criterion, ctx)
         unknown = next((name for name in self.units if name not in _UNITS), None)
         if unknown is not None:
             raise OptionError("prune.units", f"{unknown!r} is no kind of unit", nearest(unknown, _UNITS))
         if "blocks" in self.units and ctx.calibration is None:
             raise OptionError("prune.units", "blocks are judged on samples", "give --calibration, or leave blocks out")
-        groups = ctx.fact(CHANNEL_GROUPS)
-        layers = _layers(model, groups)
+        layers = _layers(model, ctx.fact(CHANNEL_GROUPS))
+        if "blocks" in self.units:
+            for block in find_blocks(model, ctx.fact(SHAPES), ctx.fact(CONSTANTS))[0]:
+                layers.operators.update({block.name: block.operator, **dict(block.layers)})
         for option, globs in (("only", self.only), ("skip", self.skip)):
             glob = layers.unmatched(globs)
             if glob is not None:
@@ -101,54 +115,106 @@ class Prune(Pass):
 
     def run(self, model: ir.Model, ctx: Context) -> PassResult:
         """Choose units within the budget and remove them."""
-        groups, before = ctx.fact(CHANNEL_GROUPS), ctx.fact(COST)
+        if self.pattern != "channels":
+            return self._sparsity().run(model, ctx)
+        before, whole = ctx.fact(COST), model.clone() if self.refit and ctx.calibration is not None else None
+        blocks = self._remove_blocks(model, ctx)
+        groups = ctx.fact(CHANNEL_GROUPS)
         chosen, reasons = self._candidates(model, groups, ctx)
-        budget = Budget(model, Facts(before, ctx.fact(SHAPES), ctx.fact(CONSTANTS)), chosen, self.of)
-        worth = self._worth(model, chosen, ctx)
-        removed = self._plan(budget, chosen, worth, ctx)
-        lost = [np.sort(np.argsort(w, kind="stable")[:n]) for w, n in zip(worth, removed, strict=True)]
-        removals = [(group, units.tolist()) for group, units in zip(chosen, lost, strict=True) if len(units)]
-        refitted = self._remove(model, groups, removals, ctx)
+        removals, _ = self._removals(model, chosen, _amount(before, self.of) * (1 - self.ratio), ctx)
+        refitted = self._remove(model, whole, blocks, groups, removals, ctx)
         after = ctx.fact(COST)
         taken = {id(group): len(units) for group, units in removals}
         changes = [
             _change(group, taken.get(id(group), 0), reasons.get(id(group)), before, after) for group in groups.groups
         ]
         changes += [Change.skipped(name, reason) for name, reason in groups.elsewhere.items()]
-        changes += refitted.changes
+        changes += [*blocks.changes, *refitted.changes]
         metrics = self._metrics(before, after) | {"refitted": refitted.layers}
         if refitted.layers:
             metrics |= {"refit_error_before": round(refitted.before, 6), "refit_error_after": round(refitted.after, 6)}
-        return PassResult(bool(removals), tuple(changes), metrics=metrics)
+        return PassResult(bool(removals or blocks.steps), tuple(changes), metrics=metrics)
 
-    def _judge(self, ctx: Context) -> Literal["output"] | Criterion:
-        """The criterion, `auto` resolved."""
-        if self.criterion != "auto":
-            return self.criterion
-        return "output" if ctx.calibration is not None else "l2"
+    def _sparsity(self) -> Sparsity:
+        """The same pass where weights become zero and no channel goes."""
+        for option in ("of", "round_to", "units"):
+            if getattr(self, option) != getattr(Prune, option):
+                fact = f"pattern={self.pattern} removes no channels"
+                raise OptionError(f"prune.{option}", fact, "leave it out, or use pattern=channels")
+        return Sparsity(
+            pattern=self.pattern,
+            ratio=self.ratio,
+            default_ratio=_RATIO,
+            criterion=self.criterion,
+            scope=self.scope,
+            refit=self.refit,
+            only=self.only,
+            skip=self.skip,
+        )
 
-    def _worth(self, model: ir.Model, groups: Sequence[ChannelGroup], ctx: Context) -> list[np.ndarray]:
-        """What the units of each group are worth, `[units]`."""
-        judge = self._judge(ctx)
-        by_weights: Criterion = "l2" if judge == "output" else judge
-        worth = [scores(model, ctx.fact(CONSTANTS), group, by_weights, ctx.rng) for group in groups]
-        if judge == "output" and ctx.calibration is not None and self.ratio:
-            worth = output_scores(model, groups, worth, ctx.calibration, ctx)
-        return worth
+    def _remove_blocks(self, model: ir.Model, ctx: Context) -> BlockRemoval:
+        """Remove residual blocks where they are asked for, as long as channels would be missed more."""
+        if "blocks" not in self.units:
+            return BlockRemoval()
+        savings = Savings(model, ctx.fact(COST), ctx.fact(CONSTANTS), self.of)
+        wanted = _amount(ctx.fact(COST), self.of) * self.ratio
+        refuse, others = self._keeps_block, lambda judge: self._price(model, judge, ctx)
+        removal = prune_blocks(model, ctx, savings, wanted, refuse=refuse, others=others)
+        if removal.steps:
+            ctx.drop_facts()
+        return removal
+
+    def _keeps_block(self, block: Block) -> str | None:
+        """Why the user wants a block to stay, or None."""
+        layers = _Layers({block.name: block.operator, **dict(block.layers)})
+        named = layers.match(block.name, self.only) or all(layers.match(name, self.only) for name, _ in block.layers)
+        if self.only and not named:
+            return "not in prune.only"
+        skipped = next((name for name in layers.operators if layers.match(name, self.skip)), None)
+        return None if skipped is None else f"prune.skip names {skipped!r}"
+
+    def _price(self, model: ir.Model, judge: OutputJudge, ctx: Context) -> float:
+        """How much the outputs change, for each unit saved, if channels alone go and no layer is refitted."""
+        groups, whole = ctx.fact(CHANNEL_GROUPS), _amount(ctx.fact(COST), self.of)
+        removals, left = self._removals(model, self._candidates(model, groups, ctx)[0], whole * (1 - self.ratio), ctx)
+        if left >= whole:
+            return math.inf
+        copy = model.clone()
+        remove(copy, groups, removals)
+        return judge.of(copy) / (whole - left)
+
+    def _removals(
+        self, model: ir.Model, chosen: Sequence[ChannelGroup], target: float, ctx: Context
+    ) -> tuple[list[tuple[ChannelGroup, list[int]]], float]:
+        """The units that go so that the model costs `target`, and what it will cost."""
+        facts = Facts(ctx.fact(COST), ctx.fact(CONSTANTS))
+        budget = Budget(facts, chosen, self.of)
+        if not chosen or not self.ratio or target >= budget.whole:
+            return [], budget.whole
+        worths = worth(find_criterion(self.criterion, ctx), model, chosen, ctx)
+        removed = self._plan(budget, chosen, worths, target, ctx)
+        lost = [np.sort(np.argsort(w, kind="stable")[:n]) for w, n in zip(worths, removed, strict=True)]
+        removals = [(group, units.tolist()) for group, units in zip(chosen, lost, strict=True) if len(units)]
+        return removals, budget.after(removed)
 
     def _remove(
-        self, model: ir.Model, groups: ChannelGroups, removals: list[tuple[ChannelGroup, list[int]]], ctx: Context
+        self,
+        model: ir.Model,
+        whole: ir.Model | None,
+        blocks: BlockRemoval,
+        groups: ChannelGroups,
+        removals: list[tuple[ChannelGroup, list[int]]],
+        ctx: Context,
     ) -> Refit:
-        """Remove the units, and let the layers that are left make up for them."""
-        if not removals:
+        """Remove the units, and let the layers that are left make up for them and for the blocks."""
+        if not removals and not blocks.steps:
             return Refit()
-        data = ctx.calibration if self.refit else None
-        whole = model if data is None else model.clone()
         remove(model, groups, removals)
         ctx.drop_facts()
-        if data is None:
-            return Refit()
-        refitted = refit(whole, model, lost_positions(removals), data, ctx)
+        refitted = Refit()
+        if whole is not None and ctx.calibration is not None:
+            refitted = refit(whole, model, {**blocks.sums, **lost_positions(removals)}, ctx.calibration, ctx)
+        join_shortcuts(model, blocks.blocks)
         ctx.drop_facts()
         return refitted
 
@@ -178,22 +244,31 @@ class Prune(Pass):
 
     def _ladder(self, group: ChannelGroup, ctx: Context) -> list[int]:
         step = step_of(group.units, self.round_to, ctx.target.round_to, unit_width(group))
-        return ladder(group.units, step)
+        return ladder(group.units, step, group.least)
 
     def _plan(
-        self, budget: Budget, groups: Sequence[ChannelGroup], worth: Sequence[np.ndarray], ctx: Context
+        self,
+        budget: Budget,
+        groups: Sequence[ChannelGroup],
+        worths: Sequence[np.ndarray],
+        target: float,
+        ctx: Context,
     ) -> list[int]:
-        if not groups or not self.ratio:
-            return [0] * len(groups)
-        ladders, target = [self._ladder(group, ctx) for group in groups], budget.whole * (1 - self.ratio)
-        if self.scope == "global" or (self.scope == "auto" and self._judge(ctx) == "output"):
-            # a channel that many layers share is missed by all of them
-            costs = [
-                np.concatenate([[0.0], np.cumsum(np.sort(w))])[rungs] * len(group.producers)
-                for group, w, rungs in zip(groups, worth, ladders, strict=True)
-            ]
-            return plan_global(budget, ladders, costs, target)
-        return plan_uniform(budget, ladders, [group.units for group in groups], target)
+        ladders = [self._ladder(group, ctx) for group in groups]
+        scope = self._scope(groups, ctx)
+        if scope == "uniform":
+            return plan_uniform(budget, ladders, [group.units for group in groups], target)
+        if scope == "sensitivity":
+            return plan_global(budget, ladders, sensitivity(ctx.model, groups, worths, ladders, ctx), target)
+        return plan_global(budget, ladders, score_costs(groups, worths, ladders), target)
+
+    def _scope(self, groups: Sequence[ChannelGroup], ctx: Context) -> Literal["uniform", "global", "sensitivity"]:
+        """The scope, `auto` resolved."""
+        if self.scope != "auto":
+            return self.scope
+        if not find_criterion(self.criterion, ctx).comparable:
+            return "uniform"
+        return "sensitivity" if is_affordable(groups, ctx) else "global"
 
     def _metrics(self, before: Cost, after: Cost) -> dict[str, int | float | str | bool]:
         amounts = {
@@ -208,9 +283,13 @@ class Prune(Pass):
         return metrics | {"achieved": round(1 - new / old, 6) if old else 0.0}
 
 
+def _amount(cost: Cost, of: Literal["macs", "params", "bytes"]) -> int:
+    return {"macs": cost.macs, "params": cost.params, "bytes": cost.weight_bytes}[of]
+
+
 def _layers(model: ir.Model, groups: ChannelGroups) -> _Layers:
     producers = {name for group in groups.groups for name in group.producers}
-    names = {node.name or f"{node.op_type}_{i}": node.op_type for i, node in enumerate(model.graph)}
+    names = {label: node.op_type for node, label in Names(model).labels.items()}
     return _Layers({name: operator for name, operator in names.items() if name in producers})
 
 

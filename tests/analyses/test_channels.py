@@ -142,17 +142,20 @@ def test_shape_arithmetic_that_reads_only_the_batch_pins_nothing() -> None:
     assert groups.tables[0].numbers == (0, 8), "the batch is copied, the columns are stated"
 
 
-def test_shape_arithmetic_that_computes_with_the_channels_pins_them() -> None:
+def test_numbers_that_are_computed_from_the_channels_stay_as_they_are() -> None:
     body = (
         """
         one = Constant<value_int=1>()
         [conv] a = Conv(x, w1)
-        s = Shape(a) n = Gather(s, one) h = Cast<to=1>(n) [root] q = Sqrt(h) d = Div(a, q)
+        s = Shape(a) n = Gather(s, one) h = Cast<to=1>(n) q = Sqrt(h) d = Div(a, q)
     """
         + HEAD % "d"
     )
     groups = analyse(build(IMAGE, body, {"w1": (2, 3, 1, 1), "head": (5, 2)}))
-    assert pins(groups)["conv"] == "pinned by Sqrt 'root'"
+    assert pins(groups)["conv"] is None
+    (table,) = groups.tables
+    assert (table.output, table.slot, table.scalar, table.reads) == ("d", 1, True, (("a", 1),))
+    assert table.numbers == (pytest.approx(2**0.5),)
 
 
 def test_padding_channels_are_channels() -> None:

@@ -127,3 +127,24 @@ def test_heads_merged_with_the_batch_are_heads(batch: int) -> None:
     group = only(channel_groups(model).free)
     assert (group.kind, group.units) == ("heads", 4)
     assert_removal_is_exact(model, [(group, [1, 2])])
+
+
+def test_a_size_of_heads_that_is_computed_from_the_width_stays() -> None:
+    """`x.shape[2] // heads` of a width that itself can shrink, as image transformers export it."""
+    body = """
+        last = Constant<value_ints=[2]>() first = Constant<value_ints=[0]>() second = Constant<value_ints=[1]>()
+        four = Constant<value_ints=[4]>() together = Constant<value_ints=[0,0,24]>()
+        [stem] e = MatMul(x, w0) s = Shape(e) n = Gather(s, first) t = Gather(s, second) c = Gather(s, last)
+        size = Div(c, four) to = Concat<axis=0>(n, t, four, size) whole = Concat<axis=0>(n, t, c)
+        float = Cast<to=1>(size) root = Sqrt(float)
+        [query] q0 = MatMul(e, wq) q1 = Reshape(q0, to) q2 = Transpose<perm=[0,2,1,3]>(q1) q3 = Div(q2, root)
+        [key] k0 = MatMul(e, wk) k1 = Reshape(k0, to) k2 = Transpose<perm=[0,2,3,1]>(k1)
+        [value] v0 = MatMul(e, wv) v1 = Reshape(v0, to) v2 = Transpose<perm=[0,2,1,3]>(v1)
+        w = MatMul(q3, k2) p = Softmax<axis=-1>(w) o = MatMul(p, v2) ot = Transpose<perm=[0,2,1,3]>(o)
+        m = Reshape(ot, whole) r = MatMul(m, wo) z = Add(r, e) y = MatMul(z, w1)
+    """
+    weights = {"w0": (8, 24), "wq": (24, 24), "wk": (24, 24), "wv": (24, 24), "wo": (24, 24), "w1": (24, 5)}
+    model = build(TOKENS, body, weights)
+    stem, heads = channel_groups(model).free
+    assert (stem.units, stem.producers, heads.kind, heads.units) == (24, ("stem", "MatMul_30"), "heads", 4)
+    assert_removal_is_exact(model, [(stem, [0, 7, 23]), (heads, [2])])
