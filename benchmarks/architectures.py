@@ -1,6 +1,6 @@
 """Networks of torchvision and transformers with random weights, exported to ONNX without a network.
 
-    path = export("resnet50", "script", folder)
+    python benchmarks/architectures.py resnet50 script FOLDER
 
 Variants: the TorchScript exporter (`script`) and the one on torch.export (`dynamo`), with a fixed batch of one or, with
 `-dynamic` behind it, an open batch (and sequence). torch, torchvision and transformers are imported only when a model
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import sys
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -133,9 +134,12 @@ def _torchvision() -> Any:
         _KEPT.append(library)
     import torchvision
 
-    torchvision.extension._has_ops = lambda: True  # noqa: SLF001
-    torchvision.extension._assert_has_ops = torchvision.ops.boxes._assert_has_ops = lambda: None  # noqa: SLF001
+    torchvision.ops.boxes._assert_has_ops = _trusted  # noqa: SLF001
     return torchvision
+
+
+def _trusted() -> None:
+    """Stand in for the check that the compiled part is there; it is compiled along, so it must be a function."""
 
 
 _KEPT: list[Any] = []  # a library takes its operators with it when it is collected
@@ -313,3 +317,7 @@ MODELS: dict[str, Architecture] = {
     "t5_encoder": _text("T5EncoderModel", "T5Config", num_layers=2, vocab_size=3000),
     "whisper_encoder": Architecture(_whisper),
 }
+
+
+if __name__ == "__main__":
+    export(sys.argv[1], sys.argv[2], Path(sys.argv[3]))

@@ -32,7 +32,7 @@ import onnx_ir as ir
 import tables
 from zoo_quant import load_zoo
 
-from graphopt.analyses import CHANNEL_GROUPS, CONSTANTS, COST, ChannelGroup
+from graphopt.analyses import CHANNEL_GROUPS, CONSTANTS, ChannelGroup
 from graphopt.calibration import open_calibration
 from graphopt.errors import GraphoptError
 from graphopt.model_io import ShapeBinding, input_specs, load_model, save_model
@@ -41,9 +41,9 @@ from graphopt.reference import Feed, Reference, random_feed
 from graphopt.runner import run_pass
 from graphopt.structure import fingerprint
 from graphopt.targets import Target
+from graphopt_passes._prune_removal import remove
 from graphopt_passes.fold import Fold
 from graphopt_passes.prune import Prune
-from graphopt_passes._prune_removal import remove
 
 _BINDING = ShapeBinding(dims={"batch": 1, "sequence": 16})
 _ZEROED = 0.25
@@ -97,7 +97,9 @@ def _row(name: str, variant: str, options: argparse.Namespace) -> dict[str, Any]
             path, samples = options.cache / "zoo" / name / "model.onnx", options.cache / "zoo" / name / "calib.npz"
         else:
             path, samples = options.cache / f"{name}.{variant}.onnx", None
-            code = "import sys, architectures as a, pathlib; a.export(sys.argv[1], sys.argv[2], pathlib.Path(sys.argv[3]))"
+            code = (
+                "import sys, architectures as a, pathlib; a.export(sys.argv[1], sys.argv[2], pathlib.Path(sys.argv[3]))"
+            )
             _run([sys.executable, "-c", code, name, variant, str(options.cache)], "export")
         job = {"path": str(path), "samples": str(samples) if samples else None, "ratio": options.ratio}
         out = _run([sys.executable, __file__, "--child", json.dumps(job)], "prune")
@@ -110,9 +112,7 @@ def _row(name: str, variant: str, options: argparse.Namespace) -> dict[str, Any]
 
 
 def _run(command: list[str], what: str) -> str:
-    done = subprocess.run(
-        command, cwd=Path(__file__).parent, capture_output=True, text=True, timeout=1800, check=False
-    )
+    done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, timeout=1800, check=False)
     if done.returncode:
         last = [line for line in done.stderr.splitlines() if line.strip()][-1:] or [f"exit {done.returncode}"]
         raise RuntimeError(f"{what}: {last[0].strip()[:200]}")
@@ -171,12 +171,12 @@ def _interface_fault(original: ir.Model, pruned: ir.Model, feed: Feed) -> str | 
         got = Reference(Path(folder) / "model.onnx").run(feed)
     for name, value in Reference(original).run(feed).items():
         same_rank = got[name].ndim == value.ndim and got[name].dtype == value.dtype
-        if not same_rank or (got[name].shape != value.shape and not _depends_on_values(original, name)):
+        if not same_rank or (got[name].shape != value.shape and not _depends_on_values(original)):
             return f"output {name!r} changed from {value.dtype}{value.shape} to {got[name].dtype}{got[name].shape}"
     return None
 
 
-def _depends_on_values(model: ir.Model, output: str) -> bool:
+def _depends_on_values(model: ir.Model) -> bool:
     """Whether the number of results depends on what is detected."""
     return any(node.op_type in ("NonMaxSuppression", "NonZero") for node in model.graph)
 

@@ -12,8 +12,16 @@ from graphopt.bench import this_machine
 RESULTS = Path(__file__).parent / "results"
 
 
-def write(name: str, title: str, head: Sequence[str], rows: Sequence[Sequence[object]], notes: str = "") -> None:
-    """Write `results/<name>.md` and print it."""
+def write(
+    name: str,
+    title: str,
+    head: Sequence[str],
+    rows: Sequence[Sequence[object]],
+    notes: str = "",
+    *,
+    quiet: bool = False,
+) -> None:
+    """Write `results/<name>.md` and, unless `quiet`, print it."""
     machine = this_machine()
     versions = ", ".join(f"{key} {value}" for key, value in machine.versions.items())
     command = " ".join(["python", *sys.argv])
@@ -33,4 +41,5 @@ def write(name: str, title: str, head: Sequence[str], rows: Sequence[Sequence[ob
     RESULTS.mkdir(exist_ok=True)
     text = "\n".join(lines) + "\n"
     (RESULTS / f"{name}.md").write_text(text, "utf8")
-    print(text)
+    if not quiet:
+        print(text)

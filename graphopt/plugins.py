@@ -26,11 +26,12 @@ import pluggy
 from graphopt import hookspecs
 from graphopt.backend_base import Backend
 from graphopt.calibration import Dataset
-from graphopt.criterion_base import RESERVED, Criterion
+from graphopt.criterion_base import Criterion
 from graphopt.errors import GraphoptError, OptionError, PluginError, UsageError, nearest
-from graphopt.options import build, specs
+from graphopt.options import build
 from graphopt.pass_base import Pass
 from graphopt.pipeline_text import Step, parse_pipeline
+from graphopt.plugin_checks import PluginInfo, checked_criterion, checked_pass, reason, way_out
 from graphopt.targets import Target, TargetTable
 
 if TYPE_CHECKING:
@@ -41,33 +42,7 @@ __all__ = ["PluginInfo", "Registry", "load_plugins"]
 _GROUP = "graphopt"
 _BUILTIN = "graphopt"
 _ENVIRONMENT = "GRAPHOPT_PLUGINS"
-_NAME = re.compile(r"[a-z][a-z0-9]*(-[a-z0-9]+)*")
 _T = TypeVar("_T")
-
-
-@dataclass(frozen=True)
-class PluginInfo:
-    """One loaded entry point.
-
-    Attributes:
-        name: Name of the distribution, which is what `--no-plugin` takes.
-        version: Version of the distribution.
-        entry_point: Name of the entry point.
-        module: Module that the entry point names.
-        hooks: Hooks that it implements, sorted.
-        builtin: True for what graphopt itself brings.
-    """
-
-    name: str
-    version: str
-    entry_point: str
-    module: str
-    hooks: tuple[str, ...] = ()
-    builtin: bool = False
-
-    def broken(self, fact: str) -> PluginError:
-        """Build the error to raise about this plugin."""
-        return PluginError(f"plugin {self.name}", fact, _way_out(self))
 
 
 @dataclass(frozen=True)
@@ -188,7 +163,7 @@ def load_plugins(*, disable: Collection[str] = (), only: Collection[str] | None 
     criteria: dict[str, tuple[PluginInfo, Criterion]] = {}
     for plugin, items in hooks.lists("graphopt_passes"):
         for item in items:
-            _claim(passes, *_checked_pass(plugin, item), "pass")
+            _claim(passes, *checked_pass(plugin, item), "pass")
     for plugin, items in hooks.lists("graphopt_backends"):
         for item in items:
             if not isinstance(item, Backend) or not isinstance(getattr(item, "name", None), str):
@@ -201,7 +176,7 @@ def load_plugins(*, disable: Collection[str] = (), only: Collection[str] | None 
             _claim(targets, str(item), plugin, item, "target")
     for plugin, items in hooks.lists("graphopt_criteria"):
         for item in items:
-            _claim(criteria, *_checked_criterion(plugin, item), "criterion")
+            _claim(criteria, *checked_criterion(plugin, item), "criterion")
     return Registry(
         passes={name: found for name, (_, found) in sorted(passes.items())},
         backends={name: found for name, (_, found) in sorted(backends.items())},
@@ -239,7 +214,7 @@ class _Hooks:
             except GraphoptError:
                 raise
             except Exception as e:
-                raise info.broken(f"fails in {hook}: {_reason(e)}") from e
+                raise info.broken(f"fails in {hook}: {reason(e)}") from e
             answers += [(info, result) for result in results]
         return answers
 
@@ -256,14 +231,14 @@ class _Hooks:
         try:
             plugin = entry.load()
         except (Exception, SystemExit) as e:
-            raise info.broken(f"fails on import: {_reason(e)}") from e
+            raise info.broken(f"fails on import: {reason(e)}") from e
         hooks = self._hooks_of(info, plugin)
         try:
             self._manager.register(plugin, f"{info.name}:{info.entry_point}")
         except ValueError as e:
             raise info.broken(f"entry point {info.entry_point!r} names an object that is already loaded") from e
         except pluggy.PluginValidationError as e:
-            raise info.broken(f"entry point {info.entry_point!r} is not accepted: {_reason(e)}") from e
+            raise info.broken(f"entry point {info.entry_point!r} is not accepted: {reason(e)}") from e
         return dataclasses.replace(info, hooks=hooks), plugin
 
     def _hooks_of(self, info: PluginInfo, plugin: Any) -> tuple[str, ...]:
@@ -341,50 +316,6 @@ def _canonical(name: str) -> str:
 # ---------------------------------------------------------------- contracts
 
 
-def _checked_pass(plugin: PluginInfo, cls: Any) -> tuple[str, PluginInfo, type[Pass]]:
-    if not (isinstance(cls, type) and issubclass(cls, Pass)):
-        raise plugin.broken(f"graphopt_passes: {cls!r} is not a subclass of Pass")
-    where = f"pass class {cls.__name__}"
-    name, lossy = getattr(cls, "name", None), getattr(cls, "lossy", None)
-    if not isinstance(name, str) or not _NAME.fullmatch(name):
-        raise plugin.broken(f"{where} needs a name of lower-case letters, digits and dashes, not {name!r}")
-    if not isinstance(lossy, bool):
-        raise plugin.broken(f"{where} needs lossy = True or lossy = False")
-    parameters = vars(cls).get("__dataclass_params__")
-    if parameters is None or not parameters.frozen:
-        raise plugin.broken(f"{where} needs the decorator @dataclass(frozen=True, kw_only=True)")
-    if inspect.isabstract(cls):
-        raise plugin.broken(f"{where} does not define {', '.join(sorted(cls.__abstractmethods__))}")
-    try:
-        options = {spec.name for spec in specs(cls)}
-    except (NameError, TypeError) as e:
-        raise plugin.broken(f"{where} has options whose types cannot be read: {_reason(e)}") from e
-    for item in dataclasses.fields(cast("Any", cls)):
-        if item.init and item.name not in options:
-            raise plugin.broken(f"{where}: field {item.name!r} is not declared with opt(...)")
-    return name, plugin, cls
-
-
-def _checked_criterion(plugin: PluginInfo, cls: Any) -> tuple[str, PluginInfo, Criterion]:
-    if not (isinstance(cls, type) and issubclass(cls, Criterion)):
-        raise plugin.broken(f"graphopt_criteria: {cls!r} is not a subclass of Criterion")
-    where = f"criterion class {cls.__name__}"
-    name = getattr(cls, "name", None)
-    if not isinstance(name, str) or not _NAME.fullmatch(name):
-        raise plugin.broken(f"{where} needs a name of lower-case letters, digits and dashes, not {name!r}")
-    if name in RESERVED:
-        raise plugin.broken(f"{where}: the name {name!r} is reserved")
-    for flag in ("needs_data", "comparable"):
-        if not isinstance(getattr(cls, flag), bool):
-            raise plugin.broken(f"{where} needs {flag} = True or {flag} = False")
-    if inspect.isabstract(cls):
-        raise plugin.broken(f"{where} does not define {', '.join(sorted(cls.__abstractmethods__))}")
-    try:
-        return name, plugin, cls()
-    except Exception as e:
-        raise plugin.broken(f"{where} cannot be made without arguments: {_reason(e)}") from e
-
-
 def _claim(table: dict[str, tuple[PluginInfo, _T]], name: str, plugin: PluginInfo, item: _T, what: str) -> None:
     if name in table:
         raise _clash(f"{what} {name}", table[name][0], plugin)
@@ -402,13 +333,9 @@ def _at_most_one(answers: Sequence[tuple[PluginInfo, Any]], kind: type[_T], what
 
 def _clash(subject: str, first: PluginInfo, second: PluginInfo) -> PluginError:
     if first.name == second.name:
-        return PluginError(subject, f"claimed twice by plugin {first.name}", _way_out(first))
+        return PluginError(subject, f"claimed twice by plugin {first.name}", way_out(first))
     fact = f"claimed by both {first.name} and {second.name}"
-    return PluginError(subject, fact, _way_out(first if second.builtin else second))
-
-
-def _way_out(plugin: PluginInfo) -> str:
-    return "reinstall graphopt" if plugin.builtin else f"disable it with --no-plugin {plugin.name}"
+    return PluginError(subject, fact, way_out(first if second.builtin else second))
 
 
 def _recipe_files(package: str) -> list[Traversable]:
@@ -416,8 +343,3 @@ def _recipe_files(package: str) -> list[Traversable]:
         return []
     folder = importlib.resources.files(package) / "recipes"
     return [file for file in folder.iterdir() if file.name.endswith(".toml")] if folder.is_dir() else []
-
-
-def _reason(e: BaseException) -> str:
-    lines = [line.strip() for line in str(e).splitlines() if line.strip()]
-    return f"{type(e).__name__}: {lines[0][:200]}" if lines else type(e).__name__

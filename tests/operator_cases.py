@@ -7,10 +7,12 @@ from dataclasses import dataclass
 
 import numpy as np
 import onnx_ir as ir
-from small_models import Shape, channel_groups, feeds
+import pytest
+from small_models import Shape, channel_groups, context, feeds
 
-from graphopt.analyses import ChannelGroup
+from graphopt.analyses import CONSTANTS, COST, ChannelGroup
 from graphopt.reference import Feed, Reference
+from graphopt_passes._prune_budget import Budget, Facts
 from graphopt_passes._prune_removal import remove
 
 TYPES = {"float32": "float", "int8": "int8", "uint8": "uint8", "int32": "int32", "int64": "int64", "bool": "bool"}
@@ -31,12 +33,16 @@ def build(signature: str, body: str, weights: Mapping[str, Shape | np.ndarray], 
 
 
 def wipe(model: ir.Model, group: ChannelGroup, units: Sequence[int]) -> None:
-    """Set weights of units to zero; scales, zero points and tables stay."""
+    """Set weights of units to zero, or to their zero point; scales, zero points and tables stay."""
     for place in group.places:
         value = model.graph.initializers.get(place.value)
-        if place.constant and place.value[0] in "wbW" and value is not None and value.const_value is not None:
+        if not place.constant or place.value[0] not in "wb" or "scale" in place.value or "zero" in place.value:
+            continue
+        if value is not None and value.const_value is not None:
             array = value.const_value.numpy().copy()
-            fill = 128 if array.dtype == np.uint8 else 0
+            stem, quantized, _ = place.value.partition("_quantized")
+            zero = model.graph.initializers[f"{stem}_zero_point"].const_value if quantized and stem[0] == "w" else None
+            fill = 0 if zero is None else zero.numpy().reshape(-1)[0]
             np.moveaxis(array, place.axis, 0)[place.positions[list(units)].reshape(-1)] = fill
             value.const_value = ir.tensor(array, name=place.value)
 
@@ -55,6 +61,17 @@ def assert_exact(model: ir.Model, removals: Sequence[tuple[ChannelGroup, list[in
     for outputs, wanted in zip(run(model, given), expected, strict=True):
         for name, array in wanted.items():
             np.testing.assert_allclose(outputs[name], array, atol=1e-5 * max(1.0, float(np.abs(array).max())))
+
+
+def assert_budget_is_exact(model: ir.Model) -> None:
+    """What the budget foresees for one unit fewer in every group is what the model then costs."""
+    groups = [group for group in channel_groups(model).free if group.units > 1]
+    facts = context(model)
+    budget = Budget(Facts(facts.fact(COST), facts.fact(CONSTANTS)), groups, "macs")
+    assert budget.whole == facts.fact(COST).macs
+    foreseen = budget.after([1] * len(groups))
+    remove(model, channel_groups(model), [(group, [0]) for group in groups])
+    assert foreseen == pytest.approx(context(model).fact(COST).macs)
 
 
 def units_of(model: ir.Model) -> dict[str, int]:

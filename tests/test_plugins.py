@@ -191,7 +191,7 @@ def test_plugins_can_be_chosen_and_left_out_and_load_in_the_order_of_their_names
     plugins: Install, order: Sequence[str]
 ) -> None:
     built_in = ["graphopt:backends", "graphopt:passes"]
-    acme = ["acme-graphopt:camera", "acme-graphopt:clip-weights"]
+    acme = ["acme-graphopt:camera", "acme-graphopt:clip-weights", "acme-graphopt:peak"]
     result = python(SELECTIONS, plugins(*order))
     assert result == {"without": built_in, "chosen": acme + built_in, "hermetic": built_in, "named": acme + built_in}
 

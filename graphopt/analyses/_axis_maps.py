@@ -56,22 +56,20 @@ class SizeTable:
     Attributes:
         output: Name of the node's first output, which finds the node.
         slot: An attribute's name, or the index of a constant input.
-        numbers: The whole list as it should be written, before any removal.
+        numbers: The whole list as it should be written, before any removal; None: as the graph computes it.
         spans: Position in the list -> the span whose remaining length belongs there.
         scalar: True: the attribute is one integer, not a list.
         drops: Attributes that contradict the list and go once it is written.
-        at_most: True: the numbers may not exceed what is left, and are lowered only then.
         reads: Axes whose sizes the numbers were computed from; once one changes, what is computed is no longer meant.
         dtype: Type of the constant input.
     """
 
     output: str
     slot: str | int
-    numbers: tuple[int, ...]
+    numbers: tuple[int | None, ...]
     spans: tuple[tuple[int, Span], ...]
     scalar: bool = False
     drops: tuple[str, ...] = ()
-    at_most: bool = False
     reads: tuple[AxisName, ...] = ()
     dtype: ir.DataType = ir.DataType.INT64
 
@@ -129,6 +127,8 @@ class AxisMaps:
     zeros: set[str] = field(default_factory=set[str])
     kinds: list[tuple[Indices, Kind]] = field(default_factory=list["tuple[Indices, Kind]"])
     means: list[Mean] = field(default_factory=list["Mean"])
+    periods: dict[AxisName, Indices] = field(default_factory=dict["AxisName", Indices])
+    symbols: dict[AxisName, str] = field(default_factory=dict["AxisName", str])
     routers: list[tuple[Indices, str]] = field(default_factory=list["tuple[Indices, str]"])
     stacks: list[Indices] = field(default_factory=list["Indices"])
     floors: list[tuple[Indices, int]] = field(default_factory=list["tuple[Indices, int]"])
@@ -148,6 +148,24 @@ class AxisMaps:
     def key(self, value: ir.Value) -> str:
         """What a value is called here; its name, in the main graph."""
         return self.constants.names.key(value)
+
+    def size(self, value: ir.Value, axis: int) -> int | str:
+        """Length of an axis, or a name that open axes of one length share."""
+        axes = self.of(value)
+        atoms = None if axes is None else axes[axis]
+        if atoms is not None:
+            return len(atoms)
+        name = self.key(value), axis % len(axes or [0])
+        if name not in self.symbols:
+            dims = self.shapes.of(value)
+            dim = dims[name[1]] if dims is not None and name[1] < len(dims) else None
+            self.symbols[name] = dim if isinstance(dim, str) else f"{name[0]}:{name[1]}"
+        return self.symbols[name]
+
+    def axis_size(self, name: AxisName) -> int | str:
+        """The same, of an axis that content was read from."""
+        atoms = self.axes[name[0]][name[1]]
+        return len(atoms) if atoms is not None else self.symbols.get(name, f"{name[0]}:{name[1]}")
 
     def origin(self, value: ir.Value) -> str | None:
         """Name of the constant that a value is made from by operators with one tensor each, None if there is none."""
@@ -262,6 +280,16 @@ class NodeView:
             axes[axis] = self.maps.partition.new(size)
         return axes[axis]
 
+    def adopt_rank(self, output: ir.Value, rank: int) -> None:
+        """Take the rank that the rule knows where shape inference gave up."""
+        if self.maps.of(output) is None and output.producer() is self.node:
+            self.maps.axes[self.key(output)] = [None] * rank
+
+    def period(self, value: ir.Value | None, axis: int) -> Indices | None:
+        """Atoms that an open axis repeats: of `batch * heads`, the heads."""
+        rank = self.rank(value)
+        return None if value is None or not rank else self.maps.periods.get((self.key(value), axis % rank))
+
     def settle(self, value: ir.Value, axis: int) -> None:
         """Say that the rule has taken care of an axis; all others are pinned."""
         self._settled.add((self.key(value), axis % (self.rank(value) or 1)))
@@ -271,7 +299,33 @@ class NodeView:
         left, right = self.atoms(a, a_axis), self.atoms(b, b_axis)
         if left is not None and right is None and b is not None:
             right = self.adopt(b, b_axis, len(left))
+        if right is not None and left is None and a is not None:
+            left = self.adopt(a, a_axis, len(right))
+        if left is None and right is None and a is not None and b is not None:
+            return self._link_open(a, a_axis, b, b_axis)
         if a is None or b is None or left is None or right is None or len(left) != len(right):
+            return False
+        self.tie(left, right)
+        self.settle(a, a_axis)
+        self.settle(b, b_axis)
+        return True
+
+    def _link_open(self, a: ir.Value, a_axis: int, b: ir.Value, b_axis: int) -> bool:
+        """Two axes of one open size: the second takes the name of the first, and what it repeats."""
+        ranks = self.rank(a), self.rank(b)
+        if not ranks[0] or not ranks[1]:
+            return False
+        first, second = (self.key(a), a_axis % ranks[0]), (self.key(b), b_axis % ranks[1])
+        if b.producer() is self.node:
+            self.maps.symbols[second] = str(self.maps.size(a, a_axis))
+        elif a.producer() is self.node:
+            self.maps.symbols[first] = str(self.maps.size(b, b_axis))
+        left, right = self.maps.periods.get(first), self.maps.periods.get(second)
+        if left is None and right is None:
+            return False
+        if left is None or right is None:
+            left = right = self.maps.periods[first] = self.maps.periods[second] = left if right is None else right
+        if left is None or right is None or len(left) != len(right):
             return False
         self.tie(left, right)
         self.settle(a, a_axis)
@@ -337,19 +391,18 @@ class NodeView:
     def state_sizes(
         self,
         slot: str | int,
-        numbers: Sequence[int],
+        numbers: Sequence[int | None],
         spans: Sequence[tuple[int, Span]],
         *,
         scalar: bool = False,
         drops: tuple[str, ...] = (),
-        at_most: bool = False,
         reads: tuple[AxisName, ...] = (),
     ) -> None:
         """Record numbers of this node that follow the channels, or that must not follow them."""
         output = self.key(self.node.outputs[0])
         value = self.input(slot) if isinstance(slot, int) else None
         dtype = (None if value is None else self.maps.shapes.dtype(value)) or ir.DataType.INT64
-        table = SizeTable(output, slot, tuple(numbers), tuple(spans), scalar, drops, at_most, reads, dtype)
+        table = SizeTable(output, slot, tuple(numbers), tuple(spans), scalar, drops, reads, dtype)
         self.maps.tables.append(table)
 
     def span(self, value: ir.Value, axis: int, start: int = 0, stop: int | None = None, unit: int = 1) -> Span:
@@ -382,7 +435,7 @@ class NodeView:
                 continue
             for axis, atoms in enumerate(self.maps.of(value) or ()):
                 if (self.key(value), axis) not in self._settled:
-                    self.maps.pin(atoms, self.reason)
+                    self.maps.pin(atoms if atoms is not None else self.period(value, axis), self.reason)
         if content_kept:
             return
         for index, value in enumerate(self.node.inputs):

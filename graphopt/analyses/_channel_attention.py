@@ -10,7 +10,7 @@ Attention, QAttention         the same, by rows of the packed weight; in ~ weigh
   of com.microsoft
 RotaryEmbedding               all places of a head                                          places within a head
 MoE, QMoE                     expert: its weights ~ its router column; inner neuron: row    packed axes (QMoE)
-                                of fc1 and fc3 ~ column of fc2; hidden in and out
+                                of fc1 and fc3 ~ column of fc2; in ~ out
 SkipLayerNormalization, ...   axes in front                                                 axes normalized over
 
 Heads lie one after the other, and query heads that share a head of keys and values are neighbours; so each axis that
@@ -267,8 +267,7 @@ def _experts(view: NodeView) -> None:
         view.call(experts, "experts")
         for value in every:
             view.link(value, 0, first, 0)
-        used = view.node.attributes.get_int("k", 1)
-        view.state_sizes("k", (used,), [(0, view.span(first, 0))], scalar=True, at_most=True)
+        view.maps.floors.append((experts, view.node.attributes.get_int("k", 1)))
     if not packed:
         _neurons(view, first, second, third)
 
@@ -280,6 +279,7 @@ def _neurons(view: NodeView, first: ir.Value, second: ir.Value, third: ir.Value 
     view.role(second, 1, "output")
     view.link(view.input(0), -1, first, 2)
     view.link(second, 1, view.node.outputs[0], -1)
+    view.link(view.input(0), -1, view.node.outputs[0], -1)  # ONNX Runtime takes one width for both
     view.link(view.input(5), 1, second, 1)
     if third is not None:
         view.role(third, 2, "input")

@@ -4,8 +4,8 @@ operator              what is tied in addition                         what is p
 Softmax               its axis, behind a layer that scores experts     its axis, unless experts are stacked along it
 TopK                  its axis, while k of it are left                 likewise, or where an operator that is not in
                                                                        this table reads the indices
-Gather, Gather-,      the axis that such indices point along           -
-  ScatterElements
+Gather, GatherND,     the axis that such indices point along           -
+  Gather-, ScatterElements
 OneHot                the axis that it makes of such indices           -
 
 An expert leaves with its score, and the others share what it had: exact where it was given nothing. The axis of a
@@ -31,7 +31,7 @@ __all__ = ["EXPERT_RULES", "settle_routers"]
 _CARRIERS = frozenset(
     {"Cast", "Expand", "Flatten", "Identity", "Reshape", "Slice", "Split", "Squeeze", "Transpose", "Unsqueeze"}
 )
-_INDEXED = {"Gather": 1, "GatherElements": 1, "OneHot": 0, "ScatterElements": 1}
+_INDEXED = {"Gather": 1, "GatherElements": 1, "GatherND": 1, "OneHot": 0, "ScatterElements": 1}
 
 
 def settle_routers(maps: AxisMaps) -> None:
@@ -131,11 +131,26 @@ def _tied(view: NodeView, experts: Indices, value: ir.Value | None, axis: int) -
 def _gather(view: NodeView) -> None:
     MOVE_RULES["Gather"](view)
     source, axis = view.input(0), view.node.attributes.get_int("axis", 0)
-    experts = _numbered(view, view.input(1))
-    if experts is not None and _tied(view, experts, source, axis) and source is not None:
+    if (experts := _numbered(view, view.input(1))) is not None:
+        _picked(view, experts, source, axis)
+
+
+def _picked(view: NodeView, experts: Indices, source: ir.Value | None, axis: int) -> None:
+    """Tie an axis whose slices are picked by the numbers of experts; a weight's are a stack."""
+    if _tied(view, experts, source, axis) and source is not None:
         stacked = view.atoms(source, axis)
         if stacked is not None and view.maps.origin(source) is not None and (view.rank(source) or 0) > 2:
             view.maps.stacks.append(stacked)
+
+
+def _gather_nd(view: NodeView) -> None:
+    OPERATOR_RULES["GatherND"](view)
+    index, batches = view.input(1), view.node.attributes.get_int("batch_dims", 0)
+    experts = _numbered(view, index)
+    if experts is not None and view.sizes(index) is not None and not batches and (view.sizes(index) or (0,))[-1] == 1:
+        _picked(view, experts, view.input(0), 0)
+    elif experts is not None:
+        view.maps.pin(experts, view.reason)
 
 
 def _gather_elements(view: NodeView) -> None:
@@ -188,6 +203,7 @@ EXPERT_RULES: dict[str, Rule] = {
     "TopK": _top_k,
     "Gather": _gather,
     "GatherElements": _gather_elements,
+    "GatherND": _gather_nd,
     "ScatterElements": _scatter_elements,
     "OneHot": _one_hot,
 }

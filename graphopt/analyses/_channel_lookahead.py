@@ -1,8 +1,8 @@
 """Which part of a split axis the channels follow, told by what becomes of the parts.
 
 An axis of 768 that is reshaped to [12, 64] can lose whole heads or the same places of every head, not both. Heads are
-meant where the first part becomes a batch of matrix products; a part that is sliced, indexed, added over or normalized
-cannot be meant at all.
+meant where the first part becomes a batch of matrix products, or is moved ahead of the tokens; a part that is sliced,
+indexed, added over or normalized cannot be meant at all.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ _ALONG = frozenset(
     {"Concat", "CumSum", "Gather", "GatherElements", "LpNormalization", "Pad", "Slice", "Softmax", "Split", "TopK"}
 )
 _BLIND = frozenset({"Compress", "Einsum", "Flatten", "If", "Loop", "NonZero", "Scan", "ScatterND", "Shape", "Size"})
+_ATTENTIONS = frozenset({"Attention", "GroupQueryAttention", "MultiHeadAttention"})
 Where = Mapping[int, int]
 """Part -> axis that it is on; a part that was merged with others is written as -1 - part, and can always change."""
 
@@ -58,7 +59,9 @@ def _step(
     """Note what a node does to the parts, and yield where they go."""
     kind, output = node.op_type, node.outputs[0]
     rank, made = len(maps.of(node.inputs[index]) or ()), len(maps.of(output) or ())  # type: ignore[arg-type]
-    if not rank or kind in _BLIND or node.domain not in ("", "ai.onnx"):
+    if rank > 3 and kind in _ATTENTIONS and index < 3:
+        batches.update(part for part, axis in where.items() if axis == rank - 3)
+    if not rank or kind in _ATTENTIONS or kind in _BLIND or node.domain not in ("", "ai.onnx"):
         return
     if kind in ("MatMul", "Gemm"):
         batches.update(part for part, axis in where.items() if axis < rank - 2)
@@ -73,13 +76,15 @@ def _step(
             yield output, {part: axis for part, axis in where.items() if axis < first}
     elif kind == "Transpose":
         order = list(node.attributes.get_ints("perm", None) or reversed(range(rank)))
+        batches.update(_moved_ahead(where, order))
         yield output, {part: order.index(axis) for part, axis in where.items()}
     elif kind in ("Squeeze", "Unsqueeze"):
         listed = (
             node.attributes.get_ints("axes", None) if len(node.inputs) < 2 else numbers(maps.content(node.inputs[1]))
         )
         if index == 0 and listed is not None:
-            yield output, dict(_shifted(where, {axis % max(rank, made) for axis in listed}, max(rank, made), kind))
+            large = rank + len(listed) if kind == "Unsqueeze" else rank
+            yield output, dict(_shifted(where, {axis % large for axis in listed}, large, kind))
     elif kind == "Reshape":
         if index == 0:
             yield output, dict(_reshaped(maps, node, where))
@@ -89,6 +94,13 @@ def _step(
         yield from _along(maps, node, index, where, rank, fixed)
     elif made >= rank:
         yield output, {part: axis + made - rank for part, axis in where.items()}
+
+
+def _moved_ahead(where: Where, order: Sequence[int]) -> set[int]:
+    """Parts that trade places with an axis in front of all parts, while others do not: heads that leave their size."""
+    front = [order.index(axis) for axis in range(min(where.values()))]
+    moved = {part for part, axis in where.items() if any(order.index(axis) < place for place in front)}
+    return moved if len(moved) < len(where) else set()
 
 
 def _shifted(where: Where, dropped: set[int], rank: int, kind: str) -> Iterator[tuple[int, int]]:

@@ -12,7 +12,8 @@ Pad                  positions; constant padding makes channels of its own    re
 Resize, Upsample     axes that keep their size                                axes that change it
 Gather               axes beside the one that is indexed; constant positions  the indexed axis otherwise; a single
                      ~ what they point at                                     position
-Shape, Constant      nothing: sizes are followed through what reads them      -
+Shape, Size,         nothing: sizes are followed through what reads them      -
+  Constant
 """
 
 from __future__ import annotations
@@ -26,13 +27,14 @@ from graphopt.analyses._axis_maps import NodeView
 from graphopt.analyses._channel_reshape import flatten, reshape
 from graphopt.analyses._channel_rules import Rule
 from graphopt.analyses._partition import Indices
-from graphopt.analyses._shape_values import AxisName, reads
+from graphopt.analyses._shape_values import Entry, reads
 
 __all__ = ["MOVE_RULES"]
 
 
 def _transpose(view: NodeView) -> None:
     rank = view.rank(view.input(0)) or 0
+    view.adopt_rank(view.node.outputs[0], rank)
     order = view.node.attributes.get_ints("perm", None) or tuple(reversed(range(rank)))
     for axis, source in enumerate(order):
         view.link(view.input(0), source, view.node.outputs[0], axis)
@@ -53,6 +55,10 @@ def _squeeze(view: NodeView) -> None:
     source, output = view.input(0), view.node.outputs[0]
     unsqueeze = view.node.op_type == "Unsqueeze"
     large, small = (output, source) if unsqueeze else (source, output)
+    added = view.content(1) if view.input(1) is not None else None
+    count = len(view.node.attributes.get_ints("axes", ())) if added is None else added.size
+    if count and (inside := view.rank(source)) is not None:
+        view.adopt_rank(output, inside + count if unsqueeze else inside - count)
     rank = view.rank(large)
     dropped = None if not rank else _dropped_axes(view, rank)
     if rank is None or dropped is None:
@@ -108,6 +114,7 @@ def _slice(view: NodeView) -> None:
     rank = view.rank(source)
     if source is None or rank is None:
         return
+    view.adopt_rank(output, rank)
     inputs = view.input(1) is not None
     names = ("starts", "ends", "axes")
     starts, ends, axes = (
@@ -224,10 +231,6 @@ def _resize_to_sizes(view: NodeView, source: ir.Value, order: Sequence[int]) -> 
     if content is None:
         return
     entries = list(content.reshape(-1))
-    for back, entry in enumerate(reversed(entries), start=1):
-        inside = view.sizes(source)[-back] if back <= rank else 1  # type: ignore[index]
-        if entry.number is not None and inside is not None:  # shape inference gives up on sizes that the graph computes
-            view.adopt(output, -back, max(int(entry.number), inside))
     literal = all(entry.number is not None and not entry.reads for entry in entries)
     for axis in range(view.rank(source) or 0):
         entry = entries[order.index(axis)] if axis in order else None
@@ -241,32 +244,41 @@ def _resize_to_sizes(view: NodeView, source: ir.Value, order: Sequence[int]) -> 
 
 
 def _expand(view: NodeView) -> None:
-    """Axes that stay are tied, and axes that grow make channels of their own, where the requested shape can follow."""
+    """Axes that stay are tied, and axes that grow make channels of their own; the requested shape is written anew."""
     source, output, content = view.input(0), view.node.outputs[0], view.content(1)
-    rank, out_rank = view.rank(source), view.rank(output)
-    if source is None or content is None or rank is None or out_rank is None:
+    rank = view.rank(source)
+    if source is None or content is None or rank is None:
         view.numbers(1)
         return
     entries = list(content.reshape(-1))
-    for back, entry in enumerate(reversed(entries), start=1):
-        inside = 1 if back > rank else (view.sizes(source) or [])[-back]
-        if entry.number is not None and inside is not None:  # shape inference gives up on sizes that the graph computes
-            view.adopt(output, -back, max(int(entry.number), inside))
-    if all(entry.number is not None for entry in entries):
-        axes = [len(entries) - back for back in range(1, out_rank + 1) if _expanded_axis(view, source, back)]
-        spans = [(i, view.span(output, i - len(entries))) for i in axes if 0 <= i and entries[i].number != 1]
-        view.state_sizes(1, [int(entry.number or 0) for entry in entries], spans, reads=reads(content))
+    out_rank = max(rank, len(entries))
+    view.adopt_rank(output, out_rank)
+    shape: list[int | None] = [_requested(view, source, entry, len(entries) - i) for i, entry in enumerate(entries)]
+    made = [len(entries) - back for back in range(1, out_rank + 1) if _expanded_axis(view, source, back)]
+    spans = [(i, view.span(output, i - len(entries))) for i in made if i >= 0 and (shape[i] or 1) > 1]
+    if None in shape and view.opset < 9:  # Where, which merges stated and computed sizes, does not exist yet
+        view.maps.pin_axes(reads(content), view.reason)
+        for axis in range(out_rank):
+            view.maps.pin(view.atoms(output, axis), view.reason)
         return
-    follows: set[AxisName] = set()
-    for back in range(1, out_rank + 1):
-        entry = entries[-back] if back <= len(entries) else None
-        if entry is None or entry.number == 1 or entry.axis == (view.key(source), rank - back):
-            view.link(source, -back, output, -back)
-            follows.update(() if entry is None else entry.reads)
-        elif entry.axis is not None and _same_axis(view, entry.axis, output, -back):
-            _expanded_axis(view, source, back)
-            follows.update(entry.reads)
-    view.maps.pin_axes(sorted({r for e in entries for r in e.reads} - follows), view.reason)
+    for entry, number in zip(entries, shape, strict=True):
+        if number is None:
+            view.maps.pin_axes(entry.reads, view.reason)
+    view.state_sizes(1, shape, spans, reads=reads(content))
+
+
+def _requested(view: NodeView, source: ir.Value, entry: Entry, back: int) -> int | None:
+    """What is asked of an axis, counted from the right: a number, 1 to leave it as it is, None as it is computed."""
+    output, rank = view.node.outputs[0], view.rank(source) or 0
+    own = 1 if back > rank else view.maps.size(source, -back)
+    if entry.number is not None:
+        if isinstance(own, int):  # shape inference gives up on sizes that the graph computes
+            view.adopt(output, -back, max(int(entry.number), own))
+        return int(entry.number)
+    asked = None if entry.axis is None else view.maps.axis_size(entry.axis)
+    if isinstance(asked, str) and own in (1, asked):
+        view.maps.symbols[view.key(output), (view.rank(output) or 0) - back] = asked
+    return 1 if asked == own else None
 
 
 def _expanded_axis(view: NodeView, source: ir.Value, back: int) -> bool:
@@ -282,20 +294,12 @@ def _expanded_axis(view: NodeView, source: ir.Value, back: int) -> bool:
     return True
 
 
-def _same_axis(view: NodeView, read: AxisName, output: ir.Value, axis: int) -> bool:
-    """Tie an axis to the one whose size is asked for."""
-    atoms, made = view.maps.axes[read[0]][read[1]], view.atoms(output, axis)
-    if atoms is None or made is None or len(atoms) != len(made):
-        return False
-    view.tie(atoms, made)
-    return True
-
-
 def _gather(view: NodeView) -> None:
     source, index, output = view.input(0), view.input(1), view.node.outputs[0]
     rank, index_rank = view.rank(source), view.rank(index)
     if rank is None or index_rank is None:
         return
+    view.adopt_rank(output, rank + index_rank - 1)
     axis = view.node.attributes.get_int("axis", 0) % rank
     for other in range(rank):
         if other != axis:
@@ -357,5 +361,6 @@ MOVE_RULES: dict[str, Rule] = {
     "Expand": _expand,
     "Gather": _gather,
     "Shape": _shape,
+    "Size": _shape,
     "Constant": _constant,
 }

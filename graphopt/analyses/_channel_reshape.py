@@ -14,6 +14,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Literal
 
 import numpy as np
 import onnx_ir as ir
@@ -21,12 +22,12 @@ import onnx_ir as ir
 from graphopt.analyses._axis_maps import NodeView
 from graphopt.analyses._channel_lookahead import follow
 from graphopt.analyses._partition import Indices
-from graphopt.analyses._shape_values import AxisName, Entry
+from graphopt.analyses._shape_values import Entry
 
 __all__ = ["flatten", "match_blocks", "reshape"]
 
-Token = int | str | None
-"""Size of an axis: a number, a name that equal open sizes share, or None where nothing is known (written -1)."""
+Token = int | str | tuple[str, int] | None
+"""Size of an axis: a number, a name that equal open sizes share, an open size times a number, None: not known."""
 Block = tuple[tuple[int, ...], tuple[int, ...]]
 
 
@@ -85,45 +86,96 @@ def _product_block(old: Sequence[Token], new: Sequence[Token], i: int, j: int) -
 
 def flatten(view: NodeView) -> None:
     """Merge the axes on either side of one."""
-    rank = view.rank(view.input(0))
-    if rank is None:
+    source, output = view.input(0), view.node.outputs[0]
+    rank = view.rank(source)
+    if source is None or rank is None:
         return
+    view.adopt_rank(output, 2)
     axis = view.node.attributes.get_int("axis", 1)
     axis = axis + rank if axis < 0 else axis
-    for parts, to in ((range(axis), 0), (range(axis, rank), 1)):
-        _tie_block(view, tuple(parts), (to,))
+    before, behind = [_Part(source, i) for i in range(rank)], [_Part(output, 0), _Part(output, 1)]
+    _tie_block(view, before[:axis], behind[:1])
+    _tie_block(view, before[axis:], behind[1:])
 
 
 def reshape(view: NodeView) -> None:
     """Match the blocks of both shapes; rewrite the requested shape where it states channels."""
     source, output = view.input(0), view.node.outputs[0]
-    old = _tokens(view, source)
-    target = None if old is None else _target(view, source, old)
+    old = None if source is None else _parts(view, source)
+    target = None if source is None or old is None else _target(view, source, old)
     if source is None or old is None or target is None:
         view.numbers(1)
         return
-    for axis, token in enumerate(target.tokens):
-        if isinstance(token, int):  # shape inference gives up on sizes that the graph computes
-            view.adopt(output, axis, token)
+    new = _requested(view, target)
     linked: list[int] = []
-    for parts, made in match_blocks(old, target.tokens):
-        linked += _tie_block(view, parts, made)
+    for parts, made in match_blocks([part.size(view) for part in old], [size for _, size in new]):
+        linked += _tie_block(view, [old[i] for i in parts], [new[i][0] for i in made])
     _state_target(view, source, target, linked)
     for axis in set(range(view.rank(output) or 0)) - set(linked):
         view.maps.pin(view.atoms(output, axis), view.reason)
 
 
-def _tokens(view: NodeView, value: ir.Value | None) -> list[Token] | None:
-    sizes, dims = view.sizes(value), view.maps.shapes.of(value)
-    if sizes is None:
+@dataclass(frozen=True, eq=False)
+class _Part:
+    """An axis, or half of an open one that repeats something: how often, and what.
+
+    Attributes:
+        value: The value.
+        axis: Its axis.
+        half: The open half comes first, what it repeats second.
+    """
+
+    value: ir.Value
+    axis: int
+    half: Literal["", "open", "repeated"] = ""
+
+    def atoms(self, view: NodeView) -> Indices | None:
+        """Atoms, None for an open size."""
+        if self.half:
+            return view.period(self.value, self.axis) if self.half == "repeated" else None
+        return view.atoms(self.value, self.axis)
+
+    def size(self, view: NodeView) -> int | str:
+        """Length, or the name of an open one."""
+        atoms = self.atoms(view)
+        whole = view.maps.size(self.value, self.axis) if atoms is None else len(atoms)
+        return f"{whole} open" if self.half == "open" else whole
+
+
+def _parts(view: NodeView, value: ir.Value) -> list[_Part] | None:
+    """The axes of a value; those that repeat something in two halves."""
+    rank = view.rank(value)
+    if rank is None:
         return None
-    return [
-        size if size is not None else dims[i] if dims is not None and i < len(dims) else None
-        for i, size in enumerate(sizes)
-    ]
+    found: list[_Part] = []
+    for axis in range(rank):
+        whole = view.period(value, axis) is None
+        found += [_Part(value, axis)] if whole else [_Part(value, axis, "open"), _Part(value, axis, "repeated")]
+    return found
 
 
-def _target(view: NodeView, source: ir.Value | None, old: list[Token]) -> _Target | None:
+def _requested(view: NodeView, target: _Target) -> list[tuple[_Part, Token]]:
+    """The axes of the output with their sizes; what the request says is taken where shape inference gave up."""
+    output = view.node.outputs[0]
+    view.adopt_rank(output, len(target.tokens))
+    found: list[tuple[_Part, Token]] = []
+    for axis, token in enumerate(target.tokens):
+        if isinstance(token, tuple):
+            name, repeated = token
+            key = view.key(output), axis
+            view.maps.periods.setdefault(key, view.maps.partition.new(repeated))
+            found += [(_Part(output, axis, "open"), name), (_Part(output, axis, "repeated"), repeated)]
+            view.maps.symbols[key] = name.removesuffix(" open") if name.endswith(" open") else f"{name} x {repeated}"
+            continue
+        if isinstance(token, int):
+            view.adopt(output, axis, token)
+        elif token is not None:
+            view.maps.symbols[view.key(output), axis] = token
+        found.append((_Part(output, axis), token))
+    return found
+
+
+def _target(view: NodeView, source: ir.Value, old: Sequence[_Part]) -> _Target | None:
     """Read the requested shape; sizes that nothing states come from shape inference."""
     content = view.content(1) if view.input(1) is not None else None
     if view.input(1) is None:  # before opset 5
@@ -132,54 +184,64 @@ def _target(view: NodeView, source: ir.Value | None, old: list[Token]) -> _Targe
         return None
     else:
         entries = tuple(content)
-    inferred = _tokens(view, view.node.outputs[0])
+    output = view.node.outputs[0]
+    inferred = view.sizes(output) if view.rank(output) == len(entries) else None
     literal_zero = bool(view.node.attributes.get_int("allowzero", 0))
     tokens: list[Token] = []
     for i, entry in enumerate(entries):
-        token: Token = inferred[i] if inferred is not None and len(inferred) == len(entries) else None
-        if entry.number == 0 and not literal_zero and i < len(old):
-            token = old[i]
+        token: Token = None if inferred is None else inferred[i]
+        if entry.number == 0 and not literal_zero and i < (view.rank(source) or 0):
+            token = view.maps.size(source, i)
         elif isinstance(entry.number, int) and entry.number > 0:
             token = entry.number
-        elif entry.axis is not None and source is not None and entry.axis[0] == source.name:
-            token = old[entry.axis[1]]
-        tokens.append(None if entry.number == -1 and not isinstance(token, int) else token)
-    resolved = _resolve(old, tokens)
-    if inferred is not None and len(inferred) == len(resolved):
-        resolved = [inferred[i] if token is None else token for i, token in enumerate(resolved)]
-    return _Target(entries, tuple(resolved))
+        elif entry.axis is not None:
+            token = view.maps.axis_size(entry.axis)
+        tokens.append(token)
+    return _Target(entries, tuple(_resolve([part.size(view) for part in old], tokens)))
 
 
-def _resolve(old: Sequence[Token], new: list[Token]) -> list[Token]:
-    """Work out the one size that is written -1, where open sizes cancel."""
+def _resolve(old: Sequence[int | str], new: list[Token]) -> list[Token]:
+    """Work out the one size that is written -1 or computed, where open sizes cancel."""
     if new.count(None) != 1:
         return new
-    rest = list(old)
-    for token in new:
-        if isinstance(token, str):
-            if token not in rest:
-                return new
+    rest, strange = list(old), list[int]()
+    for i, token in enumerate(new):
+        if token in rest and isinstance(token, str):
             rest.remove(token)
-    if not all(isinstance(token, int) for token in rest):
+        elif isinstance(token, str):
+            strange.append(i)
+    others = [token for token in rest if isinstance(token, str)]
+    pairs = list(zip(strange, others, strict=False))
+    if len(strange) > len(others) or not all(_is_anonymous(name) or _is_anonymous(str(new[i])) for i, name in pairs):
         return new
+    for i, name in pairs:  # one size, whose name shape inference has lost on the way
+        new[i] = name
+        rest.remove(name)
     total = math.prod(token for token in rest if isinstance(token, int))
     stated = math.prod(token for token in new if isinstance(token, int))
-    return [total // stated if token is None and stated else token for token in new]
+    names = [token for token in rest if isinstance(token, str)]
+    if not stated or total % stated or len(names) > 1:
+        return new
+    left = total // stated
+    found: Token = left if not names else names[0] if left == 1 else (names[0], left)
+    return [found if token is None else token for token in new]
 
 
-def _tie_block(view: NodeView, parts: tuple[int, ...], made: tuple[int, ...]) -> list[int]:
+def _is_anonymous(name: str) -> bool:
+    """Whether shape inference made the name up."""
+    return name.startswith("unk__") or ":" in name
+
+
+def _tie_block(view: NodeView, parts: Sequence[_Part], made: Sequence[_Part]) -> list[int]:
     """Tie the axes of a block index by index, or by the one digit that channels follow; gives the new axes tied."""
-    source, output = view.node.inputs[0], view.node.outputs[0]
-    if source is None:
-        return []
-    wide, new = _wide(view, source, parts), _wide(view, output, made)
+    wide, new = _wide(view, parts), _wide(view, made)
     if len(wide) == 1 and (len(new) == 1 or not new):
         to = new[0] if new else made[0] if made else None
-        return [to] if to is not None and view.link(source, wide[0], output, to) else []
-    sizes = [len(_some(view.atoms(source, axis))) for axis in wide]
+        return [to.axis] if to is not None and _link(view, wide[0], to) else []
+    sizes = [len(_some(part.atoms(view))) for part in wide]
     if len(new) == 1:  # the size of a merged axis follows from its parts
-        view.adopt(output, new[0], math.prod(sizes))
-    after = [len(_some(view.atoms(output, axis))) for axis in new]
+        view.adopt(new[0].value, new[0].axis, math.prod(sizes))
+    after = [len(_some(part.atoms(view))) for part in new]
     digits = _digits(sizes, after)
     if digits is None or 0 in sizes:
         return []
@@ -189,18 +251,33 @@ def _tie_block(view: NodeView, parts: tuple[int, ...], made: tuple[int, ...]) ->
     if digit is None:
         return []
     units = view.maps.partition.new(digits[digit])
-    for value, axes in ((source, before), (output, behind)):
-        for axis, run in axes:
-            if digit in run:
-                own = [digits[i] for i in run]
-                view.tie(_some(view.atoms(value, axis)), units[_coordinate(own, digit - run[0])])
-                view.settle(value, axis)
-    return [axis for axis, run in behind if digit in run]
+    for part, run in (*before, *behind):
+        if digit in run:
+            own = [digits[i] for i in run]
+            view.tie(_some(part.atoms(view)), units[_coordinate(own, digit - run[0])])
+            view.settle(part.value, part.axis)
+    return [part.axis for part, run in behind if digit in run]
 
 
-def _wide(view: NodeView, value: ir.Value, axes: Sequence[int]) -> list[int]:
-    """Axes that are not of size 1."""
-    return [axis for axis in axes if (atoms := view.atoms(value, axis)) is None or len(atoms) != 1]
+def _link(view: NodeView, a: _Part, b: _Part) -> bool:
+    if not a.half and not b.half:
+        return view.link(a.value, a.axis, b.value, b.axis)
+    left, right = a.atoms(view), b.atoms(view)
+    if left is None and right is None:
+        return False
+    if right is None and not b.half and left is not None:
+        right = view.adopt(b.value, b.axis, len(left))
+    if left is None or right is None or len(left) != len(right):
+        return False
+    view.tie(left, right)
+    view.settle(a.value, a.axis)
+    view.settle(b.value, b.axis)
+    return True
+
+
+def _wide(view: NodeView, parts: Sequence[_Part]) -> list[_Part]:
+    """Parts that are not of size 1."""
+    return [part for part in parts if (atoms := part.atoms(view)) is None or len(atoms) != 1]
 
 
 def _digits(old: Sequence[int], new: Sequence[int]) -> list[int] | None:
@@ -226,29 +303,31 @@ def _runs(sizes: Sequence[int], digits: Sequence[int]) -> list[range]:
 
 
 def _carrier(
-    view: NodeView, digits: Sequence[int], before: Sequence[tuple[int, range]], behind: Sequence[tuple[int, range]]
+    view: NodeView,
+    digits: Sequence[int],
+    before: Sequence[tuple[_Part, range]],
+    behind: Sequence[tuple[_Part, range]],
 ) -> int | None:
     """The digit that channels follow, None where there is none, or more than one."""
-    source, output = view.node.inputs[0], view.node.outputs[0]
-    assert source is not None
     found: set[int] = set()
-    for value, axes in ((source, before), (output, behind)):
-        for axis, run in axes:
-            atoms = _some(view.atoms(value, axis))
+    for side in (before, behind):
+        for part, run in side:
+            atoms = _some(part.atoms(view))
             if not view.maps.partition.marked(atoms).any():
                 continue
             fits = _parts_of(view, atoms, [digits[i] for i in run])
-            split = len(run) > 1 and value is source and not fits
+            split = len(run) > 1 and side is before and not fits
             found.update([_chosen(view, digits, run, behind)] if split else [run[i] for i in fits])
         if found:
             break
     return found.pop() if len(found) == 1 else None
 
 
-def _chosen(view: NodeView, digits: Sequence[int], run: range, behind: Sequence[tuple[int, range]]) -> int:
+def _chosen(view: NodeView, digits: Sequence[int], run: range, behind: Sequence[tuple[_Part, range]]) -> int:
     """The digit of a split axis to follow: one that becomes a batch of products, else the largest that may change."""
-    axes = [next(axis for axis, other in behind if digit in other) for digit in run]
+    axes = [next(part.axis for part, other in behind if digit in other) for digit in run]
     batches, fixed = follow(view.maps, view.node.outputs[0], axes)
+    batches |= {i for i, digit in enumerate(run) if any(p.half == "repeated" and digit in own for p, own in behind)}
     able = [i for i in range(len(run)) if i not in fixed] or list(range(len(run)))
     best = max(able, key=lambda i: (i in batches, digits[run[i]]))
     return run[best]
@@ -274,43 +353,38 @@ def _some(atoms: Indices | None) -> Indices:
 
 
 def _state_target(view: NodeView, source: ir.Value, target: _Target, linked: list[int]) -> None:
-    """See that the requested shape keeps up: it is written anew, or its sizes are tied to those they are read from."""
+    """See that the requested shape is written anew: what is tied follows, what was computed from channels stays."""
     output, shape = view.node.outputs[0], _as_numbers(view, source, target)
-    others = [entry for axis, entry in enumerate(target.entries) if entry.axis != (view.key(source), axis)]
-    if shape is not None:
-        computed = tuple(sorted({name for entry in others for name in entry.reads}))
-        spans = [(axis, view.span(output, axis)) for axis in linked if shape[axis] > 1]
-        slot: str | int = 1 if view.input(1) is not None else "shape"
-        if spans or computed:
-            view.state_sizes(slot, shape, spans, reads=computed)
-        return
-    for axis, entry in enumerate(target.entries):
-        if entry.axis is not None and axis in linked and _same_size(view, entry.axis, output, axis):
-            continue
-        view.maps.pin_axes(entry.reads, view.reason)
-        if entry.number != -1 and entry.number != 0:
+    others = [(entry, size) for entry, size in zip(target.entries, shape, strict=True) if size != 0]
+    computed = tuple(sorted({name for entry, size in others if size is not None for name in entry.reads}))
+    for entry, size in others:
+        if size is None:
+            view.maps.pin_axes(entry.reads, view.reason)
+    for axis in linked:
+        if shape[axis] is None:
             view.maps.pin(view.atoms(output, axis), view.reason)
+    spans = [(axis, view.span(output, axis)) for axis in linked if (shape[axis] or 0) > 1]
+    if None in shape and view.opset < 9:  # Where, which merges stated and computed sizes, does not exist yet
+        view.maps.pin_axes(computed, view.reason)
+        for axis in linked:
+            view.maps.pin(view.atoms(output, axis), view.reason)
+        return
+    slot: str | int = 1 if view.input(1) is not None else "shape"
+    if spans or computed:
+        view.state_sizes(slot, shape, spans, reads=computed)
 
 
-def _same_size(view: NodeView, name: tuple[str, int], output: ir.Value, axis: int) -> bool:
-    """Tie an axis to the one whose size is requested for it."""
-    read, made = view.maps.axes[name[0]][name[1]], view.atoms(output, axis)
-    if read is None or made is None:
-        return read is None and made is None
-    if len(read) != len(made):
-        return False
-    view.tie(read, made)
-    return True
-
-
-def _as_numbers(view: NodeView, source: ir.Value, target: _Target) -> list[int] | None:
-    """The request as constants: 0 copies an axis of the input, and one open size may be -1."""
-    if view.node.attributes.get_int("allowzero", 0):
-        entries_zero = any(entry.number == 0 or entry.axis is not None for entry in target.entries)
-        if entries_zero:
-            return None
-    shape: list[int] = []
-    for i, entry in enumerate(target.entries):
-        copies = entry.axis == (view.key(source), i)
-        shape.append(0 if copies else -1 if entry.number is None else int(entry.number))
-    return shape if shape.count(-1) <= 1 else None
+def _as_numbers(view: NodeView, source: ir.Value, target: _Target) -> list[int | None]:
+    """The request as numbers: 0 copies an axis of the input, one open size may be -1, others stay as computed."""
+    literal_zero = bool(view.node.attributes.get_int("allowzero", 0))
+    shape: list[int | None] = []
+    for i, (entry, token) in enumerate(zip(target.entries, target.tokens, strict=True)):
+        copies = entry.axis == (view.key(source), i) and not literal_zero
+        number = token if entry.number is None and isinstance(token, int) else entry.number
+        shape.append(0 if copies else None if number is None else int(number))
+    if None in shape:
+        known = [token if isinstance(token, int) else size for token, size in zip(target.tokens, shape, strict=True)]
+        shape = [known[i] if size == -1 else size for i, size in enumerate(shape)]
+    if shape.count(None) == 1 and -1 not in shape:
+        shape[shape.index(None)] = -1
+    return shape

@@ -47,19 +47,31 @@ def _first_only(view: NodeView) -> None:
 
 def broadcast_axes(view: NodeView, inputs: list[ir.Value], output: ir.Value, keep: int) -> None:
     """Tie axes of equal size aligned from the right, leaving out the last `keep` of each."""
-    rank = view.rank(output)
     ranks = [view.rank(value) for value in inputs]
+    if None not in ranks:
+        view.adopt_rank(output, max((rank or 0 for rank in ranks), default=0))
+    rank = view.rank(output)
     if rank is None or None in ranks:
         return
     for back in range(1 + keep, rank + 1):
         aligned = [value for value, own in zip(inputs, ranks, strict=True) if own is not None and own >= back]
         atoms = [view.atoms(value, -back) for value in aligned]
         if not aligned or any(own is None for own in atoms):
-            continue  # a size that is open may turn out to be 1, and then the other is repeated
+            _broadcast_open(view, aligned, back, output)
+            continue
         widest = max(len(own) for own in atoms if own is not None)
         for value in (
             value for value, own in zip(aligned, atoms, strict=True) if own is not None and len(own) == widest
         ):
+            view.link(value, -back, output, -back)
+
+
+def _broadcast_open(view: NodeView, aligned: list[ir.Value], back: int, output: ir.Value) -> None:
+    """Axes of one open size, or of size 1; where sizes differ, an open one may turn out to be 1 and be repeated."""
+    wide = [value for value in aligned if view.maps.size(value, -back) != 1]
+    equal = len({view.maps.size(value, -back) for value in wide}) == 1
+    if equal or all(view.period(value, -back) is not None for value in wide):
+        for value in wide:
             view.link(value, -back, output, -back)
 
 
@@ -156,6 +168,7 @@ def _matmul(view: NodeView) -> None:
     left_rank, right_rank = view.rank(left), view.rank(right)
     if left is None or right is None or left is right or not left_rank or not right_rank:
         return
+    view.adopt_rank(output, max(left_rank, right_rank) - (left_rank == 1) - (right_rank == 1))
     if view.maps.origin(right) is not None:
         view.role(right, -1 if right_rank > 1 else 0, "output")
         view.call(view.atoms(right, -1), "neurons")
@@ -174,6 +187,7 @@ def _matmul(view: NodeView) -> None:
         if view.maps.origin(left) is None and view.maps.origin(right) is None:
             for axis in range((view.rank(output) or 2) - 2):
                 view.call(view.atoms(output, axis), "heads")
+                view.call(view.period(output, axis), "heads")
 
 
 def _normalization(view: NodeView) -> None:

@@ -9,28 +9,37 @@ from __future__ import annotations
 import onnx_ir as ir
 
 from graphopt.analyses._axis_maps import AxisMaps
+from graphopt.analyses._channel_einsum import einsum_labels
 from graphopt.analyses._shape_values import numbers
 
 __all__ = ["keeps_zero"]
 
 _MADE = frozenset(
     {
-        "BatchNormalization", "Conv", "ConvInteger", "ConvTranspose", "GRU", "Gemm", "InstanceNormalization", "LSTM",
-        "QLinearConv", "RNN",
+        "BatchNormalization", "Conv", "ConvInteger", "ConvTranspose", "DeformConv", "DynamicQuantizeLSTM", "GRU",
+        "Gemm", "GroupNormalization", "InstanceNormalization", "LSTM", "MoE", "QLinearConv", "RNN",
     }
 )  # fmt: skip
 _KEEPS = frozenset(
     {
-        "Abs", "Asin", "Asinh", "Atan", "Atanh", "AveragePool", "Cast", "CastLike", "Ceil", "Celu", "DepthToSpace",
-        "DequantizeLinear", "Div", "Dropout", "Elu", "Erf", "Expand", "Flatten", "Floor", "Gather", "Gelu",
-        "GlobalAveragePool", "GlobalLpPool", "GlobalMaxPool", "HardSwish", "Identity", "LeakyRelu", "LpNormalization",
-        "LpPool", "MaxPool", "Mish", "Neg", "PRelu", "QuantizeLinear", "ReduceL1", "ReduceL2", "ReduceMax",
-        "ReduceMean", "ReduceMin", "ReduceSum", "ReduceSumSquare", "Relu", "Reshape", "Resize", "Round", "Selu",
-        "Shrink", "Sign", "Sin", "Sinh", "Slice", "Softsign", "SpaceToDepth", "Split", "Sqrt", "Squeeze", "Swish",
-        "Tan", "Tanh", "ThresholdedRelu", "Tile", "Transpose", "Unsqueeze", "Upsample",
+        "Abs", "Asin", "Asinh", "Atan", "Atanh", "AveragePool", "Cast", "CastLike", "Ceil", "Celu", "CenterCropPad",
+        "Col2Im", "Compress", "CumSum", "DepthToSpace", "DequantizeLinear", "Div", "Dropout", "DynamicQuantizeLinear",
+        "Elu", "Erf", "Expand", "Flatten", "Floor", "Gather", "GatherElements", "GatherND", "Gelu",
+        "GlobalAveragePool", "GlobalLpPool", "GlobalMaxPool", "GridSample", "HardSwish", "Identity", "LRN", "LeakyRelu",
+        "LpNormalization", "LpPool", "MaxPool", "MaxRoiPool", "MeanVarianceNormalization", "Mish", "Neg", "PRelu",
+        "QuantizeLinear", "QuickGelu", "ReduceL1", "ReduceL2", "ReduceMax", "ReduceMean", "ReduceMin", "ReduceSum",
+        "ReduceSumSquare", "Relu", "Reshape", "Resize", "ReverseSequence", "RoiAlign", "RotaryEmbedding", "Round",
+        "Selu", "Shrink", "Sign", "Sin", "Sinh", "Slice", "Softsign", "SpaceToDepth", "Split", "Sqrt", "Squeeze",
+        "Swish", "Tan", "Tanh", "ThresholdedRelu", "Tile", "Transpose", "Trilu", "Unsqueeze", "Upsample",
     }
 )  # fmt: skip
-_ALL = frozenset({"Add", "Concat", "Max", "Mean", "Min", "Sub", "Sum"})
+_PRODUCTS = {
+    "DynamicQuantizeMatMul": 1, "FusedMatMul": 1, "MatMul": 1, "MatMulInteger": 1, "MatMulIntegerToFloat": 1,
+    "QLinearMatMul": 3, "TransposeMatMul": 1,
+}  # fmt: skip
+"""Products of two values -> which input the right one is."""
+_ATTENTIONS = ("Attention", "GroupQueryAttention", "MultiHeadAttention")
+_ALL = frozenset({"Add", "BiasGelu", "Concat", "FastGelu", "Max", "Mean", "Min", "Sub", "Sum"})
 
 
 def keeps_zero(maps: AxisMaps, node: ir.Node) -> bool:
@@ -62,8 +71,12 @@ def keeps_zero(maps: AxisMaps, node: ir.Node) -> bool:
     if kind == "Pad":
         filler = numbers(maps.content(node.inputs[2])) if len(node.inputs) > 2 and node.inputs[2] is not None else (0,)
         return _is_zero(maps, inputs[0]) and filler == (node.attributes.get_float("value", 0.0),)
-    if kind == "MatMul":
-        return _product_is_zero(maps, node)
+    if kind in _PRODUCTS:
+        return _product_is_zero(maps, node, node.inputs[_PRODUCTS[kind]])
+    if kind == "Einsum":
+        return _einsum_is_zero(maps, node)
+    if kind in _ATTENTIONS:
+        return _is_zero(maps, node.inputs[2] if len(node.inputs) > 2 and node.inputs[2] is not None else inputs[0])
     if kind in ("LayerNormalization", "RMSNormalization", "SimplifiedLayerNormalization"):
         rank = len(maps.of(output) or ())
         first = node.attributes.get_int("axis", -1) % rank if rank else 0
@@ -110,9 +123,21 @@ def _clips_around_zero(maps: AxisMaps, node: ir.Node) -> bool:
     return True
 
 
-def _product_is_zero(maps: AxisMaps, node: ir.Node) -> bool:
+def _einsum_is_zero(maps: AxisMaps, node: ir.Node) -> bool:
+    """An Einsum: an axis of the output follows any operand that has its letter."""
+    operands, output = [value for value in node.inputs if value is not None], node.outputs[0]
+    ranks = [len(maps.of(value) or ()) for value in operands]
+    named = einsum_labels(node.attributes.get_string("equation", ""), ranks)
+    if named is None:
+        return False
+    pairs = zip(operands, named[0], strict=True)
+    zero = {label for value, labels in pairs if _is_zero(maps, value) for label in labels}
+    return all(axis < len(named[1]) and named[1][axis] in zero for axis in _carrying(maps, output))
+
+
+def _product_is_zero(maps: AxisMaps, node: ir.Node, right: ir.Value | None) -> bool:
     """A MatMul: rows follow the left side, columns the right one, and batches either."""
-    left, right, output = node.inputs[0], node.inputs[1], node.outputs[0]
+    left, output = node.inputs[0], node.outputs[0]
     rank = len(maps.of(output) or ())
     carrying = _carrying(maps, output)
     rows, columns = rank - 2 in carrying, rank - 1 in carrying

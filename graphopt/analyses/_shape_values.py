@@ -165,6 +165,20 @@ def _elementwise(function: Callable[..., Any]) -> Callable[[ir.Node, list[Conten
     return apply
 
 
+def _equal(node: ir.Node, inputs: list[Content]) -> Content:  # noqa: ARG001
+    """Comparison; a size that is open is no negative number, as which exporters write "leave as it is"."""
+
+    def compare(a: Entry, b: Entry) -> Entry:
+        for size, other in ((a, b), (b, a)):
+            if size.number is None and size.axis is not None and other.number is not None and other.number < 0:
+                return Entry(False)
+        known = a.number is not None and b.number is not None
+        return Entry(a.number == b.number if known else None, None, _united(a, b))
+
+    left, right = np.broadcast_arrays(*inputs)
+    return _pack([compare(a, b) for a, b in zip(left.reshape(-1), right.reshape(-1), strict=True)], left.shape)
+
+
 def _where(node: ir.Node, inputs: list[Content]) -> Content:  # noqa: ARG001
     """Each entry from the side that a known condition picks, so that sizes are still known as such."""
     operands = np.broadcast_arrays(*inputs)
@@ -248,7 +262,7 @@ _OPERATORS: dict[str, Callable[[ir.Node, list[Content]], Content | None]] = {
     "Sqrt": _elementwise(math.sqrt),
     "Min": _elementwise(min),
     "Max": _elementwise(max),
-    "Equal": _elementwise(operator.eq),
+    "Equal": _equal,
     "Greater": _elementwise(operator.gt),
     "Less": _elementwise(operator.lt),
     "Not": _elementwise(operator.not_),

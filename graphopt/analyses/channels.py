@@ -11,6 +11,7 @@ batch norms, residual partners, depthwise weights, flattened columns and padding
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -151,11 +152,13 @@ def _visit(maps: AxisMaps, node: ir.Node, names: Names, opset: int) -> None:
     content = evaluate(node, [maps.content(value) for value in node.inputs])
     if (rule := _rule(maps, node)) is not None:
         rule(view)
-    if node.op_type == "Shape":
+    if node.op_type == "Size":
+        content = _size_content(view)
+    elif node.op_type == "Shape":
         content = _shape_content(view)
     if content is not None:
         maps.contents[maps.key(node.outputs[0])] = content
-    if node.domain in ("", "ai.onnx") and keeps_zero(maps, node):
+    if node.domain in ("", "ai.onnx", "com.microsoft") and keeps_zero(maps, node):
         maps.zeros.update(maps.key(output) for output in node.outputs)
     view.finish(content_kept=content is not None)
 
@@ -167,17 +170,33 @@ def _rule(maps: AxisMaps, node: ir.Node) -> Rule | None:
     return _RULES.get(node.op_type) if standard else CONTRIB_RULES.get((node.domain, node.op_type))
 
 
+def _size_content(view: NodeView) -> np.ndarray[Any, np.dtype[np.object_]] | None:
+    source = view.input(0)
+    sizes = view.sizes(source)
+    if source is None or sizes is None:
+        return None
+    known = [size for size in sizes if size is not None]
+    names = tuple((view.key(source), axis) for axis in range(len(sizes)))
+    content = np.empty((), dtype=object)
+    content[()] = Entry(math.prod(known) if len(known) == len(sizes) else None, None, names)
+    return content
+
+
 def _shape_content(view: NodeView) -> np.ndarray[Any, np.dtype[np.object_]] | None:
     source = view.input(0)
     sizes = view.sizes(source)
     if source is None or sizes is None:
         return None
     if view.maps.content(source) is not None:  # the length of a list of sizes: a plain number once it is pinned
-        view.maps.pin_value(source, view.reason)
+        for atoms in view.maps.of(source) or ():
+            view.maps.pin(atoms, view.reason)
+        view.follow(source)
         entries = [Entry(size) for size in sizes]
     else:
         names = [(view.key(source), axis) for axis in range(len(sizes))]
         entries = [Entry(size, name, (name,)) for name, size in zip(names, sizes, strict=True)]
+        for axis in range(len(sizes)):
+            view.maps.size(source, axis)  # names the axis
     attributes = view.node.attributes
     kept = entries[attributes.get_int("start", 0) : attributes.get_int("end", len(entries))]
     content = np.empty(len(kept), dtype=object)

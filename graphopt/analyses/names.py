@@ -76,9 +76,12 @@ class Names:
         nodes = list(wanted)
         return {node: base for node, base, _ in nodes} | _distinct(nodes)
 
+    def place(self, node: ir.Node) -> str | None:
+        """Where a node stands: `inside the subgraph of If 'choice'`, None in the main graph."""
+        return self._places.get(node.graph) if isinstance(node.graph, ir.Graph) else None
+
     @cached_property
-    def places(self) -> dict[ir.Graph, str]:
-        """Where each graph inside a node stands: `inside the subgraph of If 'choice'`."""
+    def _places(self) -> dict[ir.Graph, str]:
         inner = ((scope.graph, scope.owner) for scope in self.scopes)
         return {g: f"inside the subgraph of {o.op_type} {self.labels[o]!r}" for g, o in inner if o is not None}
 

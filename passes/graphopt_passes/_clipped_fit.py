@@ -51,8 +51,8 @@ class Rows:
         """Some of the rows; all of them are not copied."""
         if mask.all():
             return self
-        arrays = (array[:, mask] for array in (self.x, self.wanted, self.now))
-        return Rows(*arrays, self.held_out[mask], self.low, self.high)
+        x, wanted, now = (array[:, mask] for array in (self.x, self.wanted, self.now))
+        return Rows(x, wanted, now, self.held_out[mask], self.low, self.high)
 
     def moments(self) -> Moments:
         """Moments of the input and of what is missed."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,6 +10,8 @@ import onnx_ir as ir
 
 from graphopt.analyses import Constants
 from graphopt.analyses.windows import pad_sizes, window_rows
+from graphopt_passes._own_constants import new_constant
+from graphopt_passes._windows import Windows
 
 __all__ = ["LINEAR", "WIDEST", "LinearLayer", "rows_worth_reading"]
 
@@ -120,16 +122,22 @@ class LinearLayer:
         """`[groups, rows, inputs]`: what is multiplied with the matrix to make chosen rows of the output."""
         if self.node.op_type != "Conv":
             return x.reshape(-1, x.shape[-1])[chosen].astype(np.float64)[None]
+        at = self.windows(x.shape[2:])
+        rows = window_rows(x, at.kernel, at.strides, at.dilations, at.pads, chosen).astype(np.float64)
+        return rows.reshape(len(rows), self.groups, self.inputs).transpose(1, 0, 2)
+
+    def windows(self, sizes: Sequence[int]) -> Windows:
+        """Where it looks in an input with these spatial sizes."""
+        if self.node.op_type != "Conv":
+            return Windows()
         kernel = self.array.shape[2:]
         ones, attributes = [1] * len(kernel), self.node.attributes
-        strides = list(attributes.get_ints("strides", ones))
-        dilations = list(attributes.get_ints("dilations", ones))
+        strides = attributes.get_ints("strides", ones)
+        dilations = attributes.get_ints("dilations", ones)
         reach = [d * (k - 1) + 1 for d, k in zip(dilations, kernel, strict=True)]
         mode = attributes.get_string("auto_pad", "NOTSET")
         pads = mode if mode != "NOTSET" else list(attributes.get_ints("pads", 2 * [0] * len(kernel)))
-        sizes = pad_sizes(x.shape[2:], reach, strides, pads)
-        rows = window_rows(x, kernel, strides, dilations, sizes, chosen).astype(np.float64)
-        return rows.reshape(len(rows), self.groups, self.inputs).transpose(1, 0, 2)
+        return Windows(kernel, tuple(strides), tuple(dilations), tuple(pad_sizes(sizes, reach, strides, pads)))
 
     def add(self, graph: ir.Graph, weight: np.ndarray, bias: np.ndarray) -> None:
         """Change weight and bias.
@@ -227,16 +235,8 @@ def _set_constant(value: ir.Value, array: np.ndarray) -> None:
 
 
 def _add_bias(graph: ir.Graph, node: ir.Node, weight: ir.Value, array: np.ndarray) -> None:
-    taken: Mapping[str | None, None] = dict.fromkeys(
-        [value.name for value in (*graph.inputs, *graph.initializers.values())]
-        + [output.name for inner in graph for output in inner.outputs]
-    )
-    stem = f"{weight.name}_bias"
-    name = next(name for i in range(len(taken) + 1) if (name := f"{stem}_{i}" if i else stem) not in taken)
     dtype = weight.dtype or ir.DataType.FLOAT
-    tensor = ir.Tensor(array.astype(dtype.numpy()), dtype=dtype, name=name)
-    value = ir.Value(name=name, type=ir.TensorType(dtype), shape=ir.Shape(array.shape), const_value=tensor)
-    graph.register_initializer(value)
+    value = new_constant(graph, f"{weight.name}_bias", array.astype(dtype.numpy()))
     if len(node.inputs) < 3:
         node.resize_inputs(3)
     node.replace_input_with(2, value)

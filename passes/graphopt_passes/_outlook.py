@@ -32,6 +32,7 @@ class Outlook:
         offset: `[channels]`: what constants add, in units of the output.
         low: `[channels]`: totals below look the same.
         high: `[channels]`: totals above look the same.
+        gain: `[channels]`: what one unit of the total is worth at its end; 0 where nothing is left of it.
     """
 
     shortcut: str | None
@@ -39,6 +40,7 @@ class Outlook:
     offset: np.ndarray
     low: np.ndarray
     high: np.ndarray
+    gain: np.ndarray
 
     @property
     def bounded(self) -> bool:
@@ -182,4 +184,4 @@ def _told(path: _Path, low: float, high: float) -> Outlook:
     edges = np.array([[low], [high]]) / gain
     lowest, highest = np.where(dead, -np.inf, edges.min(axis=0)), np.where(dead, np.inf, edges.max(axis=0))
     share, offset = np.where(dead, 0.0, path.carry / gain), np.where(dead, 0.0, path.shift / gain)
-    return Outlook(path.shortcut, share, offset, lowest, highest)
+    return Outlook(path.shortcut, share, offset, lowest, highest, np.where(dead, 0.0, gain))

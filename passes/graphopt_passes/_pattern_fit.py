@@ -33,7 +33,7 @@ _SAMPLES = 256
 _BATCH = 16
 _HOLD_OUT = 5
 _CHUNK = 1 << 23
-_RIDGES = (1e-3, 1e-2, 1e-1, 1.0)
+_RIDGES = (1e-3, 1e-2, 1e-1)
 _RIDGE = 1e-2
 _SAME = 1e-5
 _ENOUGH = "it is as sparse already"
@@ -135,6 +135,8 @@ class Refitter:
         """A sparse layer, or why samples are of no use; sites come in the graph's order."""
         if layer.groups * layer.inputs**2 > WIDEST**2:
             return f"the second moments of its input are {layer.groups} x {layer.inputs} x {layer.inputs} numbers"
+        if (layer.node.outputs[0].name or "") not in self.new.born:
+            return "its input is constant"
         moments = self._moments(site, layer)
         if isinstance(moments, str):
             return moments
@@ -148,13 +150,13 @@ class Refitter:
         def error(ridge: float) -> float:
             problem = _Problem.of(seen, weight, ridge, offset=offset)
             zeros = problem.zeros(weight, rule, "wanda" if method == "obs" else method) if fixed is None else fixed
-            return held_out.error(*problem.change(weight, zeros))
+            return held_out.error(*problem.change(weight, zeros, rough=True))
 
         ridge = min(_RIDGES, key=error)
         problem = _Problem.of(seen, weight, ridge, offset=offset)
         zeros = problem.zeros(weight, rule, method) if fixed is None else fixed
         before = held_out.error(np.where(zeros, -weight, 0.0), 0 * problem.missed)
-        after = held_out.error(*problem.change(weight, zeros))
+        after = held_out.error(*problem.change(weight, zeros, rough=True))
         seen.merge(held_out)
         change, bias = _Problem.of(seen, weight, ridge, offset=offset).change(weight, zeros)
         return Fitted(np.where(zeros, 0.0, (weight + change) / scale), bias, before, after)
@@ -246,9 +248,9 @@ class _Problem:
         pull = seen.xr / seen.rows - mean[:, :, None] * missed[:, None, :]
         return cls(weight + np.linalg.solve(hessian, pull), hessian, mean, missed)
 
-    def change(self, old: np.ndarray, zeros: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def change(self, old: np.ndarray, zeros: np.ndarray, *, rough: bool = False) -> tuple[np.ndarray, np.ndarray]:
         """What to add to weight and bias once these are zero."""
-        change = solve_kept(self.weight, self.hessian, zeros, old) - old
+        change = solve_kept(self.weight, self.hessian, zeros, old, rough=rough) - old
         return change, self.missed - (self.mean[:, None] @ change)[:, 0]
 
     def zeros(self, old: np.ndarray, rule: Rule, method: Method) -> np.ndarray:

@@ -27,6 +27,7 @@ __all__ = ["BlockRemoval", "OutputJudge", "Savings", "Step", "cheapest_blocks", 
 
 _SAMPLES = 32
 _BATCH = 16
+_KEPT_BYTES = 256 << 20
 
 
 @dataclass(frozen=True)
@@ -105,7 +106,7 @@ class OutputJudge:
 
     Args:
         model: The original.
-        data: Samples, of which 32 are used.
+        data: Samples, of which 32 are used, or fewer where their outputs take more than 256 MB.
         ctx: How ONNX Runtime runs.
 
     Raises:
@@ -114,18 +115,25 @@ class OutputJudge:
 
     def __init__(self, model: ir.Model, data: Dataset, ctx: Context) -> None:
         self._ctx = ctx
-        self._feeds = list(data.batches(_BATCH, _SAMPLES))
-        self._wanted = self._run(model)
+        self._feeds, self._wanted = list[Feed](), list[Feed]()
+        session, kept = self._session(model), 0
+        for feed in data.batches(_BATCH, _SAMPLES):
+            outputs = session.run(feed)
+            kept += sum(np.asarray(array).nbytes for array in outputs.values())
+            if self._feeds and kept > _KEPT_BYTES:
+                break
+            self._feeds.append(feed)
+            self._wanted.append(outputs)
 
     def of(self, model: ir.Model) -> float:
         """Squared distance of the outputs in parts of their energy, the mean over all outputs."""
-        found = self._run(model)
+        session = self._session(model)
+        found = [session.run(feed) for feed in self._feeds]
         changes = [output_distance([f[k] for f in self._wanted], [f[k] for f in found]) for k in self._wanted[0]]
         return float(np.mean(changes))
 
-    def _run(self, model: ir.Model) -> list[Feed]:
-        session = Reference(model, threads=self._ctx.threads, extensions=self._ctx.extensions)
-        return [session.run(feed) for feed in self._feeds]
+    def _session(self, model: ir.Model) -> Reference:
+        return Reference(model, threads=self._ctx.threads, extensions=self._ctx.extensions)
 
 
 def without(model: ir.Model, blocks: Sequence[Block]) -> ir.Model:

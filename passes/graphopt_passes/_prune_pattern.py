@@ -67,13 +67,15 @@ class Sparsity:
             OptionError: The pattern is none, options contradict each other, or a wildcard fits no layer.
         """
         keep, of = self._runs()
+        if self.scope not in ("auto", "uniform", "global"):
+            raise OptionError("prune.scope", f"{self.scope} spreads channels, not single weights", "use global")
         if of and self.scope == "global":
             raise OptionError("prune.scope", f"{self.pattern} is the same for every layer", "leave scope out")
         if of and self.ratio not in (self.default_ratio, 1 - keep / of):
             fact = f"{self.pattern} makes {1 - keep / of:g} of the weights zero, not {self.ratio:g}"
             raise OptionError("prune.ratio", fact, "leave ratio out")
         if self.criterion != "auto" and self.criterion not in PATTERN_CRITERIA:
-            fact = f"{self.criterion} judges channels, not single weights"
+            fact = f"{self.criterion!r} does not judge single weights"
             raise OptionError("prune.criterion", fact, f"use one of auto, {', '.join(PATTERN_CRITERIA)}")
         if self.criterion in ("wanda", "obs") and ctx.calibration is None:
             raise OptionError("prune.criterion", f"{self.criterion} needs samples", "give --calibration, or use l2")
@@ -101,7 +103,6 @@ class Sparsity:
             old = _Amount.of(site)
             changes.append(_sparsify(model, site, method, rule, fitter, ctx))
             before, after = before + old, after + (_Amount.of(site) if changes[-1].done else old)
-        ctx.drop_facts()
         metrics: dict[str, int | float | str | bool] = {
             "pattern": self.pattern,
             "layers": sum(change.done for change in changes),

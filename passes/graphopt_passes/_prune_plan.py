@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
 
 from graphopt.analyses.channels import ChannelGroup
-from graphopt_passes._prune_budget import Budget
+from graphopt_passes._prune_budget import Budget, Measure
 
-__all__ = ["plan_global", "plan_uniform", "score_costs"]
+__all__ = ["plan_global", "plan_uniform", "score_costs", "why_missed"]
 
 Ladders = Sequence[Sequence[int]]
 Floats = np.ndarray[Any, np.dtype[np.float64]]
 
 _ROUNDS = 12
 _CLOSE = 1e-4
+_NEAR = 0.02
+_PARTS = 129
 
 
 def plan_uniform(budget: Budget, ladders: Ladders, units: Sequence[int], target: float) -> list[int]:
@@ -76,9 +79,33 @@ def score_costs(groups: Sequence[ChannelGroup], worth: Sequence[Floats], ladders
     """
     sums = [np.concatenate([[0.0], np.cumsum(np.sort(scores))]) for scores in worth]
     return [
-        len(group.producers) * total[np.array(steps)]
-        for group, total, steps in zip(groups, sums, ladders, strict=True)
+        len(group.producers) * total[np.array(steps)] for group, total, steps in zip(groups, sums, ladders, strict=True)
     ]
+
+
+def why_missed(budget: Budget, ladders: Ladders, plan: Sequence[int], target: float, of: Measure) -> str | None:
+    """Why a plan is more than 2 % of the whole away from its target, in a sentence; None where it is not.
+
+    Args:
+        budget: The cost model.
+        ladders: What each group may lose, ascending from 0.
+        plan: What each loses.
+        target: What the model should cost.
+        of: What is counted.
+    """
+    cost = budget.after(plan)
+    if abs(cost - target) <= _NEAR * budget.whole:
+        return None
+    least = budget.after([steps[-1] for steps in ladders])
+    if cost > target and least > target - _NEAR * budget.whole:
+        held = budget.fixed / budget.whole
+        return (
+            f"at most {1 - least / budget.whole:.2f} of the {of} can be removed: layers that are pinned or skipped "
+            f"hold {held:.0%}, and of every group an eighth stays"
+        )
+    most = max((b - a for steps in ladders for a, b in pairwise(steps)), default=0)
+    near = f"{1 - cost / budget.whole:.2f} of the {of} is as close as rounding allows"
+    return f"{near}: up to {most} units leave at a time"
 
 
 def _rising(costs: Floats, units: np.ndarray[Any, Any]) -> Floats:
@@ -111,8 +138,17 @@ def _at_common_price(
     while low < high:
         middle = (low + high) // 2
         low, high = (low, middle) if budget.after(at(every[middle])) <= target else (middle + 1, high)
-    near = at(every[max(0, low - 1)]), at(every[low])
-    return min(near, key=lambda plan: abs(budget.after(plan) - target))
+    less, more = at(every[max(0, low - 1)]), at(every[low])
+    return min(_between(rungs, less, more), key=lambda plan: abs(budget.after(plan) - target))
+
+
+def _between(rungs: Sequence[np.ndarray[Any, Any]], less: Sequence[int], more: Sequence[int]) -> Iterator[list[int]]:
+    """Plans on the way from one to another: where a price is that of many steps, part of them are taken."""
+    for part in np.linspace(0.0, 1.0, _PARTS):
+        yield [
+            int(steps[np.argmin(np.abs(steps - (a + part * (b - a))))])
+            for steps, a, b in zip(rungs, less, more, strict=True)
+        ]
 
 
 def _settled(budget: Budget, ladders: Ladders, plan: Sequence[int], target: float) -> list[int]:

@@ -9,30 +9,32 @@ not fitted (Zhang et al., 2015). Batch norms behind a layer stay right, because 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
 import onnx_ir as ir
 
-from graphopt.analyses import CONSTANTS, Constants
+from graphopt.analyses import CONSTANTS
+from graphopt.analyses.names import Names, subgraphs
 from graphopt.calibration import Dataset
 from graphopt.pass_base import Change, Context
 from graphopt.reference import Feed
 from graphopt_passes._clipped_fit import Rows, fit
 from graphopt_passes._least_squares import Correction
 from graphopt_passes._linear_layers import LINEAR, WIDEST, LinearLayer, rows_worth_reading
-from graphopt_passes._outlook import Outlook, outlook
+from graphopt_passes._refit_pairs import Joined, Pairs
+from graphopt_passes._refit_sites import AxisName, Site, name_of, site_of
 from graphopt_passes._stepwise import Stepwise, reads
 
 __all__ = ["Refit", "refit"]
 
-AxisName = tuple[str, int]
-
-_SAMPLES = 256
+_SAMPLES, _MOST_SAMPLES = 256, 2000
+_SAMPLE_BYTES = 64 << 20
 _BATCH = 16
 _HOLD_OUT = 5
 _SAME = 1e-5
+_UNCHANGED = "its output has not changed"
 _CHUNK = 1 << 23
 
 
@@ -56,40 +58,6 @@ class Refit:
         return sum(change.done for change in self.changes)
 
 
-@dataclass(frozen=True, eq=False)
-class _Site:
-    """A layer to refit.
-
-    Attributes:
-        layer: The layer of the pruned model.
-        positions: Its place in the order of nodes, in the whole and in the pruned model.
-        outlook: What becomes of its output.
-        kept: `[outputs]` positions of its outputs in the whole model.
-    """
-
-    layer: LinearLayer
-    positions: tuple[int, int]
-    outlook: Outlook
-    kept: np.ndarray
-
-    def samples(self, whole: Stepwise, pruned: Stepwise) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray | None]]:
-        """The layer's input, the total that it should lead to, and what is added to its output, batch after batch.
-
-        What is added is None where it has not the output's shape; then the total is the output alone.
-        """
-        node, axis, shortcut = self.layer.node, self.layer.channel_axis, self.outlook.shortcut
-        more = [shortcut] if shortcut else []
-        old = whole.run(self.positions[0] + 1, [_name(node.outputs[0]), *more])
-        new = pruned.run(self.positions[1], [_name(node.inputs[0]), *more])
-        for (output, *was), (x, *now) in zip(old, new, strict=True):
-            wanted = np.take(output, self.kept, axis=axis)
-            if any(a.shape != output.shape or b.shape != wanted.shape for a, b in zip(was, now, strict=True)):
-                yield x, wanted, None
-                continue
-            before = self.outlook.bypass(np.take(was[0], self.kept, axis=axis) if was else None, wanted, axis)
-            yield x, wanted + before, self.outlook.bypass(now[0] if now else None, wanted, axis)
-
-
 def refit(whole: ir.Model, model: ir.Model, lost: Mapping[AxisName, np.ndarray], data: Dataset, ctx: Context) -> Refit:
     """Refit the layers of a pruned model whose inputs are not what they were.
 
@@ -97,7 +65,7 @@ def refit(whole: ir.Model, model: ir.Model, lost: Mapping[AxisName, np.ndarray],
         whole: The model before the removal.
         model: The model after it; its weights change, and layers may gain a bias.
         lost: Positions that were removed, by value and axis.
-        data: Samples, of which 256 are used; every fifth batch is held out.
+        data: Samples, of which 256 are used, up to 2,000 if they are small; every fifth batch is held out.
         ctx: Its random numbers choose the rows that are looked at.
 
     Raises:
@@ -105,63 +73,65 @@ def refit(whole: ir.Model, model: ir.Model, lost: Mapping[AxisName, np.ndarray],
     """
     feeds = list(_batches(data))
     old, new = Stepwise(whole, feeds, ctx), Stepwise(model, feeds, ctx)
-    constants = ctx.fact(CONSTANTS)
+    pairs = Pairs(whole, model, feeds, lost, ctx)
     changes, errors = list[Change](), list[tuple[float, float]]()
-    for node in ctx.progress(list(_affected(new, lost)), "refitting"):
-        layer = LinearLayer.of(node, constants)
-        found = (
-            layer if isinstance(layer, str) else _correction(_site(layer, old, new, lost, constants), old, new, ctx.rng)
-        )
-        name = node.name or _name(node.outputs[0])
-        if isinstance(layer, str) or isinstance(found, str):
-            changes.append(Change.skipped(name, f"not refitted: {found}"))
-        else:
+    names = ctx.fact(CONSTANTS).names
+    for node in ctx.progress(list(_affected(new, lost, names)), "refitting"):
+        constants = ctx.fact(CONSTANTS)
+        layer, name = names.place(node) or LinearLayer.of(node, constants), names.label(node)
+        if isinstance(layer, str):
+            changes.append(Change.skipped(name, f"not refitted: {layer}"))
+            continue
+        site = site_of(layer, old, new, lost, constants)
+        found = _correction(site, old, new, ctx.rng)
+        if not isinstance(found, str):
             layer.add(model.graph, found.weight, found.bias)
-            errors.append((found.before, found.after))
-            changes.append(_change(name, found))
+            ctx.drop_facts()
+        joined = None if found == _UNCHANGED else pairs.improve(site, ctx.fact(CONSTANTS))
+        if joined is not None:
+            new.resume(pairs.new)
+            ctx.drop_facts()
+        changes.append(_change(name, found, joined))
+        errors += [each for each in [_errors(found, joined)] if each]
     before, after = np.mean(errors, axis=0).tolist() if errors else (0.0, 0.0)
     return Refit(tuple(changes), before, after)
 
 
-def _name(value: ir.Value | None) -> str:
-    return "" if value is None else value.name or ""
-
-
 def _batches(data: Dataset) -> Iterator[Feed]:
-    """At least ten batches where there are samples enough, so that some can be held out."""
-    count = sum(1 for _ in data.feeds(_SAMPLES))
-    return data.batches(max(1, min(_BATCH, count // 10)), _SAMPLES)
+    """At least ten batches where there are samples enough, so that some can be held out.
+
+    Of small samples more are read than of large ones.
+    """
+    first = next(data.feeds(1), {})
+    most = _SAMPLE_BYTES // max(1, sum(array.nbytes for array in first.values()))
+    most = min(max(most, _SAMPLES), _MOST_SAMPLES)
+    count = sum(1 for _ in data.feeds(most))
+    return data.batches(max(1, min(_BATCH, count // 10)), most)
 
 
-def _affected(run: Stepwise, lost: Mapping[AxisName, np.ndarray]) -> Iterator[ir.Node]:
+def _affected(run: Stepwise, lost: Mapping[AxisName, np.ndarray], names: Names) -> Iterator[ir.Node]:
     """Layers with weights whose input is not what it was: narrower, or behind something that is."""
     other = {name for name, _ in lost}
-    for node in run.model.graph:
-        linear = node.op_type in LINEAR and node.domain in ("", "ai.onnx")
-        if linear and _name(node.inputs[0]) in other and _name(node.inputs[1]) not in run.born:
-            yield node
-        if any(_name(value) in other and not value.is_initializer() for value in reads(node)):
-            other.update(_name(output) for output in node.outputs)
+
+    def differs(values: Iterable[ir.Value | None]) -> bool:
+        return any(v is not None and names.key(v) in other and not v.is_initializer() for v in values)
+
+    def search(graph: ir.Graph) -> Iterator[ir.Node]:
+        for node in graph:
+            linear = node.op_type in LINEAR and node.domain in ("", "ai.onnx")
+            if linear and differs(node.inputs[:1]) and name_of(node.inputs[1]) not in run.born:
+                yield node
+            for _, inner in subgraphs(node):
+                if differs(node.inputs):
+                    other.update(names.key(value) for value in inner.inputs)
+                yield from search(inner)
+            if differs(reads(node)):
+                other.update(names.key(output) for output in node.outputs)
+
+    yield from search(run.model.graph)
 
 
-def _site(
-    layer: LinearLayer, old: Stepwise, new: Stepwise, lost: Mapping[AxisName, np.ndarray], constants: Constants
-) -> _Site:
-    output = layer.node.outputs[0]
-    name = _name(output)
-    positions = old.born[name], new.born[name]
-    gone = lost.get((_name(layer.weight), layer.axis), np.empty(0, dtype=np.int64))
-    kept = np.delete(np.arange(layer.outputs + len(gone)), gone)
-    known = {
-        value
-        for value in new.born
-        if all(run.born.get(value, at) < at for run, at in zip((old, new), positions, strict=True))
-    }
-    seen = outlook(output, layer.outputs, layer.channel_axis, constants, known)
-    return _Site(layer, positions, seen, kept)
-
-
-def _correction(site: _Site, old: Stepwise, new: Stepwise, rng: np.random.Generator) -> Correction | str:
+def _correction(site: Site, old: Stepwise, new: Stepwise, rng: np.random.Generator) -> Correction | str:
     """The correction of a layer, or why there is none."""
     layer = site.layer
     if layer.groups * layer.inputs**2 > WIDEST**2:
@@ -174,11 +144,11 @@ def _correction(site: _Site, old: Stepwise, new: Stepwise, rng: np.random.Genera
         return "what goes through it is not finite"
     held_out = rows.of(rows.held_out)
     if held_out.error(held_out.now) < _SAME:
-        return "its output has not changed"
+        return _UNCHANGED
     return fit(rows, offset=layer.offset) or "no better on held-out samples"
 
 
-def _rows(site: _Site, old: Stepwise, new: Stepwise, rng: np.random.Generator) -> Rows:
+def _rows(site: Site, old: Stepwise, new: Stepwise, rng: np.random.Generator) -> Rows:
     """As many rows of a layer as are worth reading."""
     layer, batches = site.layer, len(old.feeds)
     matrix, shift = layer.matrix(), layer.shift.reshape(layer.groups, 1, -1)
@@ -209,9 +179,19 @@ def _held_out(count: int, batch: int, batches: int) -> np.ndarray:
     return (places >= 2 * count // _HOLD_OUT) & (places < 3 * count // _HOLD_OUT)
 
 
-def _change(site: str, found: Correction) -> Change:
-    return Change(
-        site,
-        f"refitted: output error {found.before:.2f} -> {found.after:.2f}",
-        details={"error_before": round(found.before, 6), "error_after": round(found.after, 6)},
-    )
+def _errors(found: Correction | str, joined: Joined | None) -> tuple[float, float] | None:
+    """Error of a layer's output before it was refitted, and after all that was done; None if nothing was."""
+    if isinstance(found, str):
+        return None if joined is None else (joined.before, joined.after)
+    # the pair was measured on samples of its own
+    return found.before, found.after * (1.0 if joined is None else joined.after / max(joined.before, 1e-12))
+
+
+def _change(site: str, found: Correction | str, joined: Joined | None) -> Change:
+    errors = _errors(found, joined)
+    if errors is None:
+        return Change.skipped(site, f"not refitted: {found}")
+    before, after = errors
+    partner = "" if joined is None else f", together with {joined.first}"
+    details = {"error_before": round(before, 6), "error_after": round(after, 6)}
+    return Change(site, f"refitted: output error {before:.2f} -> {after:.2f}{partner}", details=details)

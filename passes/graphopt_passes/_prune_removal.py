@@ -10,7 +10,7 @@ import onnx_ir as ir
 from graphopt.analyses.channels import ChannelGroup, ChannelGroups, IndexTable, SizeTable, Span
 from graphopt.analyses.names import Names
 from graphopt.errors import PassError
-from graphopt_passes._own_constants import new_constant
+from graphopt_passes._own_constants import new_constant, unused_name
 from graphopt_passes._prune_means import restate_means
 
 __all__ = ["lost_positions", "remove"]
@@ -129,16 +129,19 @@ def _restate(
     first = tables[0]
     numbers = list(first.numbers)
     for position, span in spans.items():
-        left = _left(span, gone)
-        numbers[position] = min(numbers[position], left) if any(table.at_most for table in tables) else left
+        numbers[position] = _left(span, gone)
     for name in (name for table in tables for name in table.drops):
         node.attributes.pop(name, None)
     if isinstance(first.slot, str):
-        value = ir.AttrInt64(first.slot, numbers[0]) if first.scalar else ir.AttrInt64s(first.slot, numbers)
+        stated = [number or 0 for number in numbers]
+        value = ir.AttrInt64(first.slot, stated[0]) if first.scalar else ir.AttrInt64s(first.slot, stated)
         node.attributes[first.slot] = value
+        return
+    array = np.array([number or 0 for number in numbers], first.dtype.numpy()).reshape(() if first.scalar else -1)
+    if None in numbers:
+        _merge_input(graph, node, first.slot, array, np.array([number is not None for number in numbers]))
     else:
-        array = np.array(numbers, first.dtype.numpy())
-        _replace_input(graph, node, first.slot, array.reshape(() if first.scalar else -1))
+        _replace_input(graph, node, first.slot, array)
 
 
 def _left(span: Span, gone: Mapping[AxisName, np.ndarray]) -> int:
@@ -167,6 +170,21 @@ def _replace_input(graph: ir.Graph, node: ir.Node, index: int, array: np.ndarray
     node.replace_input_with(index, constant)
     if old is not None:
         _drop_unused(old)
+
+
+def _merge_input(graph: ir.Graph, node: ir.Node, index: int, array: np.ndarray, stated: np.ndarray) -> None:
+    """Overwrite some entries of a list that the graph computes."""
+    old, home = node.inputs[index], node.graph
+    if old is None or not isinstance(home, ir.Graph):
+        return
+    stem = f"{node.name or node.outputs[0].name}_input{index}"
+    which = new_constant(graph, f"{stem}_stated", stated, beside=node)
+    numbers = new_constant(graph, stem, array, beside=node)
+    chosen = ir.node("Where", [which, numbers, old], name=unused_name(home, f"{stem}_merged"))
+    chosen.outputs[0].name = unused_name(home, f"{stem}_shape")
+    chosen.outputs[0].type, chosen.outputs[0].shape = ir.TensorType(ir.DataType.INT64), ir.Shape([len(array)])
+    home.insert_before(node, chosen)
+    node.replace_input_with(index, chosen.outputs[0])
 
 
 def _drop_unused(value: ir.Value) -> None:

@@ -11,6 +11,7 @@ set to zero there. Time is bounded by counting multiply-accumulates: fewer sampl
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -39,6 +40,11 @@ _KEPT_BYTES = 256 << 20
 _WIDEST = 4608
 _MOST_BYTES = 1 << 30
 _FLOATS = (ir.DataType.FLOAT, ir.DataType.DOUBLE, ir.DataType.FLOAT16)
+_ZERO_POINTS = {
+    ("ConvInteger", 0): 2, ("MatMulInteger", 0): 2, ("QGemm", 0): 2, ("QLinearConv", 0): 2, ("QLinearMatMul", 0): 2,
+    ("QLinearMatMul", 3): 5,
+}  # fmt: skip
+"""Operator and index of a quantized input -> index of the input that says which integer stands for zero."""
 
 
 def is_affordable(groups: Sequence[ChannelGroup], ctx: Context) -> bool:
@@ -78,10 +84,22 @@ def sensitivity(
     measured: list[list[tuple[int, float]]] = [[] for _ in groups]
     for i, lost in ctx.progress(jobs, "measuring sensitivity"):
         measured[i].append((lost, trial.change(i, orders[i][:lost])))
-    return [
-        cost_curve(np.array(steps), np.concatenate([[0.0], np.cumsum(scores[order])]), found)
-        for steps, scores, order, found in zip(ladders, worth, orders, measured, strict=True)
+    predicted = [np.concatenate([[0.0], np.cumsum(w[order])]) for w, order in zip(worth, orders, strict=True)]
+    curves = [
+        cost_curve(np.array(steps), sums, found)
+        for steps, sums, found in zip(ladders, predicted, measured, strict=True)
     ]
+    level = float(np.median([curve[-1] for curve in curves if curve[-1] > 0] or [0.0]))
+    for i, (group, steps, sums) in enumerate(zip(groups, ladders, predicted, strict=True)):
+        if not curves[i][-1] and _is_inside(group, ctx):  # a branch that no sample takes is missed like the others
+            curves[i] = level * sums[np.array(steps)] / max(float(sums[steps[-1]]), 1e-300)
+    return curves
+
+
+def _is_inside(group: ChannelGroup, ctx: Context) -> bool:
+    """Whether only nodes of subgraphs make the units of a group."""
+    names = ctx.fact(CONSTANTS).names
+    return all(names.place(node) is not None for node, label in names.labels.items() if label in group.producers)
 
 
 def _depths(steps: Sequence[int], fractions: Sequence[float]) -> list[int]:
@@ -131,13 +149,16 @@ class _Reader:
 
     def without(self, units: Array, inputs: Feed) -> Feed:
         """The inputs with which the other units make up for some."""
-        gone, old = self.weight.positions[units].reshape(-1), inputs[self.weight.value]
-        rows = np.moveaxis(old.astype(np.float64), self.weight.axis, 0)
-        rows, offset = make_up(rows.reshape(len(rows), -1), gone, self.moments)
-        shape = np.moveaxis(old, self.weight.axis, 0).shape
-        weight = np.moveaxis(rows.reshape(shape), 0, self.weight.axis)
-        added = self.scale * offset.reshape(shape[1], -1).sum(axis=1)
-        changed = {self.weight.value: weight, self.offset: added.reshape(-1, *[1] * (self.rank - 1))}
+        old = inputs[self.weight.value]
+        array = np.moveaxis(old.astype(np.float64), self.weight.axis, 0)
+        array = np.moveaxis(array, 1, -1)
+        length = math.prod(array.shape[1:-1])
+        rows = array.reshape(-1, array.shape[-1])
+        gone = (self.weight.positions[units].reshape(-1, 1) * length + np.arange(length)).reshape(-1)
+        rows, offset = make_up(rows, gone, self.moments)
+        weight = np.moveaxis(np.moveaxis(rows.reshape(array.shape), -1, 1), 0, self.weight.axis)
+        added = (self.scale * offset).reshape(-1, *[1] * (self.rank - 1))
+        changed = {self.weight.value: weight, self.offset: added}
         return {name: np.ascontiguousarray(array, dtype=old.dtype) for name, array in changed.items()}
 
 
@@ -209,7 +230,7 @@ class _Trial:
                     scale = node.attributes.get_float("alpha", 1.0) if node.op_type == "Gemm" else 1.0
                     rank = self._inputs[offsets[use.layer]].ndim
                     parts.append(_Reader(use.weight, offsets[use.layer], rank, scale, seen))
-                elif ctx.fact(SHAPES).dtype(use.value) in _FLOATS and ctx.fact(SHAPES).rank(use.value):
+                elif _is_maskable(use, ctx):
                     if key not in masks:
                         masks[key] = _add_mask(copy, nodes[key[2]], use, self._inputs, ctx)
                     parts.append(_Mask(use.place, masks[key]))
@@ -253,10 +274,20 @@ def _is_plain(use: UnitUse, ctx: Context) -> bool:
     return plain and weight.name == place.value and not weight.is_graph_input()
 
 
+def _is_maskable(use: UnitUse, ctx: Context) -> bool:
+    """Whether a value can be made zero where a node reads it."""
+    if not ctx.fact(SHAPES).rank(use.value):
+        return False
+    slot = _ZERO_POINTS.get((use.node.op_type, use.index))
+    if slot is None:
+        return ctx.fact(SHAPES).dtype(use.value) in _FLOATS
+    return slot < len(use.node.inputs) and use.node.inputs[slot] is not None
+
+
 def _channel_moments(model: ir.Model, layers: Sequence[str], ctx: Context) -> Mapping[str, LayerMoments]:
     if not layers:
         return {}
-    analysis = MomentsAnalysis(layers=tuple(layers), windows=False, widest=_WIDEST, most_bytes=_MOST_BYTES)
+    analysis = MomentsAnalysis(layers=tuple(layers), widest=_WIDEST, most_bytes=_MOST_BYTES)
     return analysis.compute(model, ctx).layers
 
 
@@ -286,14 +317,19 @@ def _add_offset(model: ir.Model, node: ir.Node, inputs: Feed) -> str:
 
 
 def _add_mask(model: ir.Model, node: ir.Node, use: UnitUse, inputs: Feed, ctx: Context) -> str:
-    """Multiply what a node reads with an input; returns its name."""
+    """Let an input choose what of a value a node sees, and where it sees zero; returns the input's name."""
     rank, dtype = ctx.fact(SHAPES).rank(use.value) or 0, ctx.fact(SHAPES).dtype(use.value) or ir.DataType.FLOAT
+    slot = _ZERO_POINTS.get((node.op_type, use.index))
+    dtype = dtype if slot is None else ir.DataType.BOOL
     ones = np.ones([use.place.size if axis == use.place.axis else 1 for axis in range(rank)], dtype.numpy())
     name = f"graphopt.mask{len(inputs)}"
     mask = ir.Value(name=name, type=ir.TensorType(dtype), shape=ir.Shape(ones.shape))
     model.graph.inputs.append(mask)
     inputs[name] = ones
-    product = ir.node("Mul", [node.inputs[use.index], mask], name=f"{name}.multiply")
+    if slot is None:
+        product = ir.node("Mul", [node.inputs[use.index], mask], name=f"{name}.multiply")
+    else:
+        product = ir.node("Where", [mask, node.inputs[use.index], node.inputs[slot]], name=f"{name}.choose")
     product.outputs[0].name = f"{name}.product"
     graph = node.graph
     assert isinstance(graph, ir.Graph)

@@ -250,7 +250,8 @@ def _sweep(graph: ir.Graph, value: ir.Value) -> None:
             continue
         node = value.producer()
         if node is None:
-            graph.initializers.pop(value.name or "", None)
+            if graph.initializers.get(value.name or "") is value:
+                graph.initializers.pop(value.name or "")
         elif node.graph is graph and not any(output.uses() or output.is_graph_output() for output in node.outputs):
             waiting.extend(list(reads(node)))
             _detach(node)

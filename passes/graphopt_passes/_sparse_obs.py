@@ -23,11 +23,12 @@ import numpy as np
 __all__ = ["Rule", "cost", "damped", "find_sparse", "improve", "norm_scores", "solve_kept", "sweep"]
 
 _BLOCK = 128
-_ROUNDS = 120
+_ROUNDS = 50
 _EVERY = 3
 _START = 0.1
 _STEPS = 100
-_PRECISION = 1e-8
+_PRECISION = 1e-6
+_ROUGH = 1e-3
 _FAINT = 1e-12
 
 
@@ -143,27 +144,33 @@ def improve(weight: np.ndarray, hessian: np.ndarray, rule: Rule, dropped: np.nda
     """
     scale = np.sqrt(np.diagonal(hessian, axis1=1, axis2=2))[:, :, None]
     values, vectors = np.linalg.eigh(hessian / (scale * scale.transpose(0, 2, 1)))
-    back, values = vectors.transpose(0, 2, 1), np.maximum(values, 0.0)[:, :, None]
-    weight = weight * scale
-    wanted = values * (back @ weight)
-    sparse, price, pull = np.where(dropped, 0.0, weight), np.zeros(weight.shape), _START
-    dense = weight
+    largest = max(float(np.abs(weight * scale).max()), np.finfo(np.float64).tiny)
+    # a choice needs no more than float32, once nothing can overflow
+    vectors, dense = vectors.astype(np.float32), (weight * scale / largest).astype(np.float32)
+    back, values = vectors.transpose(0, 2, 1), np.maximum(values, 0.0)[:, :, None].astype(np.float32)
+    wanted = values * (back @ dense)
+    sparse, price, pull = np.where(dropped, np.float32(0), dense), np.zeros_like(dense), _START
     for turn in range(_ROUNDS):
         dense = vectors @ ((wanted + back @ (pull * sparse - price)) / (values + pull))
         free = dense + price / pull
         now = rule.drop(np.square(free))
-        sparse = np.where(now, 0.0, free)
+        sparse = np.where(now, np.float32(0), free)
         price += pull * (dense - sparse)
         moved, dropped = float((now != dropped).mean()), now
         if turn % _EVERY == _EVERY - 1:
             if not moved:
                 break
             pull *= 1.3 if moved > 0.1 else 1.2 if moved > 0.005 else 1.1
-    return np.where(dropped, 0.0, dense / scale), dropped
+    return np.where(dropped, 0.0, dense * largest / scale), dropped
 
 
 def solve_kept(
-    weight: np.ndarray, hessian: np.ndarray, dropped: np.ndarray, start: np.ndarray | None = None
+    weight: np.ndarray,
+    hessian: np.ndarray,
+    dropped: np.ndarray,
+    start: np.ndarray | None = None,
+    *,
+    rough: bool = False,
 ) -> np.ndarray:
     """The weights closest to `weight` in what they compute, zero where they are dropped.
 
@@ -172,11 +179,13 @@ def solve_kept(
         hessian: `[groups, inputs, inputs]`, positive definite.
         dropped: Where the result is zero.
         start: A guess; None: `weight`.
+        rough: Close enough to compare choices by.
     """
+    precision = _ROUGH if rough else _PRECISION
     found = np.where(dropped, 0.0, weight if start is None else start)
     diagonal = np.diagonal(hessian, axis1=1, axis2=2)[:, :, None]
     missed = np.where(dropped, 0.0, hessian @ (weight - found))
-    enough = _PRECISION**2 * (np.square(hessian @ weight) / diagonal).sum(axis=1, keepdims=True)
+    enough = precision**2 * (np.square(hessian @ weight) / diagonal).sum(axis=1, keepdims=True)
     step = missed / diagonal
     square = (missed * step).sum(axis=1, keepdims=True)
     for _ in range(_STEPS):
@@ -201,9 +210,7 @@ def find_sparse(weight: np.ndarray, hessian: np.ndarray, rule: Rule) -> np.ndarr
         rule: What to drop.
     """
     swept, first = sweep(weight, hessian, rule)
-    better, second = improve(weight, hessian, rule, first)
-    options = [
-        (cost(weight - solve_kept(weight, hessian, zeros, start), hessian), zeros)
-        for start, zeros in ((swept, first), (better, second))
-    ]
-    return min(options, key=lambda option: option[0])[1]
+    by_norm = rule.drop(norm_scores(weight, np.diagonal(hessian, axis1=1, axis2=2)))
+    options = [(swept, first), improve(weight, hessian, rule, first), (weight, by_norm)]
+    solved = (solve_kept(weight, hessian, zeros, start, rough=True) for start, zeros in options)
+    return options[int(np.argmin([cost(weight - found, hessian) for found in solved]))][1]

@@ -48,6 +48,7 @@ class Stepwise:
         self.model, self.ctx, self.feeds = model, ctx, feeds
         self.order = {id(node): i for i, node in enumerate(model.graph)}
         self.kept: list[Feed] | None = None
+        self.position = -1
         fed = [value for value in model.graph.inputs if value.name not in model.graph.initializers]
         self.values = {value.name or "": value for value in fed}
         self.born, self.dies = dict.fromkeys(self.values, -1), dict.fromkeys(self.values, -1)
@@ -70,6 +71,7 @@ class Stepwise:
         Raises:
             ModelError: ONNX Runtime cannot run this piece.
         """
+        self.position = position
         live = [n for n, born in self.born.items() if born < position <= self.dies.get(n, -1)]
         start = self.feeds if self.kept is None else self.kept
         have = [name for name in start[0] if name in self.values]
@@ -83,6 +85,10 @@ class Stepwise:
                 kept = kept if _is_light(kept[0], len(start)) else None
             yield [found[name] for name in wanted]
         self.kept = self.kept if kept is None else kept
+
+    def resume(self, other: Stepwise) -> None:
+        """Go on from where another run of the same model on the same batches stands; weights behind it have changed."""
+        self.kept, self.position = other.kept, other.position
 
     def _piece(self, feed: Feed, inputs: Sequence[str], outputs: Sequence[str]) -> Reference:
         graph = ir.convenience.extract(self.model.graph, [self.values[n] for n in inputs], list(outputs))

@@ -20,9 +20,10 @@ from graphopt_passes._prune_blocks import BlockRemoval, OutputJudge, Savings, pr
 from graphopt_passes._prune_budget import Budget, Facts, ladder, step_of, unit_width
 from graphopt_passes._prune_criteria import find_criterion, worth
 from graphopt_passes._prune_pattern import Sparsity
-from graphopt_passes._prune_plan import plan_global, plan_uniform, score_costs
+from graphopt_passes._prune_plan import plan_global, plan_uniform, score_costs, why_missed
 from graphopt_passes._prune_refit import Refit, refit
 from graphopt_passes._prune_removal import lost_positions, remove
+from graphopt_passes._prune_search import Outcome, search
 from graphopt_passes._prune_sensitivity import is_affordable, sensitivity
 from graphopt_passes._residual_blocks import Block, find_blocks, join_shortcuts
 
@@ -54,7 +55,10 @@ class Prune(Pass):
     states. Inputs and outputs of the model keep their shapes. With calibration data, the layers that read them are
     refitted by least squares, which keeps most of the accuracy; without, weights alone decide and stay as they are.
 
-    Refused, and reported with the node that stands in the way: channels that reach an input, an output, a subgraph or
+    With `pattern=unstructured` or N:M no channel goes: the single weights that matter least become zero in place, and
+    with calibration data the others make up for them. Only sparse kernels run such layers faster.
+
+    Refused, and reported with the node that stands in the way: channels that reach an input, an output, a function or
     an operator that looks across channels, and weights that are not constant.
     """
 
@@ -71,12 +75,15 @@ class Prune(Pass):
     criterion: str = opt(
         "auto",
         help="how channels are judged: l1, l2, bn-scale, fpgm, activation, apoz, wanda, reconstruction, output-change, "
-        "random, or one of a plugin's; auto: reconstruction with calibration data (what layers lose), else l2",
+        "random, or one of a plugin's; auto: reconstruction with calibration data (what layers lose), else l2; single "
+        "weights: l1, l2, wanda or obs; auto: obs with calibration data, else l2",
     )
-    scope: Literal["auto", "uniform", "global", "sensitivity"] = opt(
+    scope: Literal["auto", "uniform", "global", "sensitivity", "search"] = opt(
         "auto",
-        help="the same fraction from every layer, or more where channels matter less; auto: that if the criterion compares layers",
+        help="uniform: the same fraction of every layer; global: more where scores are low; sensitivity: more where "
+        "outputs change less; search: tries plans in full; auto: uniform, or the better of global and sensitivity",
     )
+    trials: int = opt(16, help="plans that scope=search tries, each with its own refit", ge=1)
     round_to: int = opt(0, help="kept channels are a multiple of this; 0: what the target likes", ge=0)
     units: tuple[str, ...] = opt(
         ("channels", "heads", "neurons", "hidden", "experts", "groups"),
@@ -95,12 +102,17 @@ class Prune(Pass):
         if self.pattern != "channels":
             self._sparsity().requires(model, ctx)
             return
+        if self.criterion == "obs":
+            hint = "use pattern=2:4 or pattern=unstructured"
+            raise OptionError("prune.criterion", "obs judges single weights, not channels", hint)
         find_criterion(self.criterion, ctx)
         unknown = next((name for name in self.units if name not in _UNITS), None)
         if unknown is not None:
             raise OptionError("prune.units", f"{unknown!r} is no kind of unit", nearest(unknown, _UNITS))
         if "blocks" in self.units and ctx.calibration is None:
             raise OptionError("prune.units", "blocks are judged on samples", "give --calibration, or leave blocks out")
+        if self.scope in ("sensitivity", "search") and ctx.calibration is None:
+            raise OptionError("prune.scope", f"{self.scope} needs samples", "give --calibration, or use uniform")
         layers = _layers(model, ctx.fact(CHANNEL_GROUPS))
         if "blocks" in self.units:
             for block in find_blocks(model, ctx.fact(SHAPES), ctx.fact(CONSTANTS))[0]:
@@ -121,7 +133,8 @@ class Prune(Pass):
         blocks = self._remove_blocks(model, ctx)
         groups = ctx.fact(CHANNEL_GROUPS)
         chosen, reasons = self._candidates(model, groups, ctx)
-        removals, _ = self._removals(model, chosen, _amount(before, self.of) * (1 - self.ratio), ctx)
+        target, scope = _amount(before, self.of) * (1 - self.ratio), self._scope(chosen, ctx)
+        removals, _, missed = self._removals(model, chosen, target, scope, ctx)
         refitted = self._remove(model, whole, blocks, groups, removals, ctx)
         after = ctx.fact(COST)
         taken = {id(group): len(units) for group, units in removals}
@@ -133,6 +146,8 @@ class Prune(Pass):
         metrics = self._metrics(before, after) | {"refitted": refitted.layers}
         if refitted.layers:
             metrics |= {"refit_error_before": round(refitted.before, 6), "refit_error_after": round(refitted.after, 6)}
+        if missed is not None:
+            metrics |= {"ratio_missed": missed}
         return PassResult(bool(removals or blocks.steps), tuple(changes), metrics=metrics)
 
     def _sparsity(self) -> Sparsity:
@@ -176,7 +191,9 @@ class Prune(Pass):
     def _price(self, model: ir.Model, judge: OutputJudge, ctx: Context) -> float:
         """How much the outputs change, for each unit saved, if channels alone go and no layer is refitted."""
         groups, whole = ctx.fact(CHANNEL_GROUPS), _amount(ctx.fact(COST), self.of)
-        removals, left = self._removals(model, self._candidates(model, groups, ctx)[0], whole * (1 - self.ratio), ctx)
+        chosen = self._candidates(model, groups, ctx)[0]
+        scope = "uniform" if self._scope(chosen, ctx) == "uniform" else "global"  # what is quick
+        removals, left, _ = self._removals(model, chosen, whole * (1 - self.ratio), scope, ctx)
         if left >= whole:
             return math.inf
         copy = model.clone()
@@ -184,18 +201,21 @@ class Prune(Pass):
         return judge.of(copy) / (whole - left)
 
     def _removals(
-        self, model: ir.Model, chosen: Sequence[ChannelGroup], target: float, ctx: Context
-    ) -> tuple[list[tuple[ChannelGroup, list[int]]], float]:
-        """The units that go so that the model costs `target`, and what it will cost."""
+        self, model: ir.Model, chosen: Sequence[ChannelGroup], target: float, scope: str, ctx: Context
+    ) -> tuple[list[tuple[ChannelGroup, list[int]]], float, str | None]:
+        """The units that go so that the model costs `target`, what it will cost, and why that is not the target."""
         facts = Facts(ctx.fact(COST), ctx.fact(CONSTANTS))
         budget = Budget(facts, chosen, self.of)
+        ladders = [self._ladder(group, ctx) for group in chosen]
         if not chosen or not self.ratio or target >= budget.whole:
-            return [], budget.whole
+            none = [0] * len(chosen)
+            missed = why_missed(budget, ladders, none, target, self.of) if self.ratio and not chosen else None
+            return [], budget.whole, missed
         worths = worth(find_criterion(self.criterion, ctx), model, chosen, ctx)
-        removed = self._plan(budget, chosen, worths, target, ctx)
+        removed = self._plan(budget, ladders, chosen, worths, target, scope, ctx)
         lost = [np.sort(np.argsort(w, kind="stable")[:n]) for w, n in zip(worths, removed, strict=True)]
         removals = [(group, units.tolist()) for group, units in zip(chosen, lost, strict=True) if len(units)]
-        return removals, budget.after(removed)
+        return removals, budget.after(removed), why_missed(budget, ladders, removed, target, self.of)
 
     def _remove(
         self,
@@ -249,26 +269,31 @@ class Prune(Pass):
     def _plan(
         self,
         budget: Budget,
+        ladders: Sequence[Sequence[int]],
         groups: Sequence[ChannelGroup],
         worths: Sequence[np.ndarray],
         target: float,
+        scope: str,
         ctx: Context,
     ) -> list[int]:
-        ladders = [self._ladder(group, ctx) for group in groups]
-        scope = self._scope(groups, ctx)
+        """How many units each group loses."""
         if scope == "uniform":
             return plan_uniform(budget, ladders, [group.units for group in groups], target)
-        if scope == "sensitivity":
-            return plan_global(budget, ladders, sensitivity(ctx.model, groups, worths, ladders, ctx), target)
-        return plan_global(budget, ladders, score_costs(groups, worths, ladders), target)
+        tables = [score_costs(groups, worths, ladders)] if scope != "sensitivity" else []
+        if scope != "global":
+            tables.append(sensitivity(ctx.model, groups, worths, ladders, ctx))
+        if len(tables) == 1 or ctx.calibration is None:
+            return plan_global(budget, ladders, tables[0], target)
+        orders = [np.argsort(scores, kind="stable") for scores in worths]
+        outcome = Outcome(groups, orders, ctx.calibration, self.refit, ctx)
+        trials = self.trials if scope == "search" else 0
+        return search(tables, lambda costs: plan_global(budget, ladders, costs, target), outcome.of, trials, ctx.rng)
 
-    def _scope(self, groups: Sequence[ChannelGroup], ctx: Context) -> Literal["uniform", "global", "sensitivity"]:
-        """The scope, `auto` resolved."""
-        if self.scope != "auto":
-            return self.scope
-        if not find_criterion(self.criterion, ctx).comparable:
+    def _scope(self, groups: Sequence[ChannelGroup], ctx: Context) -> str:
+        """The scope, `auto` resolved where one will do; else the plans of several are tried."""
+        if self.scope == "auto" and not find_criterion(self.criterion, ctx).comparable:
             return "uniform"
-        return "sensitivity" if is_affordable(groups, ctx) else "global"
+        return "global" if self.scope == "auto" and not is_affordable(groups, ctx) else self.scope
 
     def _metrics(self, before: Cost, after: Cost) -> dict[str, int | float | str | bool]:
         amounts = {

@@ -250,20 +250,6 @@ def test_a_weight_that_callers_may_replace_is_pinned() -> None:
     assert pins(analyse(model))["conv"] == "reaches graph input 'w'"
 
 
-def test_values_that_a_subgraph_captures_are_pinned_and_its_layers_are_named() -> None:
-    body = (
-        """
-        [conv] a = Conv(x, w1) m = ReduceMax<keepdims=0>(x) z = Constant<value_float=0.0>() c = Greater(m, z)
-        [choice] b = If<then_branch = then () => (float[N,4,8,8] t) { t = Relu(a) },
-                        else_branch = other () => (float[N,4,8,8] e) { [inner] e = Conv(x, w2) }>(c)
-    """
-        + HEAD % "b"
-    )
-    groups = analyse(build(IMAGE, body, {"w1": (4, 3, 1, 1), "w2": (4, 3, 1, 1), "head": (5, 4)}))
-    assert pins(groups)["conv"] == "captured by the subgraph 'then' of If 'choice'"
-    assert groups.elsewhere == {"inner": "inside the subgraph of If 'choice'"}
-
-
 def test_indices_of_a_max_pool_count_through_the_channels_and_pin_them() -> None:
     body = "[conv] a = Conv(x, w1) [pool] p, i = MaxPool<kernel_shape=[2,2],strides=[2,2]>(a)" + HEAD % "p"
     model = build("(float[N,3,8,8] x) => (float[N,5] y, int64[N,4,4,4] i)", body, {"w1": (4, 3, 1, 1), "head": (5, 4)})

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from operator_cases import Case, assert_exact, units_of
+from operator_cases import Case, assert_budget_is_exact, assert_exact, units_of
 from small_models import channel_groups
 
 TOKENS = "(float[N,7,16] x) => (float[N,7,5] y)"
@@ -25,6 +25,17 @@ COUNT = (
     " six = Constant<value=int32[1] {6}>() lengths = Expand(six, b) total = Constant<value=int32 {7}>()"
 )
 TABLES = {"cos": (9, 2), "sin": (9, 2), "at": np.arange(7, dtype=np.int64).reshape(1, 7)}
+
+
+
+def integers(*shape: int) -> np.ndarray:
+    return np.random.default_rng(0).integers(-9, 9, shape).astype(np.int8)
+
+
+def far(experts: int) -> np.ndarray:
+    """Offsets of a router that never chooses the first expert: only then can it leave unnoticed."""
+    return np.array([-1e4, *np.zeros(experts - 1)], dtype=np.float32)
+
 
 CASES: dict[str, Case] = {
     "attention of the standard": Case(
@@ -87,6 +98,33 @@ CASES: dict[str, Case] = {
         " o = com.microsoft.MultiHeadAttention<num_heads=3>(r, k, v)" + OUT,
         weights(3, 3, **TABLES, e=np.array([2, 7])), {"query": 3},
     ),
+    "quantized attention": Case(
+        TOKENS,
+        "a, b, c = DynamicQuantizeLinear(x) [heads] o = com.microsoft.QAttention<num_heads=3>"
+        "(a, w2, b2, b, scale, , c, zero)" + OUT,
+        {
+            "w2": integers(16, 36), "b2": (36,), "scale": np.full(36, 0.01, np.float32), "zero": np.zeros(36, np.int8),
+            "wo": (12, 5),
+        }, {"heads": 3},
+    ),
+    "experts": Case(
+        "(float[N,16] x) => (float[N,5] y)",
+        '[router] g = Gemm(x, router, offset) [moe] o = com.microsoft.MoE<k=2,activation_type="relu">'
+        "(x, g, w1, b1, w2, b2)" + OUT,
+        {
+            "router": (16, 8), "offset": far(8), "w1": (8, 12, 16), "b1": (8, 12), "w2": (8, 16, 12), "b2": (8, 16),
+            "wo": (16, 5),
+        }, {"router": 8, "moe": 12},
+    ),
+    "experts with gates": Case(
+        "(float[N,16] x) => (float[N,5] y)",
+        '[router] g = Gemm(x, router, offset) [moe] o = com.microsoft.MoE<k=2,activation_type="swiglu",swiglu_fusion=1>'
+        "(x, g, w1, b1, w2, b2)" + OUT,
+        {
+            "router": (16, 8), "offset": far(8), "w1": (8, 24, 16), "b1": (8, 24), "w2": (8, 16, 12), "b2": (8, 16),
+            "wo": (16, 5),
+        }, {"router": 8, "moe": 12},
+    ),
 }  # fmt: skip
 
 
@@ -96,7 +134,20 @@ def test_the_heads_that_can_leave_are_found(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", CASES)
+def test_the_budget_foresees_the_cost(name: str) -> None:
+    assert_budget_is_exact(CASES[name].model())
+
+
+@pytest.mark.parametrize("name", CASES)
 def test_heads_that_are_zero_can_leave(name: str) -> None:
     model = CASES[name].model()
     groups = [group for group in channel_groups(model).free if group.units > 1]
     assert_exact(model, [(group, [0]) for group in groups])
+
+
+def test_heads_of_packed_queries_keys_and_values_are_found() -> None:
+    body = (
+        "[packed] p = MatMul(x, wp) t = Constant<value_ints=[0,0,3,3,4]>() q = Reshape(p, t)"
+        " o = com.microsoft.MultiHeadAttention<num_heads=3>(q)" + OUT
+    )
+    assert units_of(Case(TOKENS, body, {"wp": (16, 36), "wo": (12, 5)}, {}).model()) == {"packed": 3}

@@ -234,6 +234,21 @@ def test_what_is_no_block_is_refused_with_its_reason(body: str, reason: str) -> 
     assert refused["sum"] == reason
 
 
+def test_a_block_may_hold_an_if_that_captures_its_shortcut() -> None:
+    body = CAPTURED.replace("[c1] b = Conv(a, w1) [sum] m = Add(a, b)", "m = Neg(a)").replace("(b)", "(a)")
+    body = body.replace("s = Add(m, v)", "[c1] b = Conv(v, w1) [sum] s = Add(a, b)") + HEAD
+    model = build(IMAGE, body, {"w0": (8, 8, 1, 1), "w1": (8, 8, 1, 1), "h": (5, 8)}, ("w1",))
+    wanted = outputs(model)
+    (block,), _ = found(model)
+    remove_block(model, block)
+    join_shortcuts(model, [block])
+    assert [node.op_type for node in model.graph] == ["Conv", "GlobalAveragePool", "Flatten", "Gemm"]
+    stem = model.graph.node("stem").outputs[0]
+    assert [use.node.op_type for use in stem.uses()] == ["GlobalAveragePool"]
+    for old, new in zip(wanted, outputs(model), strict=True):
+        np.testing.assert_allclose(new["y"], old["y"], atol=1e-6)
+
+
 def test_an_inner_value_that_is_an_output_keeps_its_block() -> None:
     signature = "(float[N,8,6,6] x) => (float[N,8,6,6] y, float[N,8,6,6] b)"
     body = "[stem] a = Conv(x, w0) [c1] b = Conv(a, w1) r = Relu(b) [sum] y = Add(a, r)"

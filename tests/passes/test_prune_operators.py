@@ -5,8 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import numpy as np
+import onnx_ir as ir
 import pytest
-from operator_cases import Case, assert_exact, units_of
+from drawn_networks import Drawing
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from operator_cases import Case, assert_budget_is_exact, assert_exact, build, units_of
 from small_models import Shape, channel_groups
 
 IMAGE = "(float[N,3,8,8] x) => (float[N,5] y)"
@@ -164,6 +168,23 @@ CASES: dict[str, Case] = {
             "w2": (6, 5),
         }, {"one": 6},
     ),
+    "quantized lstm": Case(
+        SEQUENCE,
+        "[rnn] r = com.microsoft.DynamicQuantizeLSTM<hidden_size=6>(x, w1, w2, b1, , , , , s1, z1, s2, z2)"
+        " p = Transpose<perm=[0,2,1,3]>(r) to = Constant<value_ints=[0,0,6]>() t = Reshape(p, to)"
+        " [last] y = MatMul(t, w9)",
+        {
+            "w1": np.ones((1, 8, 24), np.int8), "w2": np.ones((1, 6, 24), np.int8), "b1": (1, 48), "w9": (6, 5),
+            "s1": np.full((1, 24), 0.01, np.float32), "s2": np.full((1, 24), 0.02, np.float32),
+            "z1": np.zeros((1, 24), np.int8), "z2": np.zeros((1, 24), np.int8),
+        }, {"rnn": 6},
+    ),
+    "mean over channels of an einsum": Case(
+        TOKENS,
+        '[one] h = Einsum<equation="bsd,hd->bsh">(x, w1) m = ReduceMean<axes=[2]>(h) k = Mul(h, m)'
+        ' [two] y = Einsum<equation="bsh,ho->bso">(k, w2)',
+        {"w1": (6, 8), "w2": (6, 5)}, {"one": 6},
+    ),
 }  # fmt: skip
 
 
@@ -173,7 +194,106 @@ def test_the_units_that_can_leave_are_found(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", CASES)
+def test_the_budget_foresees_the_cost(name: str) -> None:
+    assert_budget_is_exact(CASES[name].model())
+
+
+@pytest.mark.parametrize("name", CASES)
 def test_units_that_are_zero_can_leave(name: str) -> None:
     model = CASES[name].model()
     groups = [group for group in channel_groups(model).free if group.units > 1]
     assert_exact(model, [(group, [0, group.units - 1][: max(1, group.units // 2)]) for group in groups])
+
+
+class OperatorDrawing(Drawing):
+    """Random networks of the operators above; every block takes and gives `[N, channels, 8, 8]`."""
+
+    def numbers(self, *given: int) -> str:
+        return self.value(f"Constant<value_ints=[{','.join(map(str, given))}]>()")
+
+    def tiled(self) -> None:
+        self.current = self.value(f"Tile({self.current}, {self.numbers(1, 2, 1, 1)})")
+        self.channels *= 2
+
+    def gathered(self) -> None:
+        picked = self.pick([[0, 0, -1], [self.channels - 1, 0], list(range(self.channels))])
+        self.current = self.value(f"Gather<axis=1>({self.current}, {self.numbers(*picked)})")
+        self.channels = len(picked)
+
+    def strided(self) -> None:
+        if self.channels % 2 == 0 and self.channels > 2:
+            one = self.numbers(1)
+            end, step = self.numbers(1000), self.numbers(2)
+            self.current = self.value(f"Slice({self.current}, {one}, {end}, {one}, {step})")
+            self.channels //= 2
+
+    def folded(self) -> None:
+        deep = self.value(f"SpaceToDepth<blocksize=2>({self.current})")
+        self.current = self.value(f'DepthToSpace<blocksize=2,mode="{self.pick(["DCR", "CRD"])}">({deep})')
+
+    def summed(self) -> None:
+        made = self.pick([3, 5])
+        equation = self.pick(["nchw,dc->ndhw", "nc...,dc->nd..."])
+        self.current = self.value(f'Einsum<equation="{equation}">({self.current}, {self.weight(made, self.channels)})')
+        self.channels = made
+
+    def grouped_norm(self) -> None:
+        if self.channels % 2 == 0:
+            parameters = f"{self.weight(self.channels)}, {self.weight(self.channels)}"
+            self.current = self.value(f"GroupNormalization<num_groups=2>({self.current}, {parameters})")
+
+    def cumulated(self) -> None:
+        axis = self.value("Constant<value_int=3>()")
+        self.current = self.value(f"CumSum({self.current}, {axis})")
+
+    def tokens(self) -> str:
+        flat = self.value(f"Reshape({self.current}, {self.numbers(0, self.channels, 64)})")
+        return self.value(f"Transpose<perm=[0,2,1]>({flat})")
+
+    def image(self, tokens: str, channels: int) -> None:
+        turned = self.value(f"Transpose<perm=[0,2,1]>({tokens})")
+        self.current = self.value(f"Reshape({turned}, {self.numbers(0, channels, 8, 8)})")
+        self.channels = channels
+
+    def attended(self) -> None:
+        source = self.tokens()
+        parts = [self.value(f"MatMul({source}, {self.weight(self.channels, 12)})") for _ in range(3)]
+        mixed = self.value(f"com.microsoft.MultiHeadAttention<num_heads=3>({', '.join(parts)})")
+        self.image(self.value(f"MatMul({mixed}, {self.weight(12, 4)})"), 4)
+
+    def remembered(self) -> None:
+        gates = {"GRU": 3, "LSTM": 4, "RNN": 1}
+        kind = self.pick(sorted(gates))
+        steps = self.value(f"Transpose<perm=[1,0,2]>({self.tokens()})")
+        weights = f"{self.weight(2, 4 * gates[kind], self.channels)}, {self.weight(2, 4 * gates[kind], 4)}"
+        made = self.value(f'{kind}<hidden_size=4,direction="bidirectional">({steps}, {weights})')
+        merged = self.value(f"Reshape({self.value(f'Transpose<perm=[2,0,1,3]>({made})')}, {self.numbers(0, 64, 8)})")
+        self.image(merged, 8)
+
+    def finish(self) -> ir.Model:
+        self.lines.append(f"p = GlobalAveragePool({self.current}) f = Flatten(p)")
+        self.lines.append(f"y = Gemm(f, {self.weight(self.channels, 5)}, {self.weight(5)})")
+        return build(IMAGE, "\n".join(self.lines), self.weights, opset=21)
+
+
+BLOCKS = (
+    "plain", "residual", "concat", "tiled", "gathered", "strided", "folded", "summed", "grouped_norm", "cumulated",
+    "attended", "remembered",
+)  # fmt: skip
+
+
+@st.composite
+def networks(draw: st.DrawFn) -> ir.Model:
+    drawing = OperatorDrawing(lambda options: draw(st.sampled_from(options)))
+    for name in draw(st.lists(st.sampled_from(BLOCKS), min_size=1, max_size=5)):
+        getattr(drawing, name)()
+    return drawing.finish()
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(networks(), st.data())
+def test_zero_units_can_leave_random_networks(model: ir.Model, data: st.DataObject) -> None:
+    free = [group for group in channel_groups(model).free if group.units > 1]
+    assert_exact(
+        model, [(g, sorted(data.draw(st.sets(st.integers(0, g.units - 1), max_size=g.units - 1)))) for g in free]
+    )

@@ -15,7 +15,7 @@ from graphopt.pass_base import Change, Context, PassResult
 from graphopt.reference import Feed, Reference
 from graphopt.targets import Target
 from graphopt.testing import check_pass
-from graphopt_passes import _prune_refit
+from graphopt_passes import _refit_sites
 from graphopt_passes._outlook import Outlook
 from graphopt_passes._prune_refit import Refit, refit
 from graphopt_passes._prune_removal import lost_positions, remove
@@ -88,7 +88,7 @@ def relative(model: ir.Model, whole: ir.Model) -> float:
 def plain(channels: int) -> Outlook:
     """An outlook that knows of no shortcut and no activation."""
     nothing, edge = np.zeros(channels), np.full(channels, np.inf)
-    return Outlook(None, nothing, nothing, -edge, edge)
+    return Outlook(None, nothing, nothing, -edge, edge, nothing + 1)
 
 
 def actions(refitted: Refit) -> dict[str, str]:
@@ -176,7 +176,7 @@ def test_a_layer_makes_up_for_what_its_shortcut_lost(monkeypatch: pytest.MonkeyP
         return float(np.square(before - after).mean())
 
     with_shortcut = sum_error()
-    monkeypatch.setattr(_prune_refit, "outlook", lambda output, channels, *rest: plain(channels))
+    monkeypatch.setattr(_refit_sites, "outlook", lambda output, channels, *rest: plain(channels))
     assert with_shortcut < 0.5 * sum_error()
 
 
@@ -204,7 +204,7 @@ def test_held_out_samples_never_come_out_worse(count: int) -> None:
 
 
 def test_an_open_batch_is_not_needed() -> None:
-    closed = Dataset("one by one", None, samples(10).read, stacked=False)
+    closed = Dataset("one by one", None, samples(40).read, stacked=False)
     refitted, _ = cut(build(), {"first": [0, 1]}, closed)
     assert refitted.layers == 2
 

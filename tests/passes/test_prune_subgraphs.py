@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import onnx_ir as ir
 import pytest
-from small_models import IMAGE, Shape, assert_removal_is_exact, build, channel_groups, feeds
+from small_models import IMAGE, Shape, assert_removal_is_exact, build, channel_groups, context, feeds
 
 from graphopt.analyses import ChannelGroup
+from graphopt.calibration import Dataset, open_calibration
+from graphopt.model_io import ShapeBinding, input_specs, load_model
+from graphopt.runner import run_pass
 from graphopt.structure import interface, verify
+from graphopt.testing import check_pass
+from graphopt_passes.prune import Prune
 
 CHOICE = "(float[N,3,8,8] x, bool c) => (float[N,5] y)"
 HEAD = "g = GlobalAveragePool(%s) f = Flatten(g) [last] y = Gemm<transB=1>(f, head)"
@@ -387,3 +393,67 @@ SHARED: dict[str, tuple[str, str, dict[str, Shape], set[tuple[str, ...]]]] = {
 def test_a_weight_that_several_nodes_read_ties_them_and_stays_exact(case: str) -> None:
     body, signature, weights, expected = SHARED[case]
     assert producers(remove_from_all(build(signature, body, weights))) == expected
+
+
+def calibration(model: ir.Model, count: int = 40) -> Dataset:
+    rng = np.random.default_rng(3)
+    arrays = {"x": rng.standard_normal((count, 3, 8, 8)).astype(np.float32)}
+    if any(value.name == "c" for value in model.graph.inputs):
+        arrays["c"] = np.arange(count) % 2 == 0
+    return open_calibration(arrays, input_specs(model), ShapeBinding(dims={"N": 1}))
+
+
+PASSES = {
+    "an If": (CHOICE, BRANCHES["both branches make channels"][0], {**BRANCHES["both branches make channels"][1]}),
+    "equal names": (CHOICE, *BRANCHES["branches that use the same names"][:2]),
+    "a Loop": (IMAGE, TURNS + LOOPS["what each turn gives out"][0], LOOPS["what each turn gives out"][1]),
+}
+
+
+@pytest.mark.parametrize("data", [False, True])
+@pytest.mark.parametrize("case", PASSES)
+def test_prune_keeps_its_contract_on_models_with_subgraphs(case: str, data: bool) -> None:
+    signature, body, weights = PASSES[case]
+    shared: dict[str, Shape] = {"w1": (8, 3, 3, 3), "b1": (8,), "head": (5, 6)}
+    model = build(signature, body + HEAD % "b", {**shared, **weights})
+    samples = calibration(model) if data else None
+    result = check_pass(Prune(ratio=0.3), model, calibration=samples, binding=ShapeBinding(dims={"N": 1}))
+    assert 0.15 < float(result.metrics["achieved"]) < 0.45
+    refits = [change for change in result.changes if "refitted" in change.action]
+    assert bool(refits) == data
+    assert any("not refitted: inside the subgraph of" in change.action for change in refits) == data
+
+
+def test_layers_behind_a_subgraph_are_refitted() -> None:
+    body, weights, _ = BRANCHES["both branches make channels"]
+    after = "[after] z = Conv(b, w5)" + HEAD % "z"
+    shared: dict[str, Shape] = {"w1": (8, 3, 3, 3), "b1": (8,), "w5": (7, 6, 1, 1), "head": (5, 7)}
+    model = build(CHOICE, body + after, {**shared, **weights})
+    ctx = context(model, calibration=calibration(model), binding=ShapeBinding(dims={"N": 1}))
+    changes = run_pass(Prune(ratio=0.4, only=("stem", "left", "two")), ctx).result.changes
+    sites = {change.site: change.action for change in changes if "refitted" in change.action}
+    assert "not refitted: inside the subgraph of If 'choice'" in sites["left"]
+    assert "inside the subgraph" not in sites["after"]
+
+
+def test_a_branch_that_no_sample_takes_is_not_emptied() -> None:
+    body, weights, _ = BRANCHES["both branches make channels"]
+    shared: dict[str, Shape] = {"w1": (8, 3, 3, 3), "b1": (8,), "head": (5, 6)}
+    wider: dict[str, Shape] = {"w2": (40, 8, 1, 1), "w3": (6, 40, 1, 1)}
+    model = build(CHOICE, body + HEAD % "b", {**shared, **weights, **wider})
+    arrays = {"x": np.random.default_rng(3).standard_normal((40, 3, 8, 8)).astype(np.float32), "c": np.zeros(40, bool)}
+    binding = ShapeBinding(dims={"N": 1})
+    ctx = context(model, calibration=open_calibration(arrays, input_specs(model), binding), binding=binding)
+    changes = run_pass(Prune(ratio=0.3, scope="sensitivity"), ctx).result.changes
+    left = next(change for change in changes if change.site == "left")
+    assert int(left.details.get("channels_after", 40)) > 5
+
+
+@pytest.mark.parametrize("case", ["silero_vad_op15", "silero_vad_op18"])
+def test_a_real_model_with_subgraphs_is_pruned(case: str, zoo: Callable[[str], Path]) -> None:
+    model = load_model(zoo(case) / "model.onnx")
+    binding = ShapeBinding(shapes={"input": (1, 576), "state": (2, 1, 128)})
+    result = check_pass(Prune(ratio=0.3), model, binding=binding, feeds=1)
+    assert result.metrics["achieved"] == pytest.approx(0.3, abs=0.02)
+    reasons = [change.action for change in result.changes if not change.done]
+    assert any(word in reason for reason in reasons for word in ("pinned by", "reaches graph"))

@@ -53,7 +53,7 @@ def test_kept_weights_are_those_of_brute_force_least_squares(rule: Rule, groups:
     weight, hessian = problem(groups)
     zeros = rule.drop(np.square(weight))
     found = solve_kept(weight, hessian, zeros)
-    np.testing.assert_allclose(found, brute_force(weight, hessian, zeros), rtol=1e-6, atol=1e-8)
+    np.testing.assert_allclose(found, brute_force(weight, hessian, zeros), rtol=1e-4, atol=1e-5)
     assert not found[zeros].any()
 
 
@@ -81,13 +81,14 @@ def test_the_sweep_makes_up_for_an_input_with_all_inputs_behind_it() -> None:
 
 @pytest.mark.parametrize("rule", [Rule(count=4), Rule(keep=2, of=4)])
 @pytest.mark.parametrize("seed", range(6))
-def test_the_choice_of_zeros_is_close_to_the_best_of_all(rule: Rule, seed: int) -> None:
+def test_the_choice_of_zeros_is_between_the_best_of_all_and_that_by_norms(rule: Rule, seed: int) -> None:
     weight, hessian = problem(outputs=1, seed=seed)
     zeros = find_sparse(weight, hessian, rule)
     found = cost(weight - solve_kept(weight, hessian, zeros), hessian)
-    by_size = cost(weight - solve_kept(weight, hessian, rule.drop(np.square(weight))), hessian)
+    by_norm = rule.drop(norm_scores(weight, np.diagonal(hessian, axis1=1, axis2=2)))
+    most = cost(weight - solve_kept(weight, hessian, by_norm), hessian)
     best = best_cost(weight, hessian, rule)
-    assert best * (1 - 1e-9) <= found <= min(by_size * (1 + 1e-9), 2.5 * best)
+    assert best * (1 - 1e-6) <= found <= min(most * (1 + 1e-6), 2 * best)
 
 
 @pytest.mark.parametrize("rule", RULES)

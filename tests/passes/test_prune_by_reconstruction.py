@@ -7,13 +7,13 @@ import onnx_ir as ir
 import pytest
 
 from graphopt.analyses import CHANNEL_GROUPS
+from graphopt.analyses.streaming import expose
 from graphopt.calibration import Dataset
-from graphopt.errors import OptionError
 from graphopt.pass_base import Context
-from graphopt.reference import Feed
+from graphopt.reference import Feed, Reference
 from graphopt.targets import Target
-from graphopt_passes import _prune_output_error
-from graphopt_passes._prune_output_error import elimination_costs, output_scores, unexplained
+from graphopt_passes import _prune_by_reconstruction
+from graphopt_passes._prune_by_reconstruction import Reconstruction, elimination_costs, inverse_covariance
 from graphopt_passes.prune import Prune
 
 BODY = """
@@ -42,16 +42,16 @@ def samples(count: int = 64) -> Dataset:
     return Dataset("random", None, read, stacked=True)
 
 
-def judged(model: ir.Model) -> list[np.ndarray]:
+def judged(model: ir.Model) -> list[np.ndarray | None]:
     ctx = Context(model, Target(name="ort"), calibration=samples())
-    groups = ctx.fact(CHANNEL_GROUPS).free
-    return output_scores(model, groups, [np.ones(group.units) for group in groups], samples(), ctx)
+    return Reconstruction().scores(model, ctx.fact(CHANNEL_GROUPS).free, ctx)
 
 
 def costs(covariance: np.ndarray, energy: np.ndarray, rows: int = 1 << 30) -> np.ndarray:
-    prepared = unexplained(covariance, rows, energy)
-    assert prepared is not None
-    return elimination_costs([(np.arange(len(energy))[:, None], *prepared)], len(energy))
+    inverse = inverse_covariance(covariance, rows)
+    assert inverse is not None
+    shares = energy / (energy @ np.diag(covariance))
+    return elimination_costs([(np.arange(len(energy))[:, None], shares, inverse)], np.zeros(len(energy)))
 
 
 def test_channels_that_nothing_explains_cost_their_share_of_the_output() -> None:
@@ -87,9 +87,15 @@ def test_few_samples_do_not_make_channels_look_superfluous() -> None:
     assert costs(covariance, np.ones(40)).sum() < 0.5
 
 
-def test_nothing_is_prepared_where_nothing_varies() -> None:
-    assert unexplained(np.zeros((2, 2)), 10, np.ones(2)) is None
-    assert unexplained(np.full((2, 2), np.nan), 10, np.ones(2)) is None
+def test_there_is_no_inverse_where_nothing_varies() -> None:
+    assert inverse_covariance(np.zeros((2, 2)), 10) is None
+
+
+def test_costs_besides_are_added() -> None:
+    inverse = inverse_covariance(np.eye(3), 1 << 30)
+    assert inverse is not None
+    found = elimination_costs([(np.arange(3)[:, None], np.ones(3) / 3, inverse)], np.array([0.0, 1.0, 2.0]))
+    np.testing.assert_allclose(found, [1 / 3, 4 / 3, 7 / 3], rtol=1e-4)
 
 
 def test_a_channel_that_is_a_copy_leaves_first() -> None:
@@ -99,6 +105,8 @@ def test_a_channel_that_is_a_copy_leaves_first() -> None:
         array[4] = 3 * array[1]
         model.graph.initializers[name].const_value = ir.tensor(array, name=name)
     first, second = judged(model)
+    assert first is not None
+    assert second is not None
     assert first.argmin() in (1, 4)
     assert np.sort(first)[0] < 0.1 * np.sort(first)[1]
     assert second.shape == (8,)
@@ -106,31 +114,65 @@ def test_a_channel_that_is_a_copy_leaves_first() -> None:
 
 def test_portions_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     together = judged(build())
-    monkeypatch.setattr(_prune_output_error, "_AT_ONCE", 1)
+    monkeypatch.setattr(_prune_by_reconstruction, "_AT_ONCE", 1)
     for alone, expected in zip(judged(build()), together, strict=True):
+        assert expected is not None
         np.testing.assert_allclose(alone, expected, rtol=1e-6)
 
 
-def test_groups_that_no_plain_layer_reads_are_judged_by_weights() -> None:
-    model = build(
-        "[first] a = Conv(x, w1) c = ConvTranspose(a, w2) p = GlobalAveragePool(c) f = Flatten(p) "
-        "[last] y = Gemm<transB=1>(f, head)",
-        {"w1": (6, 3, 1, 1), "w2": (6, 4, 1, 1), "head": (5, 4)},
-    )
-    np.testing.assert_allclose(judged(model)[0], np.full(6, 1 / 6))
-
-
-def test_the_criterion_needs_samples() -> None:
+def test_channels_too_many_for_a_covariance_are_taken_for_independent(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_prune_by_reconstruction, "_WIDEST", 6)
     model = build()
-    with pytest.raises(OptionError, match="output needs samples"):
-        Prune(criterion="output").requires(model, Context(model, Target(name="ort")))
+    narrow, wide = judged(model)
+    assert narrow is not None
+    assert wide is not None
+    assert wide.sum() == pytest.approx(1.0, rel=1e-6)
+    seen = Reference(expose(model, ["s"])).run({"x": np.concatenate([feed["x"] for feed in samples().feeds()])})["s"]
+    head = model.graph.initializers["head"].const_value.numpy().astype(np.float64)
+    power = np.square(head).sum(axis=0) * seen.reshape(len(seen), -1).astype(np.float64).var(axis=0)
+    np.testing.assert_allclose(wide, power.reshape(8, 16).sum(axis=1) / power.sum(), rtol=1e-4)
 
 
-def test_auto_means_output_and_global_with_data_and_l2_and_uniform_without() -> None:
-    for data, named in (
-        (samples(), Prune(criterion="output", scope="global")),
-        (None, Prune(criterion="l2", scope="uniform")),
-    ):
+def test_layers_that_read_the_same_share_a_covariance_and_each_counts() -> None:
+    body = BODY.replace("[last] y = Gemm<transB=1>(f, head)", "[a] g = Gemm<transB=1>(f, head) [b] h = Gemm<transB=1>"
+                        "(f, head2) y = Add(g, h)")  # fmt: skip
+    shapes = SHAPES | {"head2": (5, 8 * 16)}
+    both, one = judged(build(body, shapes))[1], judged(build())[1]
+    assert both is not None
+    assert one is not None
+    assert 1.5 < both.sum() / one.sum() < 2.5
+
+
+def test_readers_with_groups_are_measured_group_by_group() -> None:
+    body = """
+        [first] a = Conv(x, w1) r = Relu(a) [grouped] c = Conv<group=2>(r, w2)
+        p = GlobalAveragePool(c) f = Flatten(p) [last] y = Gemm<transB=1>(f, head)
+    """
+    model = build(body, {"w1": (6, 3, 1, 1), "w2": (4, 3, 1, 1), "head": (5, 4)})
+    array = model.graph.initializers["w2"].const_value.numpy().copy()
+    array[:, 1] = 0
+    model.graph.initializers["w2"].const_value = ir.tensor(array, name="w2")
+    first = judged(model)[0]
+    assert first is not None
+    assert first.shape == (3,)
+    assert first[1] == 0
+    assert first[[0, 2]].min() > 0.05
+
+
+def test_a_transposed_convolution_reads_its_channels() -> None:
+    body = """
+        [first] a = Conv(x, w1) r = Relu(a) [turned] c = ConvTranspose<group=2>(r, w2)
+        p = GlobalAveragePool(c) f = Flatten(p) [last] y = Gemm<transB=1>(f, head)
+    """
+    model = build(body, {"w1": (6, 3, 1, 1), "w2": (6, 2, 1, 1), "head": (5, 4)})
+    first = judged(model)[0]
+    assert first is not None
+    assert first.shape == (3,)
+    assert first.min() > 0
+
+
+def test_auto_means_reconstruction_with_data_and_l2_without() -> None:
+    for data, named in ((samples(), Prune(criterion="reconstruction")), (None, Prune(criterion="l2"))):
         changes = []
         for step in (Prune(), named):
             model = build()

@@ -1,0 +1,200 @@
+"""Accuracy after pruning without training: GRAPHOPT_ZOO=... python benchmarks/prune_accuracy.py [CASE ...] [--quick].
+
+Top-1 on the zoo's CIFAR-10 ResNets for every criterion, with and without refit, with 256 and 2,000 calibration images,
+beside onnxsim's structured pruning and Torch-Pruning's L1 at the same multiply-accumulates (rivals.py; leave them out
+with --no-rivals where they are not installed). Every figure is kept in the cache folder as soon as it is there, and a
+second run takes up where the first stopped.
+
+About 2 hours on two cores; `--quick` (resnet20, 50 %, four criteria, 256 images, 1,000 test images) takes 4 minutes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tables
+from zoo_quant import load_zoo
+
+import graphopt
+from graphopt.plugins import load_plugins
+
+_CASES = ("cifar10_resnet20", "cifar10_resnet56")
+_RIVALS = ("onnxsim l1", "onnxsim l2", "onnxsim wanda", "Torch-Pruning l1")
+_WITHOUT_DATA = ("l1", "l2", "bn-scale", "fpgm", "random", "onnxsim l1", "onnxsim l2", "Torch-Pruning l1")
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One figure of the table."""
+
+    case: str
+    ratio: float
+    method: str
+    refit: bool
+    samples: int
+
+    @property
+    def column(self) -> str:
+        """Its column."""
+        return f"{'refit' if self.refit else 'plain'}, {self.samples}"
+
+
+def main() -> None:
+    """Measure what is not yet known and write the table."""
+    options = _options()
+    if options.child:
+        print(json.dumps(_measured(Cell(**json.loads(options.child)), options.limit)))
+        return
+    cases = options.cases or (_CASES[:1] if options.quick else _CASES)
+    ratios = options.ratios or ([0.5] if options.quick else [0.3, 0.5])
+    samples = options.samples or ([256] if options.quick else [256, 2000])
+    limit = options.limit or (1000 if options.quick else None)
+    methods = options.methods or (["auto", "l2", "wanda", "random"] if options.quick else _methods())
+    methods = [*methods, *([] if options.no_rivals or options.methods else _RIVALS)]
+    start, found = time.perf_counter(), dict[Cell, dict[str, Any]]()
+    for cell in _cells(cases, ratios, methods, samples):
+        found[cell] = _kept(cell, limit, options)
+        print(cell.case, cell.ratio, cell.method, cell.column, json.dumps(found[cell]), flush=True)
+        _write(found, samples, limit, options.name, start, quiet=True)
+    _write(found, samples, limit, options.name, start)
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("cases", nargs="*")
+    parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--ratios", type=float, nargs="*")
+    parser.add_argument("--samples", type=int, nargs="*", help="calibration images, a column each")
+    parser.add_argument("--methods", nargs="*", help="criteria or rivals, instead of all")
+    parser.add_argument("--no-rivals", action="store_true")
+    parser.add_argument("--limit", type=int, help="score the first N test images only")
+    parser.add_argument("--cache", type=Path, default=Path(tempfile.gettempdir()) / "graphopt-prune-accuracy")
+    parser.add_argument("--fresh", action="store_true", help="measure again what the cache folder knows")
+    parser.add_argument("--name", default="prune_accuracy")
+    parser.add_argument("--child", help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+def _methods() -> list[str]:
+    return ["auto", *load_plugins().criteria]
+
+
+def _cells(
+    cases: Sequence[str], ratios: Sequence[float], methods: Sequence[str], samples: Sequence[int]
+) -> Iterator[Cell]:
+    """What can be measured; without data there is one plain figure, written under the first number of samples."""
+    for case in cases:
+        for ratio in ratios:
+            for method in methods:
+                needed = samples[:1] if method in _WITHOUT_DATA else samples
+                yield from (Cell(case, ratio, method, refit=False, samples=count) for count in needed)
+                if method not in _RIVALS:
+                    yield from (Cell(case, ratio, method, refit=True, samples=count) for count in samples)
+
+
+def _kept(cell: Cell, limit: int | None, options: argparse.Namespace) -> dict[str, Any]:
+    """A figure from the cache, or measured now in a child process."""
+    words = f"{cell.case} {cell.ratio} {cell.method} {cell.column} {limit or 'all'}"
+    path = options.cache / f"{words.replace(',', '').replace(' ', '_')}.json"
+    if path.exists() and not options.fresh:
+        return json.loads(path.read_text("utf8"))
+    command = [sys.executable, __file__, "--child", json.dumps(cell.__dict__)]
+    command += ["--limit", str(limit)] if limit else []
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        last = [line for line in done.stderr.splitlines() if line.strip()][-1:] or ["no message"]
+        return {"fault": last[0].strip()[:160]}
+    result = json.loads(done.stdout.splitlines()[-1])
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(result), "utf8")
+    return result
+
+
+def _measured(cell: Cell, limit: int | None) -> dict[str, Any]:
+    """Prune and score, in the child."""
+    zoo = load_zoo()
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        zoo.export(cell.case, folder, samples=cell.samples, limit=8)
+        start = time.perf_counter()
+        removed = (_by_rival if cell.method in _RIVALS else _by_graphopt)(cell, folder)
+        seconds = time.perf_counter() - start
+        scored = zoo.score(cell.case, folder / "pruned.onnx", limit=limit)
+    return {"top1": scored["value"], "removed": removed, "seconds": seconds}
+
+
+def _by_graphopt(cell: Cell, folder: Path) -> float:
+    refit = "" if cell.refit else " refit=false"
+    result = graphopt.optimize(
+        folder / "model.onnx",
+        f"prune{{ratio={cell.ratio} criterion={cell.method}{refit}}}",
+        calibration=folder / "calib.npz",
+        out=folder / "out",
+        check="none",
+    )
+    (folder / "out" / "model.onnx").rename(folder / "pruned.onnx")
+    return float(str(result.report.steps[0].metrics["achieved"]))
+
+
+def _by_rival(cell: Cell, folder: Path) -> float:
+    import rivals
+
+    source, out = folder / "model.onnx", folder / "pruned.onnx"
+    whole = rivals.macs(source)
+    target = round(whole * (1 - cell.ratio))
+    tool, criterion = cell.method.split(" ")
+    if tool == "onnxsim":
+        rivals.onnxsim_pruned(source, out, criterion, target, np.load(folder / "calib.npz")["input"])
+    else:
+        rivals.torch_pruned(source, out, target)
+    return 1 - rivals.macs(out) / whole
+
+
+def _write(
+    found: dict[Cell, dict[str, Any]],
+    samples: Sequence[int],
+    limit: int | None,
+    name: str,
+    start: float,
+    *,
+    quiet: bool = False,
+) -> None:
+    """Write the table as far as it goes: a row for each case, ratio and method."""
+    columns = [f"{kind}, {count}" for kind in ("plain", "refit") for count in samples]
+    rows: dict[tuple[str, float, str], dict[str, dict[str, Any]]] = {}
+    for cell, result in found.items():
+        rows.setdefault((cell.case, cell.ratio, cell.method), {})[cell.column] = result
+    lines = [(*key, *(_shown(cells.get(column)) for column in columns), *_sums(cells)) for key, cells in rows.items()]
+    took = (time.perf_counter() - start) / 60
+    notes = (
+        f"Top-1 in percent on {limit or 5000} images; `plain`: nothing is refitted (methods that need no data have one "
+        f"figure). Runtime {took:.0f} minutes, figures from the cache included."
+    )
+    head = ("case", "ratio", "method", *columns, "MACs removed", "longest, s")
+    tables.write(name, "Pruning without training, top-1", head, lines, notes, quiet=quiet)
+
+
+def _shown(result: dict[str, Any] | None) -> str:
+    return "" if result is None else result.get("fault") or f"{result['top1']:.2f}"
+
+
+def _sums(cells: dict[str, dict[str, Any]]) -> tuple[str, str]:
+    done = [result for result in cells.values() if "top1" in result]
+    if not done:
+        return "", ""
+    low, high = min(r["removed"] for r in done), max(r["removed"] for r in done)
+    return f"{low:.3f}" if high - low < 5e-4 else f"{low:.3f} to {high:.3f}", f"{max(r['seconds'] for r in done):.0f}"
+
+
+if __name__ == "__main__":
+    main()
