@@ -78,8 +78,10 @@ def batches(file: Path) -> Iterator[dict[str, np.ndarray]]:
 
 
 def sparsity(file: str | Path) -> float:
-    """Fraction of zeros in all weights with two axes or more."""
-    tensors = [onnx.numpy_helper.to_array(t) for t in onnx.load(file).graph.initializer if len(t.dims) > 1]
+    """Fraction of zeros in all weights with two axes or more that nodes read."""
+    graph = onnx.load(file).graph
+    read = {name for node in graph.node for name in node.input}
+    tensors = [onnx.numpy_helper.to_array(t) for t in graph.initializer if len(t.dims) > 1 and t.name in read]
     weights = [array for array in tensors if array.dtype.kind == "f"]
     return sum(int((array == 0).sum()) for array in weights) / max(1, sum(array.size for array in weights))
 

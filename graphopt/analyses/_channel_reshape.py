@@ -356,7 +356,9 @@ def _state_target(view: NodeView, source: ir.Value, target: _Target, linked: lis
     """See that the requested shape is written anew: what is tied follows, what was computed from channels stays."""
     output, shape = view.node.outputs[0], _as_numbers(view, source, target)
     others = [(entry, size) for entry, size in zip(target.entries, shape, strict=True) if size != 0]
-    computed = tuple(sorted({name for entry, size in others if size is not None for name in entry.reads}))
+    reads = {name for entry, size in others if size is not None for name in entry.reads}
+    reads |= {(view.key(output), axis) for axis in linked if target.entries[axis].number is None and shape[axis] == -1}
+    computed = tuple(sorted(reads))
     for entry, size in others:
         if size is None:
             view.maps.pin_axes(entry.reads, view.reason)

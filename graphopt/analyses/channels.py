@@ -235,7 +235,8 @@ def _collect(maps: AxisMaps, order: Mapping[str, int]) -> tuple[ChannelGroup, ..
         kinds.update(dict.fromkeys(np.unique(roots[atoms[carries[atoms]]]).tolist(), kind))
     axes: list[_Axis] = []
     for name, value_axes in maps.axes.items():
-        for axis, atoms in enumerate(value_axes):
+        for axis, own in enumerate(value_axes):
+            atoms = own if own is not None else maps.periods.get((name, axis))
             if atoms is not None and len(atoms) and carries[atoms].any():
                 makes = tuple(label for role, label in maps.roles.get((name, axis), ()) if role == "output")
                 axes.append(_Axis((name, axis), roots[atoms], makes))

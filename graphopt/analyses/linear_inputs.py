@@ -103,7 +103,7 @@ class LinearInput:
         """
         if self.window is None:
             table = np.moveaxis(x, self.axis if x.ndim > 1 else 0, -1)
-            rows = table.reshape(-1, self.groups * self.channels)[chosen]
+            rows = table[np.unravel_index(chosen, table.shape[:-1])] if x.ndim > 1 else table[None][chosen]
         else:
             window = self.window
             pads = window.padding(x.shape[2:])

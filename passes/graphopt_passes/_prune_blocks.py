@@ -173,14 +173,14 @@ def cheapest_blocks(
     queue = list[tuple[float, float, int, int, float]]()  # of equal ones the largest goes, then the first
     for i, block in enumerate(ctx.progress(blocks, "judging blocks")):
         saving = savings.of(block.nodes)
-        if saving > 0 and abs(saving - wanted) < wanted:
+        if _is_nearer(0.0, saving, wanted):
             after = judge.of(without(model, [block]))
             queue.append((after / saving, -saving, i, 0, after))
     heapq.heapify(queue)
     while queue:
         price, _, i, age, after = heapq.heappop(queue)
         saving = savings.of(gone | set(blocks[i].nodes)) - saved
-        if saving <= 0 or abs(saved + saving - wanted) >= abs(saved - wanted):
+        if not _is_nearer(saved, saving, wanted):
             continue  # it lies in another that went, or would save too much
         if age < len(steps):
             after = judge.of(without(model, [*(step.block for step in steps), blocks[i]]))
@@ -192,6 +192,10 @@ def cheapest_blocks(
         gone |= set(blocks[i].nodes)
         saved, change = saved + saving, after
     return steps
+
+
+def _is_nearer(saved: float, saving: float, wanted: float) -> bool:
+    return saving > 0 and abs(saved + saving - wanted) < abs(saved - wanted)
 
 
 def prune_blocks(
@@ -222,10 +226,12 @@ def prune_blocks(
     steps = list[Step]()
     if allowed and ctx.calibration is not None and wanted > 0:
         judge = OutputJudge(model, ctx.calibration, ctx)
-        limit = others(judge)
-        steps = cheapest_blocks(model, allowed, savings, wanted, judge, ctx, limit)
-        for block in allowed:
-            reasons[block.name] = "the ratio is met without it" if limit == math.inf else "other units are missed less"
+        steps = cheapest_blocks(model, allowed, savings, wanted, judge, ctx, limit=others(judge))
+    gone = {i for step in steps for i in step.block.nodes}
+    saved = savings.of(gone)
+    for block in allowed:
+        nearer = _is_nearer(saved, savings.of(gone | set(block.nodes)) - saved, wanted)
+        reasons[block.name] = "other units are missed less" if nearer else "the ratio is met more closely without it"
     for step in steps:
         remove_block(model, step.block)
     return BlockRemoval(tuple(steps), tuple(_changes(blocks, steps, reasons, [name for name, _ in refused])))

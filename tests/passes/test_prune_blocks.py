@@ -305,7 +305,7 @@ def test_the_cheapest_blocks_go_until_the_ratio_is_as_near_as_it_gets() -> None:
     assert gone == {"s2", "s4"}
     assert {change.site: change.action for change in result.changes}[
         "s1"
-    ] == "skipped: block: the ratio is met without it"
+    ] == "skipped: block: the ratio is met more closely without it"
     for old, new in zip(wanted, outputs(model), strict=True):
         np.testing.assert_allclose(new["y"], old["y"], rtol=1e-4, atol=1e-5)
 

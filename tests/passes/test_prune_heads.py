@@ -148,3 +148,58 @@ def test_a_size_of_heads_that_is_computed_from_the_width_stays() -> None:
     stem, heads = channel_groups(model).free
     assert (stem.units, stem.producers, heads.kind, heads.units) == (24, ("stem", "MatMul_30"), "heads", 4)
     assert_removal_is_exact(model, [(stem, [0, 7, 23]), (heads, [2])])
+
+
+def test_heads_merged_with_an_open_batch_are_heads() -> None:
+    body = """
+        zero = Constant<value_ints=[0]>() one = Constant<value_ints=[1]>() four = Constant<value_ints=[4]>()
+        six = Constant<value_ints=[6]>() seven = Constant<value_ints=[7]>() wide = Constant<value_ints=[24]>()
+        five = Constant<value_ints=[5]>() minus = Constant<value_ints=[-1]>()
+        xt = Transpose<perm=[1,0,2]>(x) shape = Shape(x) n = Gather(shape, zero) both = Mul(n, four)
+        to = Concat<axis=0>(seven, both, six) apart = Concat<axis=0>(n, four, seven, six)
+        flat = Concat<axis=0>(minus, wide) back = Concat<axis=0>(seven, n, five)
+        [query] q = MatMul(xt, wq) q1 = Reshape(q, to) q2 = Transpose<perm=[1,0,2]>(q1) q3 = Reshape(q2, apart)
+        [key] k = MatMul(xt, wk) k1 = Reshape(k, to) k2 = Transpose<perm=[1,0,2]>(k1) k3 = Reshape(k2, apart)
+        k4 = Transpose<perm=[0,1,3,2]>(k3)
+        [value] v = MatMul(xt, wv) v1 = Reshape(v, to) v2 = Transpose<perm=[1,0,2]>(v1) v3 = Reshape(v2, apart)
+        s = MatMul(q3, k4) p = Softmax<axis=-1>(s) o = MatMul(p, v3)
+        ot = Transpose<perm=[2,0,1,3]>(o) m = Reshape(ot, flat) z = MatMul(m, wo) zt = Reshape(z, back)
+        y = Transpose<perm=[1,0,2]>(zt)
+    """
+    model = build(TOKENS, body, {"wq": (8, 24), "wk": (8, 24), "wv": (8, 24), "wo": (24, 5)})
+    group = only(channel_groups(model).free)
+    assert (group.kind, group.units) == ("heads", 4)
+    assert_removal_is_exact(model, [(group, [1, 2])])
+
+
+def test_heads_of_a_product_with_an_open_batch_of_heads_are_heads() -> None:
+    """Attention that multiplies [batch * heads, tokens, size] directly."""
+    body = """
+        zero = Constant<value_ints=[0]>() four = Constant<value_ints=[4]>() six = Constant<value_ints=[6]>()
+        seven = Constant<value_ints=[7]>() wide = Constant<value_ints=[24]>() minus = Constant<value_ints=[-1]>()
+        five = Constant<value_ints=[5]>()
+        xt = Transpose<perm=[1,0,2]>(x) shape = Shape(x) n = Gather(shape, zero) both = Mul(n, four)
+        to = Concat<axis=0>(seven, both, six) flat = Concat<axis=0>(minus, wide) back = Concat<axis=0>(seven, n, five)
+        [query] q = MatMul(xt, wq) q1 = Reshape(q, to) q2 = Transpose<perm=[1,0,2]>(q1)
+        [key] k = MatMul(xt, wk) k1 = Reshape(k, to) k2 = Transpose<perm=[1,2,0]>(k1)
+        [value] v = MatMul(xt, wv) v1 = Reshape(v, to) v2 = Transpose<perm=[1,0,2]>(v1)
+        s = MatMul(q2, k2) p = Softmax<axis=-1>(s) o = MatMul(p, v2)
+        ot = Transpose<perm=[1,0,2]>(o) m = Reshape(ot, flat) z = MatMul(m, wo) zt = Reshape(z, back)
+        y = Transpose<perm=[1,0,2]>(zt)
+    """
+    model = build(TOKENS, body, {"wq": (8, 24), "wk": (8, 24), "wv": (8, 24), "wo": (24, 5)})
+    group = only(channel_groups(model).free)
+    assert (group.kind, group.units) == ("heads", 4)
+    assert_removal_is_exact(model, [(group, [3])])
+
+
+def test_a_request_with_two_open_sizes_is_merged_with_the_stated_one() -> None:
+    body = """
+        first = Constant<value_ints=[0]>() second = Constant<value_ints=[1]>() last = Constant<value_ints=[12]>()
+        shape = Shape(x) n = Gather(shape, first) t = Gather(shape, second) swapped = Concat<axis=0>(t, n, last)
+        [up] a = MatMul(x, w1) b = Transpose<perm=[1,0,2]>(a) c = Reshape(b, swapped) d = Transpose<perm=[1,0,2]>(c)
+        y = MatMul(d, w2)
+    """
+    model = build("(float[N,T,8] x) => (float[N,T,5] y)", body, {"w1": (8, 12), "w2": (12, 5)})
+    group = only(channel_groups(model).free)
+    assert_removal_is_exact(model, [(group, [0, 11])])
