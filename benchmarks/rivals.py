@@ -16,6 +16,7 @@ import onnx
 from graphopt.analyses import COST
 from graphopt.model_io import load_model
 from graphopt.pass_base import Context
+from graphopt.reference import Reference
 from graphopt.targets import Target
 
 __all__ = ["macs", "onnxsim_pruned", "rebuilt", "torch_pruned"]
@@ -131,9 +132,10 @@ def torch_pruned(source: Path, out: Path, target: int, ports: Sequence[str] = ("
     import torch
     import torch_pruning
 
+    _check_rebuilt(source)
     sample = torch.zeros(1, 3, 32, 32)
 
-    def pruned(fraction: float) -> int:
+    def pruned(fraction: float) -> Any:
         network = rebuilt(source)
         keep = [network.conv1, network.linear]
         keep += [block.conv2 for i in (1, 2, 3) for block in getattr(network, f"layer{i}")]
@@ -141,10 +143,29 @@ def torch_pruned(source: Path, out: Path, target: int, ports: Sequence[str] = ("
         torch_pruning.pruner.BasePruner(
             network, sample, importance=importance, pruning_ratio=fraction, ignored_layers=keep
         ).step()
-        _exported(network, out, ports)
-        return macs(out)
+        return network
 
-    pruned(_sought(pruned, target))
+    _exported(rebuilt(source), out, ports)
+    # both sides count a little differently (batch norms), so that shares are compared
+    whole, counted = macs(out), torch_pruning.utils.count_ops_and_params(rebuilt(source), sample)[0]
+
+    def cost(fraction: float) -> int:
+        return round(torch_pruning.utils.count_ops_and_params(pruned(fraction), sample)[0] / counted * whole)
+
+    _exported(pruned(_sought(cost, target)), out, ports)
+
+
+def _check_rebuilt(source: Path) -> None:
+    """See that the network in PyTorch is the one in the file."""
+    import torch
+
+    images = np.random.default_rng(0).standard_normal((8, 3, 32, 32), dtype=np.float32)
+    session = Reference(source)
+    expected = session.run({session.inputs[0]: images})[session.outputs[0]]
+    with torch.no_grad():
+        got = rebuilt(source)(torch.from_numpy(images)).numpy()
+    if not np.allclose(got, expected, atol=1e-3 * float(np.abs(expected).max())):
+        raise RuntimeError(f"the rebuilt network differs from {source.name} by {np.abs(got - expected).max():.3g}")
 
 
 def _exported(network: Any, out: Path, ports: Sequence[str]) -> None:

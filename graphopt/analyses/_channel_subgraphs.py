@@ -92,8 +92,8 @@ def _loop(view: NodeView, body: ir.Graph, enter: Enter) -> None:
         _equate(view, view.input(2 + i), body.inputs[2 + i])
     enter(body)
     for i in range(carried):
-        _carry(view, body.inputs[2 + i], body.outputs[1 + i], view.node.outputs[i])
-    for result, output in zip(body.outputs[1 + carried :], view.node.outputs[carried:], strict=True):
+        _carry(view, body.inputs[2 + i], body.outputs[1 + i], i)
+    for result, output in zip(body.outputs[1 + carried :], view.node.outputs[carried:], strict=False):
         _equate(view, result, output, extra=0)
 
 
@@ -110,14 +110,19 @@ def _scan(view: NodeView, body: ir.Graph, enter: Enter) -> None:
         _equate(view, body.inputs[i], view.input(i), extra=axis)
     enter(body)
     for i in range(states):
-        _carry(view, body.inputs[i], body.outputs[i], view.node.outputs[i])
+        _carry(view, body.inputs[i], body.outputs[i], i)
     for i, axis in enumerate(out_along, start=states):
-        _equate(view, body.outputs[i], view.node.outputs[i], extra=axis)
+        _equate(view, body.outputs[i], _output(view, i), extra=axis)
 
 
-def _carry(view: NodeView, start: ir.Value, end: ir.Value, behind: ir.Value) -> None:
+def _carry(view: NodeView, start: ir.Value, end: ir.Value, index: int) -> None:
     _equate(view, start, end)
-    _equate(view, start, behind)
+    _equate(view, start, _output(view, index))
+
+
+def _output(view: NodeView, index: int) -> ir.Value | None:
+    """An output, None where those at the end are left out."""
+    return view.node.outputs[index] if index < len(view.node.outputs) else None
 
 
 def _equate(view: NodeView, inner: ir.Value | None, outer: ir.Value | None, extra: int | None = None) -> None:

@@ -41,9 +41,10 @@ def carried_values(model: ir.Model) -> Iterator[_Carried]:
         if node.op_type != "Loop" or node.domain != "" or body is None or body.is_ref():
             continue
         graph = body.as_graph()
-        for i, before in enumerate(node.inputs[2:]):
-            if before is not None and isinstance(graph.inputs[2 + i].type, ir.TensorType):
-                yield _Carried(before, graph.inputs[2 + i], graph.outputs[1 + i], node.outputs[i])
+        around = zip(node.inputs[2:], graph.inputs[2:], graph.outputs[1:], node.outputs, strict=False)
+        for before, start, end, behind in around:
+            if before is not None and isinstance(start.type, ir.TensorType):
+                yield _Carried(before, start, end, behind)
 
 
 def lend_constants(model: ir.Model, constants: Constants) -> frozenset[ir.Value]:

@@ -153,7 +153,7 @@ def _infer(model: ir.Model) -> None:
 def _observe(model: ir.Model, copy: ir.Model, values: list[ir.Value], ctx: Context) -> None:
     """Run once with `values` as further outputs and write down their shapes; a model that cannot run tells nothing."""
     probe = model.clone()
-    wanted = {value.name for value in values}
+    wanted = {value.name for value in values} & {value.name for value in _computed(probe.graph)}
     taken = {value.name for value in probe.graph.outputs}
     probe.graph.outputs.extend(v for v in _computed(probe.graph) if v.name in wanted - taken)
     feed = random_feed(input_specs(model), ctx.binding, np.random.default_rng(0))

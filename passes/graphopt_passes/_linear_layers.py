@@ -52,8 +52,8 @@ class LinearLayer:
         """The layer of a node, or why it is none."""
         weight = node.inputs[1]
         tensor = constants.of(weight)
-        if node.op_type == "ConvTranspose":
-            return "transposed convolutions are not refitted"
+        if node.op_type == "ConvTranspose" and (reason := _unclear(node)):
+            return reason
         if node.op_type == "Gemm" and node.attributes.get_int("transA", 0):
             return "it reads its input transposed"
         if weight is None or tensor is None:
@@ -62,14 +62,15 @@ class LinearLayer:
             return f"its weight is {tensor.dtype.name.lower()}"
         if len(weight.uses()) != 1 or weight.is_graph_output():
             return "others read its weight"
-        if node.op_type != "Conv" and len(tensor.shape) != 2:
+        if node.op_type in ("Gemm", "MatMul") and len(tensor.shape) != 2:
             return "its weight is not a matrix"
         array = tensor.numpy().astype(np.float64)
         shift = _shift(node, constants, array.shape[_output_axis(node)])
         if shift is None:
             return "its bias is computed, or differs between rows"
         bias, addable = _bias(node, constants, len(shift))
-        return cls(node, weight, array, shift, bias, addable)
+        kind = _Transposed if node.op_type == "ConvTranspose" else cls
+        return kind(node, weight, array, shift, bias, addable)
 
     @property
     def axis(self) -> int:
@@ -106,7 +107,7 @@ class LinearLayer:
     @property
     def channel_axis(self) -> int:
         """Axis of the output that its channels are on, counted from the last."""
-        return 1 - self.array.ndim if self.node.op_type == "Conv" else -1
+        return 1 - self.array.ndim if self.node.op_type in ("Conv", "ConvTranspose") else -1
 
     def positions(self, output: np.ndarray) -> int:
         """How many rows an output has."""
@@ -147,16 +148,66 @@ class LinearLayer:
             weight: `[groups, inputs, outputs of a group]`, added to `matrix()`.
             bias: `[groups, outputs of a group]`, added to the output.
         """
-        if self.node.op_type == "Conv":
-            change = weight.transpose(0, 2, 1).reshape(self.array.shape)
-        else:
-            change = (weight[0].T if self.axis == 0 else weight[0]) / self.node.attributes.get_float("alpha", 1.0)
-        _set_constant(self.weight, self.array + change)
+        _set_constant(self.weight, self.array + self._in_place(weight))
         if self.bias is not None:
             tensor = _tensor(self.bias)
             _set_constant(self.bias, tensor.numpy().astype(np.float64) + bias.reshape(tensor.shape.numpy()))
         elif self.addable:
             _add_bias(graph, self.node, self.weight, bias.reshape(-1))
+
+    def _in_place(self, weight: np.ndarray) -> np.ndarray:
+        """A change of `matrix()` in the layout of the weight."""
+        if self.node.op_type == "Conv":
+            return weight.transpose(0, 2, 1).reshape(self.array.shape)
+        return (weight[0].T if self.axis == 0 else weight[0]) / self.node.attributes.get_float("alpha", 1.0)
+
+
+class _Transposed(LinearLayer):
+    """A ConvTranspose without groups: a convolution of the input spread out, with its kernel turned round."""
+
+    def matrix(self) -> np.ndarray:
+        return np.moveaxis(self._turned(self.array), 1, -1).reshape(1, self.inputs, self.outputs)
+
+    def rows(self, x: np.ndarray, chosen: np.ndarray) -> np.ndarray:
+        kernel, attributes = self.array.shape[2:], self.node.attributes
+        axes, ones = len(kernel), [1] * len(kernel)
+        strides, dilations = attributes.get_ints("strides", ones), attributes.get_ints("dilations", ones)
+        pads, more = attributes.get_ints("pads", 2 * [0] * axes), attributes.get_ints("output_padding", [0] * axes)
+        reach = [d * (k - 1) for d, k in zip(dilations, kernel, strict=True)]
+        sides = [(r - pads[i], r - pads[axes + i] + more[i]) for i, r in enumerate(reach)]
+        spread = np.zeros(
+            (*x.shape[:2], *((n - 1) * s + 1 for n, s in zip(x.shape[2:], strides, strict=True))), x.dtype
+        )
+        spread[(..., *(slice(None, None, s) for s in strides))] = x
+        rows = window_rows(spread, kernel, ones, dilations, sides, chosen).astype(np.float64)
+        return rows.reshape(1, len(rows), self.inputs)
+
+    def _in_place(self, weight: np.ndarray) -> np.ndarray:
+        inputs, outputs, *kernel = self.array.shape
+        return self._turned(np.moveaxis(weight.reshape(inputs, *kernel, outputs), -1, 1))
+
+    @staticmethod
+    def _turned(array: np.ndarray) -> np.ndarray:
+        return np.flip(array, axis=tuple(range(2, array.ndim)))
+
+
+def _unclear(node: ir.Node) -> str | None:
+    """Why a ConvTranspose is not refitted, None if it can be."""
+    attributes = node.attributes
+    if attributes.get_int("group", 1) != 1:
+        return "transposed convolutions with groups are not refitted"
+    if attributes.get_string("auto_pad", "NOTSET") != "NOTSET" or "output_shape" in attributes:
+        return "its padding follows from the size of its output"
+    weight = node.inputs[1]
+    if weight is None or weight.shape is None:
+        return "its weight has no known shape"
+    kernel = [size if isinstance(size, int) else 0 for size in weight.shape][2:]
+    dilations = attributes.get_ints("dilations", [1] * len(kernel))
+    pads = attributes.get_ints("pads", 2 * [0] * len(kernel))
+    reach = [d * (k - 1) for d, k in zip(dilations, kernel, strict=True)]
+    return (
+        "it cuts off more than its kernel reaches" if any(p > r for p, r in zip(pads, 2 * reach, strict=True)) else None
+    )
 
 
 def rows_worth_reading(groups: int, inputs: int) -> int:

@@ -129,8 +129,9 @@ def _step(
     known: Container[str],
 ) -> bool:
     """Take one node into account; False if it cannot be."""
-    if node.op_type == "BatchNormalization" and node.inputs[0] is value and value.shape is not None:
-        if axis != 1 - value.shape.rank():
+    if node.op_type == "BatchNormalization" and node.inputs[0] is value:
+        maker = value.producer()
+        if axis == -1 and (maker is None or maker.op_type != "Gemm"):  # a batch norm's channels are on axis 1
             return False
         affine = _affine(node, constants)
         if affine is None or len(affine[0]) != len(path.gain):

@@ -34,7 +34,6 @@ _WIDEST = 4608
 _AT_ONCE = 256 << 20
 _MOST_BYTES = 1 << 30
 _STEPS = 64
-_GONE = 1e30
 
 
 class Reconstruction(Criterion):
@@ -174,24 +173,29 @@ def elimination_costs(parts: Sequence[Part], alone: np.ndarray) -> np.ndarray:
     Returns:
         `[units]` what each costs when its turn comes, or what the dearest before it cost: never less.
     """
-    inverses = [inverse.copy() for _, _, inverse in parts]
+    inverses = [(inverse, np.arange(len(inverse))) for _, _, inverse in parts]
     left, costs, dearest = np.arange(len(alone)), np.zeros(len(alone)), 0.0
     while len(left):
         cost = alone[left]
-        for (positions, shares, _), inverse in zip(parts, inverses, strict=True):
-            cost = cost + (shares / np.diag(inverse))[positions[left]].sum(axis=1)
+        for (positions, shares, _), (inverse, kept) in zip(parts, inverses, strict=True):
+            saliency = np.zeros(len(shares))
+            saliency[kept] = shares[kept] / np.diag(inverse)
+            cost = cost + saliency[positions[left]].sum(axis=1)
         cheapest = np.argsort(cost, kind="stable")[: max(1, len(left) // _STEPS)]
         costs[left[cheapest]] = np.maximum(np.maximum.accumulate(cost[cheapest]), dearest)
         dearest = float(costs[left[cheapest]][-1])
-        for (positions, _, _), inverse in zip(parts, inverses, strict=True):
-            _eliminate(inverse, positions[left[cheapest]].reshape(-1))
+        inverses = [
+            _without(inverse, kept, positions[left[cheapest]].reshape(-1))
+            for (positions, _, _), (inverse, kept) in zip(parts, inverses, strict=True)
+        ]
         left = np.delete(left, cheapest)
     return costs
 
 
-def _eliminate(inverse: np.ndarray, gone: np.ndarray) -> None:
-    """Turn the inverse of a covariance into that of the variables that are left, in place."""
-    inverse -= inverse[:, gone] @ np.linalg.solve(inverse[np.ix_(gone, gone)], inverse[gone])
-    inverse[gone] = 0
-    inverse[:, gone] = 0
-    inverse[gone, gone] = _GONE
+def _without(inverse: np.ndarray, kept: np.ndarray, gone: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Turn the inverse of a covariance of the variables `kept` into that of those among them that are not gone."""
+    out = np.isin(kept, gone)
+    across = inverse[np.ix_(~out, out)]
+    rest = inverse[np.ix_(~out, ~out)]
+    rest -= across @ np.linalg.solve(inverse[np.ix_(out, out)], across.T)
+    return rest, kept[~out]

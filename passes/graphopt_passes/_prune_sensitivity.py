@@ -12,8 +12,8 @@ set to zero there. Time is bounded by counting multiply-accumulates: fewer sampl
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -23,18 +23,20 @@ from graphopt.analyses import CONSTANTS, COST, SHAPES, LayerMoments, MomentsAnal
 from graphopt.analyses.channels import ChannelGroup, Place
 from graphopt.analyses.names import Names
 from graphopt.analyses.unit_uses import UnitUse, unit_uses
+from graphopt.calibration import Dataset
 from graphopt.pass_base import Context
 from graphopt.reference import Feed, Reference
 from graphopt_passes._prune_by_output import output_distance
 
-__all__ = ["cost_curve", "is_affordable", "make_up", "sensitivity"]
+__all__ = ["cost_curve", "held_out", "is_affordable", "make_up", "sensitivity"]
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
-_DEPTHS = (0.25, 0.5, 0.75)
+_DEPTHS = (0.3, 0.6, 1.0)
 _SAMPLES = 32
 _FEWEST_SAMPLES = 8
 _BATCH = 8
+_HOLD_OUT = 4
 _MACS = 5e11
 _KEPT_BYTES = 256 << 20
 _WIDEST = 4608
@@ -51,6 +53,20 @@ def is_affordable(groups: Sequence[ChannelGroup], ctx: Context) -> bool:
     """Whether there is data, and few multiply-accumulates enough to measure every group at all depths."""
     run = max(1, ctx.fact(COST).macs) * len(groups) * len(_DEPTHS)
     return ctx.calibration is not None and run * _FEWEST_SAMPLES <= _MACS
+
+
+def held_out(data: Dataset) -> tuple[Dataset, Dataset]:
+    """Samples to fit and every fourth to measure on: what many inputs tell of few samples fits only those.
+
+    Where there are fewer than eight samples, all of them are both.
+    """
+    if sum(1 for _ in data.feeds(2 * _HOLD_OUT)) < 2 * _HOLD_OUT:
+        return data, data
+
+    def some(*, held: bool) -> Callable[[], Iterator[Feed]]:
+        return lambda: (feed for i, feed in enumerate(data.read()) if (i % _HOLD_OUT == _HOLD_OUT - 1) == held)
+
+    return replace(data, read=some(held=False), digest=None), replace(data, read=some(held=True), digest=None)
 
 
 def sensitivity(
@@ -218,7 +234,9 @@ class _Trial:
         plain = {use.layer: None for found in uses for use in found if use.layer is not None and _is_plain(use, ctx)}
         copy, self._inputs = model.clone(), Feed()
         names, nodes = ctx.fact(CONSTANTS).names, {label: node for node, label in Names(copy).labels.items()}
-        moments = _channel_moments(model, list(plain), ctx)
+        assert ctx.calibration is not None
+        seen_by_moments, self._data = held_out(ctx.calibration)
+        moments = _channel_moments(model, list(plain), replace(ctx, calibration=seen_by_moments))
         offsets = {layer: _add_offset(copy, nodes[layer], self._inputs) for layer in plain}
         masks: dict[tuple[str, int, str, int], str] = {}
         self._parts: list[list[_Reader | _Mask]] = [[] for _ in groups]
@@ -236,13 +254,12 @@ class _Trial:
                     parts.append(_Mask(use.place, masks[key]))
         self._session = Reference(copy, threads=ctx.threads, extensions=ctx.extensions)
         self._feeds, self._wanted = list[Feed](), list[Feed]()
-        self._measure(samples, ctx)
+        self._measure(samples)
 
-    def _measure(self, samples: int, ctx: Context) -> None:
+    def _measure(self, samples: int) -> None:
         """Run the samples as they are, until there are enough or their outputs fill memory."""
-        assert ctx.calibration is not None
         kept = 0
-        for feed in ctx.calibration.batches(_BATCH, samples):
+        for feed in self._data.batches(_BATCH, samples):
             outputs = self._session.run({**feed, **self._inputs})
             kept += sum(np.asarray(array).nbytes for array in outputs.values())
             if self._feeds and kept > _KEPT_BYTES:

@@ -19,7 +19,7 @@ from graphopt_passes._stepwise import Stepwise
 
 __all__ = ["Joined", "Pairs"]
 
-_PRODUCTS = 6e9
+_PRODUCTS = 4e9
 _ELEMENTS = 2e7
 _WIDEST = 2400
 _ROWS_AN_INPUT = 4

@@ -24,7 +24,7 @@ from graphopt_passes._prune_plan import plan_global, plan_uniform, score_costs, 
 from graphopt_passes._prune_refit import Refit, refit
 from graphopt_passes._prune_removal import lost_positions, remove
 from graphopt_passes._prune_search import Outcome, search
-from graphopt_passes._prune_sensitivity import is_affordable, sensitivity
+from graphopt_passes._prune_sensitivity import sensitivity
 from graphopt_passes._residual_blocks import Block, find_blocks, join_shortcuts
 
 __all__ = ["Prune"]
@@ -81,9 +81,9 @@ class Prune(Pass):
     scope: Literal["auto", "uniform", "global", "sensitivity", "search"] = opt(
         "auto",
         help="uniform: the same fraction of every layer; global: more where scores are low; sensitivity: more where "
-        "outputs change less; search: tries plans in full; auto: uniform, or the better of global and sensitivity",
+        "outputs change less; search: tries the plans of both, and more; auto: global if scores compare layers, else uniform",
     )
-    trials: int = opt(16, help="plans that scope=search tries, each with its own refit", ge=1)
+    trials: int = opt(16, help="plans that scope=search tries beyond those two, each with its own refit", ge=0)
     round_to: int = opt(0, help="kept channels are a multiple of this; 0: what the target likes", ge=0)
     units: tuple[str, ...] = opt(
         ("channels", "heads", "neurons", "hidden", "experts", "groups"),
@@ -133,7 +133,7 @@ class Prune(Pass):
         blocks = self._remove_blocks(model, ctx)
         groups = ctx.fact(CHANNEL_GROUPS)
         chosen, reasons = self._candidates(model, groups, ctx)
-        target, scope = _amount(before, self.of) * (1 - self.ratio), self._scope(chosen, ctx)
+        target, scope = _amount(before, self.of) * (1 - self.ratio), self._scope(ctx)
         removals, _, missed = self._removals(model, chosen, target, scope, ctx)
         refitted = self._remove(model, whole, blocks, groups, removals, ctx)
         after = ctx.fact(COST)
@@ -192,7 +192,7 @@ class Prune(Pass):
         """How much the outputs change, for each unit saved, if channels alone go and no layer is refitted."""
         groups, whole = ctx.fact(CHANNEL_GROUPS), _amount(ctx.fact(COST), self.of)
         chosen = self._candidates(model, groups, ctx)[0]
-        scope = "uniform" if self._scope(chosen, ctx) == "uniform" else "global"  # what is quick
+        scope = "uniform" if self._scope(ctx) == "uniform" else "global"  # what is quick
         removals, left, _ = self._removals(model, chosen, whole * (1 - self.ratio), scope, ctx)
         if left >= whole:
             return math.inf
@@ -289,11 +289,11 @@ class Prune(Pass):
         trials = self.trials if scope == "search" else 0
         return search(tables, lambda costs: plan_global(budget, ladders, costs, target), outcome.of, trials, ctx.rng)
 
-    def _scope(self, groups: Sequence[ChannelGroup], ctx: Context) -> str:
-        """The scope, `auto` resolved where one will do; else the plans of several are tried."""
+    def _scope(self, ctx: Context) -> str:
+        """The scope, `auto` resolved."""
         if self.scope == "auto" and not find_criterion(self.criterion, ctx).comparable:
             return "uniform"
-        return "global" if self.scope == "auto" and not is_affordable(groups, ctx) else self.scope
+        return "global" if self.scope == "auto" else self.scope
 
     def _metrics(self, before: Cost, after: Cost) -> dict[str, int | float | str | bool]:
         amounts = {

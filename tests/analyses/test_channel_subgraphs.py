@@ -116,7 +116,8 @@ def test_layers_inside_an_operator_without_a_rule_are_found_and_what_meets_it_is
             <float[N,7,8,8] k, float[N,7,8,8] r> {
             [in] k = Conv(h, w2) r = Relu(k) [out] n = Conv(r, w3) }>
     """
-    model = build(IMAGE, body + HEAD % "b", {"w1": (4, 3, 1, 1), "w2": (7, 4, 1, 1), "w3": (4, 7, 1, 1), "head": (5, 4)})
+    weights = {"w1": (4, 3, 1, 1), "w2": (7, 4, 1, 1), "w3": (4, 7, 1, 1), "head": (5, 4)}
+    model = build(IMAGE, body + HEAD % "b", weights)
     model.opset_imports["acme"] = 1
     found = pins(channel_groups(model))
     assert found == {

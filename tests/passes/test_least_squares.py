@@ -131,6 +131,22 @@ def test_constants_made_by_nodes_are_changed_too() -> None:
     np.testing.assert_allclose(Reference(model).run({"x": x})["y"], before + x.sum(axis=1)[:, None] + 3, atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    "attributes",
+    ["", "strides=[2,3]", "pads=[1,0,0,2]", "strides=[3,2], dilations=[2,1], pads=[1,1,2,0], output_padding=[1,1]"],
+)
+def test_a_transposed_convolution_is_rows_times_a_matrix(attributes: str) -> None:
+    body, shapes = f"y = ConvTranspose<{attributes}>(x, w, b)".replace("<>", ""), {"w": (3, 4, 2, 3), "b": (4,)}
+    layer, model = layer_of(body, shapes, "(float[N,3,4,5] x) => (float[N,4,P,Q] y)")
+    x = np.random.default_rng(1).standard_normal((2, 3, 4, 5)).astype(np.float32)
+    check_rows(layer, model, x)
+    before, change = Reference(model).run({"x": x})["y"], np.random.default_rng(2).standard_normal((1, 18, 4))
+    every = np.arange(layer.positions(before))
+    layer.add(model.graph, change, np.full((1, 4), 2.0))
+    expected = layer.wanted(before, every) + layer.rows(x, every) @ change + 2
+    np.testing.assert_allclose(layer.wanted(Reference(model).run({"x": x})["y"], every), expected, atol=1e-4)
+
+
 def test_windows_without_a_choice_are_all_windows() -> None:
     x = np.arange(16.0).reshape(1, 1, 4, 4)
     rows = window_rows(x, [2, 2], [2, 2], [1, 1], pad_sizes([4, 4], [2, 2], [2, 2], "VALID"))

@@ -27,7 +27,6 @@ COUNT = (
 TABLES = {"cos": (9, 2), "sin": (9, 2), "at": np.arange(7, dtype=np.int64).reshape(1, 7)}
 
 
-
 def integers(*shape: int) -> np.ndarray:
     return np.random.default_rng(0).integers(-9, 9, shape).astype(np.int8)
 

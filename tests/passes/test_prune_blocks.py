@@ -310,6 +310,28 @@ def test_the_cheapest_blocks_go_until_the_ratio_is_as_near_as_it_gets() -> None:
         np.testing.assert_allclose(new["y"], old["y"], rtol=1e-4, atol=1e-5)
 
 
+def test_a_block_that_saves_far_too_much_stays() -> None:
+    model = chain(("w2",))
+    before = model_bytes(model)
+    result = prune(model, ratio=0.05)
+    assert not result.modified
+    assert model_bytes(model) == before
+    reasons = {change.site: change.action for change in result.changes}
+    assert reasons["s2"] == "skipped: block: the ratio is met more closely without it"
+
+
+def test_a_sum_of_two_that_starts_at_the_input_is_a_block() -> None:
+    body = f"[c1] b = Conv(x, w1) [sum] s = Sum(b, x) {HEAD}"
+    model = build(IMAGE, body, {"w1": (8, 8, 1, 1), "h": (5, 8)}, ("w1",))
+    wanted = outputs(model)
+    (block,), _ = found(model)
+    remove_block(model, block)
+    join_shortcuts(model, [block])
+    assert [node.op_type for node in model.graph] == ["GlobalAveragePool", "Flatten", "Gemm"]
+    for old, new in zip(wanted, outputs(model), strict=True):
+        np.testing.assert_allclose(new["y"], old["y"], atol=1e-6)
+
+
 def test_choosing_one_by_one_is_about_as_good_as_trying_every_pair() -> None:
     model = chain()
     ctx = context(model)

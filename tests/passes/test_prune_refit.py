@@ -111,6 +111,11 @@ def actions(refitted: Refit) -> dict[str, str]:
             "[first] a = Conv(x, w1, b1) p = GlobalAveragePool(a) f = Flatten(p) [last] m = MatMul(f, w) y = Add(m, b)",
             {"w1": (6, 3, 3, 3), "b1": (6,), "w": (6, 5), "b": (5,)},
         ),
+        # a transposed convolution
+        (
+            "[first] a = Conv(x, w1, b1) [second] c = ConvTranspose<strides=[2,2], pads=[1,0,0,1]>(a, up) " + TAIL,
+            {**SHAPES, "up": (6, 8, 3, 3)},
+        ),
         # a batch norm that stays
         (
             "[first] a = Conv(x, w1, b1) [second] e = Conv(a, w2) "
@@ -161,7 +166,8 @@ def test_channels_of_no_weight_leave_everything_as_it_was() -> None:
 
 def test_a_layer_makes_up_for_what_its_shortcut_lost(monkeypatch: pytest.MonkeyPatch) -> None:
     body = (
-        "[first] a = Conv<pads=[1,1,1,1]>(x, w1) [short] e = ConvTranspose(a, w4) [inner] i = Conv(a, w2) j = Relu(i) "
+        '[first] a = Conv<pads=[1,1,1,1]>(x, w1) [short] e = ConvTranspose<auto_pad="SAME_UPPER">(a, w4) '
+        "[inner] i = Conv(a, w2) j = Relu(i) "
         "[outer] o = Conv(j, w3) c = Add(o, e) " + TAIL
     )
     shapes: Shapes = {"w1": (6, 3, 3, 3), "w2": (16, 6, 1, 1), "w3": (6, 16, 1, 1), "w4": (6, 6, 1, 1), "head": (5, 6)}
@@ -246,9 +252,9 @@ def test_refitting_keeps_the_contract_of_passes() -> None:
             "others read its weight",
         ),
         (
-            "[first] a = Conv(x, w1) [second] c = ConvTranspose(a, w2) " + TAIL,
+            '[first] a = Conv(x, w1) [second] c = ConvTranspose<auto_pad="VALID">(a, w2) ' + TAIL,
             {"w1": (6, 3, 1, 1), "w2": (6, 4, 1, 1), "head": (5, 4)},
-            "transposed convolutions are not refitted",
+            "its padding follows from the size of its output",
         ),
         (
             "[first] a = Conv(x, w1) v = Abs(w2) [second] c = Conv(a, v) " + TAIL,
