@@ -77,10 +77,11 @@ class ShapesAnalysis(Analysis[Shapes]):
 
     def compute(self, model: ir.Model, ctx: Context) -> Shapes:
         """Infer shapes and types of all values, subgraphs included."""
-        copy = model.clone()
-        _rename(copy)
+        copy, names, lent = model.clone(), Names(model), frozenset[ir.Value]()
+        if len(names.scopes) > 1:
+            _rename(copy)
+            lent = lend_constants(copy, CONSTANTS.compute(copy, ctx))
         stand_in(copy)
-        lent = lend_constants(copy, CONSTANTS.compute(copy, ctx))
         declared: dict[ir.Value, Dims] = _fix_inputs(copy, ctx) if self.concrete else {}
         _infer(copy)
         if self.concrete and (open_values := [v for v in _computed(copy.graph) if not _is_static(v)]):
@@ -99,7 +100,7 @@ class ShapesAnalysis(Analysis[Shapes]):
                     shapes[value.name] = tuple(d if isinstance(d, int) else d.value for d in value.shape)
                 if value.name and value.dtype is not None:
                     types[value.name] = value.dtype
-        return Shapes(shapes, types, Names(model))
+        return Shapes(shapes, types, names)
 
 
 def _rename(model: ir.Model) -> None:

@@ -16,7 +16,7 @@ __all__ = ["plan_global", "plan_uniform", "score_costs", "why_missed"]
 Ladders = Sequence[Sequence[int]]
 Floats = np.ndarray[Any, np.dtype[np.float64]]
 
-_ROUNDS = 12
+_ROUNDS = 6
 _CLOSE = 1e-4
 _NEAR = 0.02
 _PARTS = 129
@@ -110,6 +110,9 @@ def why_missed(budget: Budget, ladders: Ladders, plan: Sequence[int], target: fl
 
 def _rising(costs: Floats, units: np.ndarray[Any, Any]) -> Floats:
     """Cost of a unit at each step; steps that cost more than the next are taken together with it."""
+    alone = np.asarray(costs / units, dtype=np.float64)
+    if (np.diff(alone) >= 0).all():
+        return alone
     blocks: list[tuple[float, float, int]] = []
     for cost, width in zip(costs.tolist(), units.tolist(), strict=True):
         block = cost, float(width), 1
@@ -133,7 +136,7 @@ def _at_common_price(
     def at(price: float) -> list[int]:
         return [int(steps[np.searchsorted(each, price, side="right")]) for steps, each in zip(rungs, paid, strict=True)]
 
-    every = np.unique(np.concatenate([[-np.inf], *paid]))
+    every = np.sort(np.concatenate([[-np.inf], *paid]))
     low, high = 0, len(every) - 1
     while low < high:
         middle = (low + high) // 2
@@ -144,11 +147,12 @@ def _at_common_price(
 
 def _between(rungs: Sequence[np.ndarray[Any, Any]], less: Sequence[int], more: Sequence[int]) -> Iterator[list[int]]:
     """Plans on the way from one to another: where a price is that of many steps, part of them are taken."""
+    first, last = (
+        np.array([np.searchsorted(steps, n) for steps, n in zip(rungs, plan, strict=True)]) for plan in (less, more)
+    )
     for part in np.linspace(0.0, 1.0, _PARTS):
-        yield [
-            int(steps[np.argmin(np.abs(steps - (a + part * (b - a))))])
-            for steps, a, b in zip(rungs, less, more, strict=True)
-        ]
+        between = np.rint(first + part * (last - first)).astype(np.int64).tolist()
+        yield [int(steps[i]) for steps, i in zip(rungs, between, strict=True)]
 
 
 def _settled(budget: Budget, ladders: Ladders, plan: Sequence[int], target: float) -> list[int]:

@@ -81,7 +81,7 @@ class Prune(Pass):
     scope: Literal["auto", "uniform", "global", "sensitivity", "search"] = opt(
         "auto",
         help="uniform: the same fraction of every layer; global: more where scores are low; sensitivity: more where "
-        "outputs change less; search: tries the plans of both, and more; auto: global if scores compare layers, else uniform",
+        "outputs change less; search: tries plans in full; auto: global if scores compare layers, else uniform",
     )
     trials: int = opt(16, help="plans that scope=search tries beyond those two, each with its own refit", ge=0)
     round_to: int = opt(0, help="kept channels are a multiple of this; 0: what the target likes", ge=0)
