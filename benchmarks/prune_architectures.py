@@ -41,9 +41,9 @@ from graphopt.reference import Feed, Reference, random_feed
 from graphopt.runner import run_pass
 from graphopt.structure import fingerprint
 from graphopt.targets import Target
-from graphopt_passes._prune_removal import remove
 from graphopt_passes.fold import Fold
 from graphopt_passes.prune import Prune
+from graphopt_passes.prune.removal import remove
 
 _BINDING = ShapeBinding(dims={"batch": 1, "sequence": 16})
 _ZEROED = 0.25
@@ -213,7 +213,7 @@ def _zero_equivalence(path: str, feed: Feed) -> dict[str, Any]:
 
 
 def _is_inexact(model: ir.Model, groups: ChannelGroups, group: ChannelGroup) -> bool:
-    """Whether a mean over these channels is taken off them: it changes unless it is zero, by the analysis's own word."""
+    """Whether a mean over these channels is taken off them, which changes unless it is zero."""
     axes = {(place.value, place.axis) for place in group.places}
     outputs = {mean.output for mean in groups.means if (mean.value, mean.axis) in axes}
     nodes = (node for graph in model.graphs() for node in graph if node.outputs and node.outputs[0].name in outputs)

@@ -73,7 +73,7 @@ def _timed(source: Path, passes: str, folder: Path, rounds: int) -> list[tuple[o
         )
         if old is None or new is None:
             raise SystemExit(f"not timed with {threads} threads")
-        figures = f"{old.median * 1e3:.1f}", f"{new.median * 1e3:.1f}", f"{old.median / new.median:.2f}x"
+        figures = f"{old.median:.1f}", f"{new.median:.1f}", f"{old.median / new.median:.2f}x"
         rows.append((source.stem, threads, f"{float(removed):.3f}", *figures))
         print(*rows[-1], flush=True)
     return rows

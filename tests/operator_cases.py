@@ -12,8 +12,8 @@ from small_models import Shape, channel_groups, context, feeds
 
 from graphopt.analyses import CONSTANTS, COST, ChannelGroup
 from graphopt.reference import Feed, Reference
-from graphopt_passes._prune_budget import Budget, Facts
-from graphopt_passes._prune_removal import remove
+from graphopt_passes.prune.allocation.budget import Budget, Facts
+from graphopt_passes.prune.removal import remove
 
 TYPES = {"float32": "float", "int8": "int8", "uint8": "uint8", "int32": "int32", "int64": "int64", "bool": "bool"}
 

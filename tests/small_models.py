@@ -14,7 +14,7 @@ from graphopt.model_io import ShapeBinding, input_specs
 from graphopt.pass_base import Context
 from graphopt.reference import Feed, Reference, random_feed
 from graphopt.targets import Target
-from graphopt_passes._prune_removal import remove
+from graphopt_passes.prune.removal import remove
 
 Shape = tuple[int, ...]
 IMAGE = "(float[N,3,8,8] x) => (float[N,5] y)"

@@ -19,8 +19,8 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
-from graphopt.analyses._channel_einsum import einsum_labels
-from graphopt.analyses._shape_values import AxisName
+from graphopt.analyses.channels.rules.einsum import einsum_labels
+from graphopt.analyses.channels.shape_values import AxisName
 from graphopt.analyses.shapes import Shapes
 
 __all__ = ["MacTerm", "mac_terms"]

@@ -22,6 +22,6 @@ def graphopt_passes() -> list[type[Pass]]:
 @hookimpl
 def graphopt_criteria() -> list[type[Criterion]]:
     """Return the built-in criteria."""
-    from graphopt_passes._prune_criteria import BUILT_IN
+    from graphopt_passes.prune.criteria import BUILT_IN
 
     return list(BUILT_IN)

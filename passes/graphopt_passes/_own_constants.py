@@ -47,9 +47,7 @@ def new_constant(graph: ir.Graph, stem: str, array: np.ndarray, *, beside: ir.No
     """
     name = unused_name(graph, stem)
     tensor = ir.tensor(array, name=name)
-    value = ir.Value(
-        name=name, type=ir.TensorType(tensor.dtype), shape=ir.Shape(list(array.shape)), const_value=tensor
-    )
+    value = ir.Value(name=name, type=ir.TensorType(tensor.dtype), shape=ir.Shape(list(array.shape)), const_value=tensor)
     owner = None if beside is None else beside.graph
     (owner if isinstance(owner, ir.Graph) else graph).register_initializer(value)
     return value

@@ -1,0 +1,1 @@
+"""How channels pass through operators: tables of rules, one rule an operator."""

@@ -1,0 +1,145 @@
+"""Whether a channel whose weights are all zero is zero further on.
+
+Operators that add over channels (a mean, a norm, the product of two activations) may lose a channel only where what it
+would have brought is nothing: behind a Relu that holds, behind a Sigmoid it does not.
+"""
+
+from __future__ import annotations
+
+import onnx_ir as ir
+
+from graphopt.analyses.channels.axis_maps import AxisMaps
+from graphopt.analyses.channels.rules.einsum import einsum_labels
+from graphopt.analyses.channels.shape_values import numbers
+
+__all__ = ["keeps_zero"]
+
+_MADE = frozenset(
+    {
+        "BatchNormalization", "Conv", "ConvInteger", "ConvTranspose", "DeformConv", "DynamicQuantizeLSTM", "GRU",
+        "Gemm", "GroupNormalization", "InstanceNormalization", "LSTM", "MoE", "QLinearConv", "RNN",
+    }
+)  # fmt: skip
+_KEEPS = frozenset(
+    {
+        "Abs", "Asin", "Asinh", "Atan", "Atanh", "AveragePool", "Cast", "CastLike", "Ceil", "Celu", "CenterCropPad",
+        "Col2Im", "Compress", "CumSum", "DepthToSpace", "DequantizeLinear", "Div", "Dropout", "DynamicQuantizeLinear",
+        "Elu", "Erf", "Expand", "Flatten", "Floor", "Gather", "GatherElements", "GatherND", "Gelu",
+        "GlobalAveragePool", "GlobalLpPool", "GlobalMaxPool", "GridSample", "HardSwish", "Identity", "LRN", "LeakyRelu",
+        "LpNormalization", "LpPool", "MaxPool", "MaxRoiPool", "MeanVarianceNormalization", "Mish", "Neg", "PRelu",
+        "QuantizeLinear", "QuickGelu", "ReduceL1", "ReduceL2", "ReduceMax", "ReduceMean", "ReduceMin", "ReduceSum",
+        "ReduceSumSquare", "Relu", "Reshape", "Resize", "ReverseSequence", "RoiAlign", "RotaryEmbedding", "Round",
+        "Selu", "Shrink", "Sign", "Sin", "Sinh", "Slice", "Softsign", "SpaceToDepth", "Split", "Sqrt", "Squeeze",
+        "Swish", "Tan", "Tanh", "ThresholdedRelu", "Tile", "Transpose", "Trilu", "Unsqueeze", "Upsample",
+    }
+)  # fmt: skip
+_PRODUCTS = {
+    "DynamicQuantizeMatMul": 1, "FusedMatMul": 1, "MatMul": 1, "MatMulInteger": 1, "MatMulIntegerToFloat": 1,
+    "QLinearMatMul": 3, "TransposeMatMul": 1,
+}  # fmt: skip
+"""Products of two values -> which input the right one is."""
+_ATTENTIONS = ("Attention", "GroupQueryAttention", "MultiHeadAttention")
+_ALL = frozenset({"Add", "BiasGelu", "Concat", "FastGelu", "Max", "Mean", "Min", "Sub", "Sum"})
+
+
+def keeps_zero(maps: AxisMaps, node: ir.Node) -> bool:
+    """Whether the outputs of a node are zero wherever a channel's weights, and the inputs that it makes, are.
+
+    Args:
+        maps: The state; `zeros` holds the names of the values so far for which this is so.
+        node: A node whose rule was applied.
+    """
+    kind, output = node.op_type, node.outputs[0]
+    inputs = [value for value in node.inputs if value is not None]
+    if not inputs:
+        return False
+    if kind in _MADE:
+        return True
+    if kind == "Sub" and _is_centring(node):
+        return _is_zero(maps, inputs[0])
+    if kind in _ALL:
+        return all(_zero_along(maps, value, output, concat=kind == "Concat") for value in inputs)
+    if kind in ("Mul", "And"):
+        return any(_zero_along(maps, value, output) for value in inputs)
+    if kind == "Where":
+        return all(_zero_along(maps, value, output) for value in inputs[1:])
+    if kind == "Pow":
+        exponents = numbers(maps.content(node.inputs[1]))
+        return _is_zero(maps, inputs[0]) and exponents is not None and all(exponent > 0 for exponent in exponents)
+    if kind == "Clip":
+        return _is_zero(maps, inputs[0]) and _clips_around_zero(maps, node)
+    if kind == "Pad":
+        filler = numbers(maps.content(node.inputs[2])) if len(node.inputs) > 2 and node.inputs[2] is not None else (0,)
+        return _is_zero(maps, inputs[0]) and filler == (node.attributes.get_float("value", 0.0),)
+    if kind in _PRODUCTS:
+        return _product_is_zero(maps, node, node.inputs[_PRODUCTS[kind]])
+    if kind == "Einsum":
+        return _einsum_is_zero(maps, node)
+    if kind in _ATTENTIONS:
+        return _is_zero(maps, node.inputs[2] if len(node.inputs) > 2 and node.inputs[2] is not None else inputs[0])
+    if kind in ("LayerNormalization", "RMSNormalization", "SimplifiedLayerNormalization"):
+        rank = len(maps.of(output) or ())
+        first = node.attributes.get_int("axis", -1) % rank if rank else 0
+        return all(axis >= first for axis in _carrying(maps, output))
+    return kind in _KEEPS and _is_zero(maps, inputs[0])
+
+
+def _is_centring(node: ir.Node) -> bool:
+    """Taking away the mean, as layer normalization does: a channel that was zero counts as zero still."""
+    mean = None if node.inputs[1] is None else node.inputs[1].producer()
+    return mean is not None and mean.op_type == "ReduceMean" and mean.inputs[0] is node.inputs[0]
+
+
+def _is_zero(maps: AxisMaps, value: ir.Value | None) -> bool:
+    return value is not None and (maps.key(value) in maps.zeros or maps.constants.of(value) is not None)
+
+
+def _carrying(maps: AxisMaps, value: ir.Value) -> list[int]:
+    """Axes of a value that channels are on."""
+    axes = maps.of(value) or ()
+    return [i for i, atoms in enumerate(axes) if atoms is not None and maps.partition.marked(atoms).any()]
+
+
+def _zero_along(maps: AxisMaps, value: ir.Value, output: ir.Value, *, concat: bool = False) -> bool:
+    """Whether an operand is zero and reaches all over the channels of the output: what is repeated is not theirs."""
+    own, made = maps.of(value), maps.of(output)
+    if own is None or made is None or not _is_zero(maps, value):
+        return False
+    lacking = len(made) - len(own)
+    for axis in _carrying(maps, output):
+        mine, whole = own[axis - lacking] if axis >= lacking else None, made[axis]
+        if mine is None or whole is None or (len(mine) != len(whole) and not concat):
+            return False
+    return True
+
+
+def _clips_around_zero(maps: AxisMaps, node: ir.Node) -> bool:
+    for index, name, sign in ((1, "min", 1), (2, "max", -1)):
+        limit: tuple[float, ...] | None = (node.attributes.get_float(name, 0.0),)
+        if index < len(node.inputs) and node.inputs[index] is not None:
+            limit = numbers(maps.content(node.inputs[index]))
+        if limit is None or any(sign * number > 0 for number in limit):
+            return False
+    return True
+
+
+def _einsum_is_zero(maps: AxisMaps, node: ir.Node) -> bool:
+    """An Einsum: an axis of the output follows any operand that has its letter."""
+    operands, output = [value for value in node.inputs if value is not None], node.outputs[0]
+    ranks = [len(maps.of(value) or ()) for value in operands]
+    named = einsum_labels(node.attributes.get_string("equation", ""), ranks)
+    if named is None:
+        return False
+    pairs = zip(operands, named[0], strict=True)
+    zero = {label for value, labels in pairs if _is_zero(maps, value) for label in labels}
+    return all(axis < len(named[1]) and named[1][axis] in zero for axis in _carrying(maps, output))
+
+
+def _product_is_zero(maps: AxisMaps, node: ir.Node, right: ir.Value | None) -> bool:
+    """A MatMul: rows follow the left side, columns the right one, and batches either."""
+    left, output = node.inputs[0], node.outputs[0]
+    rank = len(maps.of(output) or ())
+    carrying = _carrying(maps, output)
+    rows, columns = rank - 2 in carrying, rank - 1 in carrying
+    zero = _is_zero(maps, left), _is_zero(maps, right)
+    return any(zero) and (zero[0] or not rows) and (zero[1] or not columns)

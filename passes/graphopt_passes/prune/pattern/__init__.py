@@ -1,0 +1,1 @@
+"""Zeros inside weights: unstructured, or N of every M."""
