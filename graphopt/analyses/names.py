@@ -51,7 +51,9 @@ class Names:
 
     def key(self, value: ir.Value) -> str:
         """What a value is called; empty for an output that is left out."""
-        return self.renamed.get(value) or value.name or ""
+        if self.renamed and value in self.renamed:
+            return self.renamed[value]
+        return value.name or ""
 
     def label(self, node: ir.Node) -> str:
         """What a node is called in reports; it must be one of the model's."""

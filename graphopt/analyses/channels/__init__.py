@@ -4,7 +4,7 @@
 the groups off the partition that the rules leave.
 """
 
-from graphopt.analyses.channels.axis_maps import IndexTable, Kind, Mean, SizeTable, Span
+from graphopt.analyses.channels.axis_maps import Kind
 from graphopt.analyses.channels.groups import (
     CHANNEL_GROUPS,
     ChannelGroup,
@@ -12,6 +12,7 @@ from graphopt.analyses.channels.groups import (
     ChannelGroupsAnalysis,
     Place,
 )
+from graphopt.analyses.channels.tables import IndexTable, Mean, SizeTable, Span
 
 __all__ = [
     "CHANNEL_GROUPS",

@@ -19,7 +19,8 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
-from graphopt.analyses.channels.axis_maps import AxisMaps, NodeView
+from graphopt.analyses.channels.axis_maps import AxisMaps
+from graphopt.analyses.channels.node_view import NodeView
 from graphopt.analyses.channels.partition import Indices
 from graphopt.analyses.channels.rules.computing import COMPUTE_RULES, Rule
 from graphopt.analyses.channels.rules.moves import MOVE_RULES

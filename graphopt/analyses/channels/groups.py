@@ -14,20 +14,23 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, ClassVar
 
 import numpy as np
 import onnx_ir as ir
 
-from graphopt.analyses.channels.axis_maps import AxisMaps, IndexTable, Kind, Mean, NodeView, Role, SizeTable, Span
+from graphopt.analyses.channels.axis_maps import AxisMaps, Kind, Role
 from graphopt.analyses.channels.experts import EXPERT_RULES, settle_routers
+from graphopt.analyses.channels.node_view import NodeView
 from graphopt.analyses.channels.partition import Indices
 from graphopt.analyses.channels.rules.computing import COMPUTE_RULES, Rule
 from graphopt.analyses.channels.rules.moves import MOVE_RULES
-from graphopt.analyses.channels.rules.norms import NORM_RULES
+from graphopt.analyses.channels.rules.norms import NORM_CONTRIB_RULES, NORM_RULES
 from graphopt.analyses.channels.rules.operators import CONTRIB_RULES, OPERATOR_RULES
 from graphopt.analyses.channels.rules.subgraphs import visit_inside
 from graphopt.analyses.channels.shape_values import AxisName, Entry, evaluate
+from graphopt.analyses.channels.tables import IndexTable, Mean, SizeTable, Span
 from graphopt.analyses.channels.zeros import keeps_zero
 from graphopt.analyses.constants import CONSTANTS
 from graphopt.analyses.names import Names
@@ -40,6 +43,7 @@ __all__ = [
 ]  # fmt: skip
 
 _RULES = {**COMPUTE_RULES, **NORM_RULES, **MOVE_RULES, **OPERATOR_RULES, **EXPERT_RULES}
+_CONTRIB_RULES = {**CONTRIB_RULES, **NORM_CONTRIB_RULES}
 _FREE = np.iinfo(np.int64).max
 
 
@@ -167,7 +171,7 @@ def _rule(maps: AxisMaps, node: ir.Node) -> Rule | None:
     if node.op_identifier() in maps.functions:
         return None
     standard = node.domain in ("", "ai.onnx")
-    return _RULES.get(node.op_type) if standard else CONTRIB_RULES.get((node.domain, node.op_type))
+    return _RULES.get(node.op_type) if standard else _CONTRIB_RULES.get((node.domain, node.op_type))
 
 
 def _size_content(view: NodeView) -> np.ndarray[Any, np.dtype[np.object_]] | None:
@@ -242,30 +246,29 @@ def _collect(maps: AxisMaps, order: Mapping[str, int]) -> tuple[ChannelGroup, ..
                 axes.append(_Axis((name, axis), roots[atoms], makes))
     groups = [
         _group(maps, [axes[i] for i in indices], np.array(members, dtype=np.int64), pin, order, kinds)
-        for (indices, _, pin), members in _signatures(axes, carries, pins, maps.reasons).items()
+        for indices, members, pin in _signatures(axes, carries, pins, maps.reasons)
     ]
     return tuple(group for _, group in sorted(groups, key=lambda pair: pair[0]))
 
 
 def _signatures(
     axes: Sequence[_Axis], carries: np.ndarray[Any, Any], pins: Indices, reasons: Sequence[str]
-) -> dict[tuple[tuple[int, ...], tuple[int, ...], str | None], list[int]]:
-    """Sets by where they occur: axes, how often on each, and what pins them; a pinned set only by its producers."""
+) -> list[tuple[list[int], list[int], str | None]]:
+    """Axes, sets and pin of what occurs on the same axes equally often; a pinned set counts only by its producers."""
     every = np.concatenate([axis.roots for axis in axes]) if axes else np.empty(0, dtype=np.int64)
     where = np.repeat(np.arange(len(axes)), [len(axis.roots) for axis in axes])
-    kept = carries[every]
-    pairs, counts = np.unique(np.stack([every[kept], where[kept]]), axis=1, return_counts=True)
-    rows: list[tuple[int, int, int]] = list(zip(*pairs.tolist(), counts.tolist(), strict=True))
-    occurrences: dict[int, list[tuple[int, int]]] = {}
-    for root, axis, count in rows:
-        if pins[root] == _FREE or axes[axis].makes:
-            occurrences.setdefault(root, []).append((axis, count))
-    found: dict[tuple[tuple[int, ...], tuple[int, ...], str | None], list[int]] = {}
-    for root, places in occurrences.items():
+    makes = np.array([bool(axis.makes) for axis in axes], dtype=np.bool_)
+    kept = carries[every] & ((pins[every] == _FREE) | makes[where])
+    pairs, counts = np.unique(every[kept] * max(len(axes), 1) + where[kept], return_counts=True)
+    roots, places = np.divmod(pairs, max(len(axes), 1))
+    starts = [*np.flatnonzero(np.diff(roots, prepend=-1)).tolist(), len(roots)]
+    on, often, width = places.tobytes(), counts.astype(np.int64).tobytes(), places.itemsize
+    alike: dict[tuple[bytes, bytes, str | None], list[int]] = {}
+    for start, stop in pairwise(starts):
+        root, part = int(roots[start]), slice(start * width, stop * width)
         pin = None if pins[root] == _FREE else reasons[int(pins[root])]
-        key = tuple(axis for axis, _ in places), tuple(count for _, count in places), pin
-        found.setdefault(key, []).append(root)
-    return found
+        alike.setdefault((on[part], often[part], pin), []).append(root)
+    return [(np.frombuffer(at, dtype=np.int64).tolist(), members, pin) for (at, _, pin), members in alike.items()]
 
 
 def _group(
@@ -279,7 +282,8 @@ def _group(
     """Build a group; the key sorts groups by their first producer, then by their first channel there."""
     producers = sorted({label for axis in axes for label in axis.makes}, key=lambda label: order[label])
     first = next(axis for axis in axes if producers[0] in axis.makes)
-    units = members[np.argsort([int(np.argmax(first.roots == root)) for root in members])]
+    roots, met = np.unique(first.roots, return_index=True)
+    units = members[np.argsort(met[np.searchsorted(roots, members)])]
     names = {axis.name for axis in axes}
     places = tuple(
         Place(*axis.name, len(axis.roots), _positions(axis.roots, units), *_kind(maps, axis.name, names))

@@ -39,22 +39,25 @@ class Partition:
         roots = self._parent[atoms]
         while True:
             above = self._parent[roots]
-            if np.array_equal(above, roots):
+            if (above == roots).all():
                 self._parent[atoms] = roots
                 return roots
             roots = above
 
     def unite(self, left: Indices, right: Indices) -> None:
         """Join the sets of `left[i]` and `right[i]` for every i."""
-        marked = self.marked(left) | self.marked(right)
-        while True:
+        a, b = self.find(left), self.find(right)
+        apart = a != b
+        if not apart.any():
+            return
+        left, right = a[apart], b[apart]
+        marked = self._marked[left] | self._marked[right]
+        a, b = left, right
+        while apart.any():
+            np.minimum.at(self._parent, np.maximum(a, b), np.minimum(a, b))
             a, b = self.find(left), self.find(right)
             apart = a != b
-            if not apart.any():
-                break
-            low, high = np.minimum(a, b)[apart], np.maximum(a, b)[apart]
-            np.minimum.at(self._parent, high, low)
-        np.logical_or.at(self._marked, self.find(left), marked)
+        np.logical_or.at(self._marked, a, marked)
 
     def mark(self, atoms: Indices) -> None:
         """Mark the sets that hold `atoms`."""

@@ -230,6 +230,10 @@ def _divide(a: float, b: float) -> float:
     return a / b
 
 
+def _power(a: float, b: float) -> float:
+    return a**b
+
+
 def _floor(a: float) -> float:
     return float(math.floor(a))
 
@@ -256,9 +260,9 @@ _OPERATORS: dict[str, Callable[[ir.Node, list[Content]], Content | None]] = {
     "Neg": _elementwise(operator.neg),
     "Abs": _elementwise(abs),
     "Mod": _elementwise(operator.mod),
-    "Pow": _elementwise(operator.pow),
-    "And": _elementwise(lambda a, b: bool(a) and bool(b)),
-    "Or": _elementwise(lambda a, b: bool(a) or bool(b)),
+    "Pow": _elementwise(_power),
+    "And": _elementwise(min),
+    "Or": _elementwise(max),
     "Sqrt": _elementwise(math.sqrt),
     "Min": _elementwise(min),
     "Max": _elementwise(max),

@@ -77,6 +77,9 @@ def keeps_zero(maps: AxisMaps, node: ir.Node) -> bool:
         return _einsum_is_zero(maps, node)
     if kind in _ATTENTIONS:
         return _is_zero(maps, node.inputs[2] if len(node.inputs) > 2 and node.inputs[2] is not None else inputs[0])
+    if kind.startswith("Skip") and kind.endswith("LayerNormalization"):
+        last = len(maps.of(output) or ()) - 1
+        return all(_is_zero(maps, value) for value in inputs[:2]) and _carrying(maps, output) in ([], [last])
     if kind in ("LayerNormalization", "RMSNormalization", "SimplifiedLayerNormalization"):
         rank = len(maps.of(output) or ())
         first = node.attributes.get_int("axis", -1) % rank if rank else 0

@@ -24,6 +24,7 @@ __all__ = ["restate_means"]
 AxisName = tuple[str, int]
 
 _EPSILON = 1e-5
+_SKIP_EPSILON = 1e-12
 
 
 def restate_means(
@@ -46,8 +47,9 @@ def restate_means(
         if node is None:
             continue
         if node.op_type != "ReduceMean":
-            _scale_constant(graph, node, 1, ratio**-0.5)
-            epsilon = node.attributes.get_float("epsilon", _EPSILON)
+            skip = node.op_type.startswith("Skip")
+            _scale_constant(graph, node, 2 if skip else 1, ratio**-0.5)
+            epsilon = node.attributes.get_float("epsilon", _SKIP_EPSILON if skip else _EPSILON)
             node.attributes["epsilon"] = ir.AttrFloat32("epsilon", epsilon / ratio)
         elif not _is_centring(node) and not _scale_norm(graph, node, ratio):
             _multiply(graph, node.outputs[0], ratio)

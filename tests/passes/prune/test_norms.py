@@ -85,6 +85,22 @@ def test_a_layer_normalization_is_exact_where_the_mean_is_zero(lines: str) -> No
     assert operators.count("Mul") <= 1, "what runtimes fuse keeps its form"
 
 
+@pytest.mark.parametrize("form", ["SkipSimplifiedLayerNormalization", "SkipLayerNormalization"])
+def test_a_norm_fused_with_the_sum_before_it_follows(form: str) -> None:
+    body = f"""
+        [up] a = MatMul(x, w1) [other] b = MatMul(x, w3)
+        n, mean, spread, s = com.microsoft.{form}<epsilon=0.01>(a, b, g) t = Add(n, s) y = MatMul(t, w2)
+    """
+    model = build(TOKENS, body, {"w1": (8, 6), "w3": (8, 6), "g": (6,), "w2": (6, 5)})
+    model.graph.opset_imports["com.microsoft"] = 1
+    (group,) = channel_groups(model).free
+    assert group.producers == ("up", "other")
+    zero(model, group, [2, 5])
+    for name in ("w1", "w3"):
+        centre(model, name, [0, 1, 3, 4])
+    assert_removal_is_exact(model, [(group, [2, 5])])
+
+
 def test_a_scale_that_two_norms_share_is_corrected_once_for_each() -> None:
     body = "[up] a = MatMul(x, w1) m = RMSNormalization(a, g) n = RMSNormalization(m, g) y = MatMul(n, w2)"
     model = build(TOKENS, body, {"w1": (8, 6), "g": (6,), "w2": (6, 5)}, opset=23)

@@ -11,7 +11,6 @@ Attention, QAttention         the same, by rows of the packed weight; in ~ weigh
 RotaryEmbedding               all places of a head                                          places within a head
 MoE, QMoE                     expert: its weights ~ its router column; inner neuron: row    packed axes (QMoE)
                                 of fc1 and fc3 ~ column of fc2; in ~ out
-SkipLayerNormalization, ...   axes in front                                                 axes normalized over
 
 Heads lie one after the other, and query heads that share a head of keys and values are neighbours; so each axis that
 heads are on is cut into as many equal parts as there are heads of keys and values, and part i of one goes with part i
@@ -27,7 +26,7 @@ from itertools import pairwise
 import numpy as np
 import onnx_ir as ir
 
-from graphopt.analyses.channels.axis_maps import NodeView
+from graphopt.analyses.channels.node_view import NodeView
 from graphopt.analyses.channels.partition import Indices
 from graphopt.analyses.channels.rules.computing import Rule
 
@@ -299,14 +298,6 @@ def _neurons(view: NodeView, first: ir.Value, second: ir.Value, third: ir.Value 
         view.link(view.input(7), 1, second, 2)
 
 
-def _skip_norm(view: NodeView) -> None:
-    """A sum that is normalized over its last axis."""
-    source = view.input(0)
-    for axis in range((view.rank(source) or 1) - 1):
-        for value in (view.input(1), *view.node.outputs):
-            view.link(source, axis, value, axis)
-
-
 ATTENTION_RULES: dict[str, Rule] = {"Attention": _attention, "RotaryEmbedding": _rotary}
 ATTENTION_CONTRIB_RULES: dict[tuple[str, str], Rule] = {
     ("com.microsoft", "MultiHeadAttention"): _multi_head,
@@ -316,6 +307,4 @@ ATTENTION_CONTRIB_RULES: dict[tuple[str, str], Rule] = {
     ("com.microsoft", "RotaryEmbedding"): _rotary,
     ("com.microsoft", "MoE"): _experts,
     ("com.microsoft", "QMoE"): _experts,
-    ("com.microsoft", "SkipLayerNormalization"): _skip_norm,
-    ("com.microsoft", "SkipSimplifiedLayerNormalization"): _skip_norm,
 }

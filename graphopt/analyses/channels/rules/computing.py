@@ -19,7 +19,7 @@ from collections.abc import Callable
 import numpy as np
 import onnx_ir as ir
 
-from graphopt.analyses.channels.axis_maps import NodeView
+from graphopt.analyses.channels.node_view import NodeView
 from graphopt.analyses.channels.partition import Indices
 
 __all__ = ["COMPUTE_RULES", "Rule", "broadcast", "broadcast_axes"]

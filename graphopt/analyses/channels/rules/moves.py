@@ -23,7 +23,7 @@ from collections.abc import Sequence
 import numpy as np
 import onnx_ir as ir
 
-from graphopt.analyses.channels.axis_maps import NodeView
+from graphopt.analyses.channels.node_view import NodeView
 from graphopt.analyses.channels.partition import Indices
 from graphopt.analyses.channels.rules.computing import Rule
 from graphopt.analyses.channels.rules.reshape import flatten, reshape

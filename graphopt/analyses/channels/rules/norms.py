@@ -2,7 +2,7 @@
 
 operator                          what is tied                                 what is pinned
 LayerNormalization, RMS-,         every axis; normalized ones to scale, bias   normalized axes, unless what comes in is
-  Simplified-                                                                  zero for channels without weights
+  Simplified-, Skip-                                                           zero for channels without weights
 ReduceSum, -Mean, -L1, -L2,       axes that stay                               axes that go, likewise
   -SumSquare
 other Reduce*, ArgMax, ArgMin     axes that stay                               axes that go
@@ -14,10 +14,11 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
-from graphopt.analyses.channels.axis_maps import Mean, NodeView
+from graphopt.analyses.channels.node_view import NodeView
 from graphopt.analyses.channels.rules.computing import Rule
+from graphopt.analyses.channels.tables import Mean
 
-__all__ = ["NORM_RULES"]
+__all__ = ["NORM_CONTRIB_RULES", "NORM_RULES"]
 
 _SUMS = ("ReduceL1", "ReduceL2", "ReduceMean", "ReduceSum", "ReduceSumSquare")
 _OTHERS = (
@@ -76,6 +77,36 @@ def _layer_norm(view: NodeView) -> None:
         view.maps.means.append(Mean(view.key(output), view.key(source), axis))
 
 
+def _skip_norm(view: NodeView) -> None:
+    """The sum of two values, with a bias, normalized over its last axis; the sum itself may leave as well."""
+    source, other, output = view.input(0), view.input(1), view.node.outputs[0]
+    rank = view.rank(source)
+    if source is None or rank is None or view.rank(other) != rank:
+        return
+    made = [view.node.outputs[i] for i in (0, 3) if i < len(view.node.outputs) and view.node.outputs[i].name]
+    for axis in range(rank - 1):
+        for value in (other, *made):
+            view.link(source, axis, value, axis)
+    statistics = [view.node.outputs[i] for i in (1, 2) if i < len(view.node.outputs)]
+    read = any(value.uses() or value.is_graph_output() for value in statistics)
+    parameters = [value for value in view.node.inputs[2:] if value is not None]
+    scale = view.maps.constants.of(view.input(2))
+    if read or scale is None or not view.is_zero(source) or not view.is_zero(other):
+        return
+    if not all(view.rank(value) == 1 for value in parameters) or not view.link(source, rank - 1, output, rank - 1):
+        return
+    for value in (other, *made[1:]):
+        view.link(value, rank - 1, output, rank - 1)
+    for value in parameters:
+        view.role(value, 0, "scale" if value is view.input(2) else "other")
+        view.link(value, 0, output, rank - 1)
+    view.maps.means.append(Mean(view.key(output), view.key(source), rank - 1))
+
+
+NORM_CONTRIB_RULES: dict[tuple[str, str], Rule] = {
+    ("com.microsoft", "SkipLayerNormalization"): _skip_norm,
+    ("com.microsoft", "SkipSimplifiedLayerNormalization"): _skip_norm,
+}
 NORM_RULES: dict[str, Rule] = {
     **dict.fromkeys((*_SUMS, *_OTHERS), _reduce),
     "LayerNormalization": _layer_norm,

@@ -35,7 +35,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import onnx_ir as ir
 
-from graphopt.analyses.channels.axis_maps import NodeView
+from graphopt.analyses.channels.node_view import NodeView
 from graphopt.analyses.channels.rules.attention import ATTENTION_CONTRIB_RULES, ATTENTION_RULES
 from graphopt.analyses.channels.rules.computing import COMPUTE_RULES, Rule, broadcast, broadcast_axes
 from graphopt.analyses.channels.rules.einsum import einsum

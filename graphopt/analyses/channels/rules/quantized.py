@@ -19,7 +19,7 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
-from graphopt.analyses.channels.axis_maps import NodeView
+from graphopt.analyses.channels.node_view import NodeView
 from graphopt.analyses.channels.rules.computing import COMPUTE_RULES, Rule, broadcast
 from graphopt.analyses.channels.rules.moves import MOVE_RULES
 from graphopt.analyses.channels.rules.norms import NORM_RULES

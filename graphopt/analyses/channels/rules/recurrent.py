@@ -17,7 +17,7 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
-from graphopt.analyses.channels.axis_maps import NodeView
+from graphopt.analyses.channels.node_view import NodeView
 from graphopt.analyses.channels.rules.computing import Rule
 
 __all__ = ["RECURRENT_CONTRIB_RULES", "RECURRENT_RULES"]

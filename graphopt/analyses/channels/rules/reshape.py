@@ -19,8 +19,8 @@ from typing import Literal
 import numpy as np
 import onnx_ir as ir
 
-from graphopt.analyses.channels.axis_maps import NodeView
 from graphopt.analyses.channels.lookahead import follow
+from graphopt.analyses.channels.node_view import NodeView
 from graphopt.analyses.channels.partition import Indices
 from graphopt.analyses.channels.shape_values import Entry
 

@@ -19,7 +19,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import onnx_ir as ir
 
-from graphopt.analyses.channels.axis_maps import NodeView
+from graphopt.analyses.channels.node_view import NodeView
 from graphopt.analyses.channels.shape_values import Content, Entry
 from graphopt.analyses.names import subgraphs
 
