@@ -75,14 +75,18 @@ def export(name: str, variant: str, folder: Path) -> Path:
 
 
 def _shake(network: Any) -> None:
-    """Give norms and biases values of their own: fresh ones are all ones and zeros, which exporters share and fold."""
+    """Give what is all the same values of its own, and biases others: exporters share and fold ones and zeros.
+
+    Layer scales begin so small, and some last layers at zero, that nothing before them would show.
+    """
     import torch
 
     with torch.no_grad():
         for tensor in (*network.parameters(), *network.buffers()):
-            if tensor.ndim == 1 and tensor.is_floating_point():
+            same = bool(tensor.numel()) and bool(tensor.min() == tensor.max())
+            if tensor.is_floating_point() and (same or tensor.ndim == 1):
                 spread = torch.rand_like(tensor) - 0.5
-                tensor.copy_(1 + spread if tensor.min() == tensor.max() == 1 else tensor + 0.2 * spread)
+                tensor.copy_(1 + spread if same and tensor.max() > 0 else tensor + 0.2 * spread)
 
 
 def _two(value: Any, axes: dict[int, str]) -> Any:

@@ -21,6 +21,8 @@ __all__ = [
     "nearest",
 ]
 
+_SHOWN = 20
+
 
 class ExitCode(IntEnum):
     """Exit codes of the command, stable across releases."""
@@ -99,9 +101,10 @@ class WriteError(GraphoptError):
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """Return the way out for an unknown name: the closest known one, or all of them."""
+    """Return the way out for an unknown name: the closest known one, or the first of them."""
     known = sorted(known)
     close = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
     if close:
         return f"did you mean {close[0]!r}?"
-    return f"known: {', '.join(known)}" if known else "none is known"
+    more = f" and {len(known) - _SHOWN} more" if len(known) > _SHOWN else ""
+    return f"known: {', '.join(known[:_SHOWN])}{more}" if known else "none is known"

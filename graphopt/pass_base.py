@@ -78,12 +78,14 @@ class PassResult:
         changes: One entry for every site looked at.
         preserved: Analyses that still hold after a modification. Empty unless argued for in a comment.
         metrics: Figures for the report.
+        notes: What the user should not miss, each one sentence without a full stop.
     """
 
     modified: bool
     changes: tuple[Change, ...] = ()
     preserved: frozenset[Analysis[Any]] = frozenset()
     metrics: Mapping[str, Scalar] = field(default_factory=dict[str, Scalar])
+    notes: tuple[str, ...] = ()
 
 
 def _plain_progress(items: Iterable[_S], label: str) -> Iterator[_S]:  # noqa: ARG001

@@ -59,7 +59,8 @@ def _constant(node: ir.Node) -> ir.TensorProtocol | None:
     if attribute is None or attribute.is_ref():
         return None
     if attribute.name == "value":
-        return attribute.as_tensor()
+        tensor: ir.TensorProtocol = attribute.value  # as_tensor() would compare it with the whole protocol
+        return tensor
     if attribute.name in ("value_float", "value_floats"):
         return ir.tensor(attribute.value, dtype=ir.DataType.FLOAT)
     if attribute.name in ("value_int", "value_ints"):

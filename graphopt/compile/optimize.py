@@ -224,6 +224,7 @@ def _take(state: _Run, step: StepRun) -> None:
     state.steps.append(report)
     if step.unchecked:
         state.notes.append(f"{step.step}: equal outputs are promised but were not checked: {step.unchecked}")
+    state.notes.extend(f"{step.step.name}: {note}" for note in step.result.notes)
     if step.step.without_data and state.request.calibration is None:
         state.notes.append(f"no --calibration: {step.step.without_data}")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
-__all__ = ["constant_tensor", "new_constant", "own_constant", "unused_name"]
+__all__ = ["constant_tensor", "new_constant", "own_constant", "taken_names", "unused_name"]
 
 
 def constant_tensor(value: ir.Value | None) -> ir.TensorProtocol | None:
@@ -25,18 +25,39 @@ def constant_tensor(value: ir.Value | None) -> ir.TensorProtocol | None:
     return None if kind is None else ir.tensor(np.array(attribute.value, kind))
 
 
-def unused_name(graph: ir.Graph, stem: str) -> str:
-    """A name that no value and no node of a graph, and of those inside, bears: the stem, or the stem with a number."""
-    taken: set[str | None] = set()
+def taken_names(graph: ir.Graph) -> set[str]:
+    """Names that values and nodes of a graph, and of those inside, bear."""
+    taken: set[str | None] = {""}
     for inner in (graph, *graph.subgraphs()):
         taken.update(value.name for value in (*inner.inputs, *inner.initializers.values()))
         for node in inner:
             taken.add(node.name)
             taken.update(output.name for output in node.outputs)
-    return next(name for i in range(len(taken) + 1) if (name := f"{stem}_{i}" if i else stem) not in taken)
+    return {name for name in taken if name is not None}
 
 
-def new_constant(graph: ir.Graph, stem: str, array: np.ndarray, *, beside: ir.Node | None = None) -> ir.Value:
+def unused_name(graph: ir.Graph, stem: str, taken: set[str] | None = None) -> str:
+    """A name that nothing in a graph bears: the stem, or the stem with a number.
+
+    Args:
+        graph: The graph.
+        stem: What the name begins with.
+        taken: Its `taken_names`, where many names are needed; the new one is added.
+    """
+    names = taken_names(graph) if taken is None else taken
+    name = next(name for i in range(len(names) + 1) if (name := f"{stem}_{i}" if i else stem) not in names)
+    names.add(name)
+    return name
+
+
+def new_constant(
+    graph: ir.Graph,
+    stem: str,
+    array: np.ndarray,
+    *,
+    beside: ir.Node | None = None,
+    taken: set[str] | None = None,
+) -> ir.Value:
     """Add an initializer whose name begins with a stem.
 
     Args:
@@ -44,8 +65,9 @@ def new_constant(graph: ir.Graph, stem: str, array: np.ndarray, *, beside: ir.No
         stem: What the name begins with.
         array: The numbers.
         beside: A node that will read it; the initializer goes into the graph that this node is in.
+        taken: As for `unused_name`.
     """
-    name = unused_name(graph, stem)
+    name = unused_name(graph, stem, taken)
     tensor = ir.tensor(array, name=name)
     value = ir.Value(name=name, type=ir.TensorType(tensor.dtype), shape=ir.Shape(list(array.shape)), const_value=tensor)
     owner = None if beside is None else beside.graph

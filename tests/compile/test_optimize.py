@@ -179,6 +179,11 @@ def test_without_data_the_user_is_told_what_data_would_add(digits: Compile) -> N
     assert report.fidelity.inputs == "random inputs"
 
 
+def test_what_a_pass_wants_to_be_seen_is_among_the_notes(digits: Compile) -> None:
+    report = digits("prune{round_to=1000}", calibration=None, evaluation=None).report
+    assert any(note.startswith("prune: at most 0.00 of the macs can be removed") for note in report.notes)
+
+
 def test_an_unknown_operator_is_said_and_the_rest_is_done(tmp_path: Path) -> None:
     text = """
     <ir_version: 8, opset_import: ["" : 17, "acme" : 1]>

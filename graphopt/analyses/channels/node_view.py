@@ -181,7 +181,7 @@ class NodeView:
         if content is None or found is None:
             self.maps.pin_axes(reads(content), self.reason)
         elif reads(content):
-            self.state_sizes(index, found, (), scalar=not content.ndim, reads=reads(content))
+            self.state_sizes(index, found, (), shape=content.shape, reads=reads(content))
         return found
 
     def state_sizes(
@@ -193,12 +193,13 @@ class NodeView:
         scalar: bool = False,
         drops: tuple[str, ...] = (),
         reads: tuple[AxisName, ...] = (),
+        shape: tuple[int, ...] | None = None,
     ) -> None:
         """Record numbers of this node that follow the channels, or that must not follow them."""
-        output = self.key(self.node.outputs[0])
+        output = self._finder()
         value = self.input(slot) if isinstance(slot, int) else None
         dtype = (None if value is None else self.maps.shapes.dtype(value)) or ir.DataType.INT64
-        table = SizeTable(output, slot, tuple(numbers), tuple(spans), scalar, drops, reads, dtype)
+        table = SizeTable(output, slot, tuple(numbers), tuple(spans), scalar, drops, reads, dtype, shape)
         self.maps.tables.append(table)
 
     def span(self, value: ir.Value, axis: int, start: int = 0, stop: int | None = None, unit: int = 1) -> Span:
@@ -209,8 +210,12 @@ class NodeView:
 
     def state_indices(self, slot: int, numbers: Indices, value: ir.Value, axis: int) -> None:
         """Record a constant input that lists positions of an axis."""
-        output = self.key(self.node.outputs[0])
+        output = self._finder()
         self.maps.indices.append(IndexTable(output, slot, numbers, self.key(value), axis))
+
+    def _finder(self) -> str:
+        """Name of the first output that is not left out."""
+        return next((self.key(output) for output in self.node.outputs if output.name), "")
 
     def answer_for(self, values: Sequence[ir.Value]) -> None:
         """Take in what goes in and out of the subgraphs of this node; what the rule does not mention is pinned."""

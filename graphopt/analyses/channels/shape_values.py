@@ -71,7 +71,7 @@ def evaluate(node: ir.Node, inputs: Sequence[Content | None]) -> Content | None:
         return None
     try:
         result = function(node, [content for content in inputs if content is not None])
-    except (ValueError, IndexError, TypeError, ZeroDivisionError):
+    except (ValueError, IndexError, TypeError, ArithmeticError):
         return None  # an unknown number where one is needed: the chain ends here, and its reader pins what it read
     return None if result is None or result.size > _LARGEST else result
 

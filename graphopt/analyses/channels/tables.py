@@ -36,7 +36,7 @@ class SizeTable:
     """Numbers that a node states and that depend on how many channels there are.
 
     Attributes:
-        output: Name of the node's first output, which finds the node.
+        output: Name of the node's first output that is not left out, which finds the node.
         slot: An attribute's name, or the index of a constant input.
         numbers: The whole list as it should be written, before any removal; None: as the graph computes it.
         spans: Position in the list -> the span whose remaining length belongs there.
@@ -44,6 +44,7 @@ class SizeTable:
         drops: Attributes that contradict the list and go once it is written.
         reads: Axes whose sizes the numbers were computed from; once one changes, what is computed is no longer meant.
         dtype: Type of the constant input.
+        shape: Its shape, None for a vector.
     """
 
     output: str
@@ -54,6 +55,7 @@ class SizeTable:
     drops: tuple[str, ...] = ()
     reads: tuple[AxisName, ...] = ()
     dtype: ir.DataType = ir.DataType.INT64
+    shape: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,7 +63,7 @@ class IndexTable:
     """Positions of an axis that a constant input lists; those that leave are struck off, the others renumbered.
 
     Attributes:
-        output: Name of the node's first output, which finds the node.
+        output: Name of the node's first output that is not left out, which finds the node.
         slot: Index of the constant input.
         numbers: The list, a vector or a single number, as it is before any removal.
         value: Name of the value that is indexed.
@@ -80,7 +82,7 @@ class Mean:
     """A mean over an axis that channels are on; it is taken over fewer once some have left.
 
     Attributes:
-        output: Name of the node's first output, which finds the node: a ReduceMean or a normalization.
+        output: Name of the node's first output that is not left out, which finds it: a ReduceMean or a normalization.
         value: What it reads.
         axis: The axis.
     """

@@ -16,21 +16,21 @@ __all__ = ["keeps_zero"]
 
 _MADE = frozenset(
     {
-        "BatchNormalization", "Conv", "ConvInteger", "ConvTranspose", "DeformConv", "DynamicQuantizeLSTM", "GRU",
-        "Gemm", "GroupNormalization", "InstanceNormalization", "LSTM", "MoE", "QLinearConv", "RNN",
+        "BatchNormalization", "Conv", "ConvInteger", "ConvTranspose", "DeformConv", "GroupNormalization",
+        "InstanceNormalization", "MoE", "QLinearConv",
     }
 )  # fmt: skip
 _KEEPS = frozenset(
     {
         "Abs", "Asin", "Asinh", "Atan", "Atanh", "AveragePool", "Cast", "CastLike", "Ceil", "Celu", "CenterCropPad",
-        "Col2Im", "Compress", "CumSum", "DepthToSpace", "DequantizeLinear", "Div", "Dropout", "DynamicQuantizeLinear",
-        "Elu", "Erf", "Expand", "Flatten", "Floor", "Gather", "GatherElements", "GatherND", "Gelu",
+        "Col2Im", "Compress", "CumSum", "DepthToSpace", "DequantizeLinear", "Dropout", "DynamicQuantizeLinear",
+        "Elu", "Erf", "Flatten", "Floor", "Gather", "GatherElements", "GatherND", "Gelu",
         "GlobalAveragePool", "GlobalLpPool", "GlobalMaxPool", "GridSample", "HardSwish", "Identity", "LRN", "LeakyRelu",
         "LpNormalization", "LpPool", "MaxPool", "MaxRoiPool", "MeanVarianceNormalization", "Mish", "Neg", "PRelu",
         "QuantizeLinear", "QuickGelu", "ReduceL1", "ReduceL2", "ReduceMax", "ReduceMean", "ReduceMin", "ReduceSum",
         "ReduceSumSquare", "Relu", "Reshape", "Resize", "ReverseSequence", "RoiAlign", "RotaryEmbedding", "Round",
         "Selu", "Shrink", "Sign", "Sin", "Sinh", "Slice", "Softsign", "SpaceToDepth", "Split", "Sqrt", "Squeeze",
-        "Swish", "Tan", "Tanh", "ThresholdedRelu", "Tile", "Transpose", "Trilu", "Unsqueeze", "Upsample",
+        "Swish", "Tan", "Tanh", "ThresholdedRelu", "Transpose", "Trilu", "Unsqueeze", "Upsample",
     }
 )  # fmt: skip
 _PRODUCTS = {
@@ -38,7 +38,10 @@ _PRODUCTS = {
     "QLinearMatMul": 3, "TransposeMatMul": 1,
 }  # fmt: skip
 """Products of two values -> which input the right one is."""
+_RECURRENT = {"DynamicQuantizeLSTM": 3, "GRU": 2, "LSTM": 3, "RNN": 1}
+"""Recurrent layers -> how many activations a direction has; all but the first of several make the state."""
 _ATTENTIONS = ("Attention", "GroupQueryAttention", "MultiHeadAttention")
+_ODD = frozenset({"LeakyRelu", "Relu", "ScaledTanh", "Softsign", "Tanh", "ThresholdedRelu"})
 _ALL = frozenset({"Add", "BiasGelu", "Concat", "FastGelu", "Max", "Mean", "Min", "Sub", "Sum"})
 
 
@@ -55,6 +58,12 @@ def keeps_zero(maps: AxisMaps, node: ir.Node) -> bool:
         return False
     if kind in _MADE:
         return True
+    if kind in _RECURRENT:
+        return _state_is_zero(node, _RECURRENT[kind])
+    if kind == "Gemm":
+        return _gemm_is_zero(maps, node)
+    if kind in ("Div", "Expand", "Tile"):  # of a number that is repeated, nothing leaves
+        return _zero_along(maps, inputs[0], output, tiled=kind == "Tile")
     if kind == "Sub" and _is_centring(node):
         return _is_zero(maps, inputs[0])
     if kind in _ALL:
@@ -65,7 +74,8 @@ def keeps_zero(maps: AxisMaps, node: ir.Node) -> bool:
         return all(_zero_along(maps, value, output) for value in inputs[1:])
     if kind == "Pow":
         exponents = numbers(maps.content(node.inputs[1]))
-        return _is_zero(maps, inputs[0]) and exponents is not None and all(exponent > 0 for exponent in exponents)
+        positive = exponents is not None and all(exponent > 0 for exponent in exponents)
+        return positive and _zero_along(maps, inputs[0], output)
     if kind == "Clip":
         return _is_zero(maps, inputs[0]) and _clips_around_zero(maps, node)
     if kind == "Pad":
@@ -87,6 +97,18 @@ def keeps_zero(maps: AxisMaps, node: ir.Node) -> bool:
     return kind in _KEEPS and _is_zero(maps, inputs[0])
 
 
+def _state_is_zero(node: ir.Node, each: int) -> bool:
+    """A recurrent layer whose hidden units are zero: what makes them does so of zero, and only gates do otherwise."""
+    named = node.attributes.get_strings("activations", ())
+    return all(name in _ODD for i, name in enumerate(named) if i % each or each == 1)
+
+
+def _gemm_is_zero(maps: AxisMaps, node: ir.Node) -> bool:
+    """A Gemm: like a MatMul, with a bias that may be repeated."""
+    bias = node.inputs[2] if len(node.inputs) > 2 else None
+    return _product_is_zero(maps, node, node.inputs[1]) and (bias is None or _zero_along(maps, bias, node.outputs[0]))
+
+
 def _is_centring(node: ir.Node) -> bool:
     """Taking away the mean, as layer normalization does: a channel that was zero counts as zero still."""
     mean = None if node.inputs[1] is None else node.inputs[1].producer()
@@ -103,15 +125,23 @@ def _carrying(maps: AxisMaps, value: ir.Value) -> list[int]:
     return [i for i, atoms in enumerate(axes) if atoms is not None and maps.partition.marked(atoms).any()]
 
 
-def _zero_along(maps: AxisMaps, value: ir.Value, output: ir.Value, *, concat: bool = False) -> bool:
+def _zero_along(
+    maps: AxisMaps, value: ir.Value, output: ir.Value, *, concat: bool = False, tiled: bool = False
+) -> bool:
     """Whether an operand is zero and reaches all over the channels of the output: what is repeated is not theirs."""
     own, made = maps.of(value), maps.of(output)
     if own is None or made is None or not _is_zero(maps, value):
         return False
-    lacking = len(made) - len(own)
-    for axis in _carrying(maps, output):
-        mine, whole = own[axis - lacking] if axis >= lacking else None, made[axis]
-        if mine is None or whole is None or (len(mine) != len(whole) and not concat):
+    lacking, carrying = len(made) - len(own), _carrying(maps, output)
+    for axis, whole in enumerate(made):
+        if carrying and axis not in carrying:
+            continue
+        if not carrying and (whole is None or len(whole) == 1 or (axis == 0 and len(made) > 2)):
+            continue  # made of constants, and channels may come to be on any axis but that of the batch
+        mine = own[axis - lacking] if axis >= lacking else None
+        if mine is None or whole is None:
+            return False
+        if len(mine) != len(whole) and not concat and not (tiled and len(mine) > 1):
             return False
     return True
 

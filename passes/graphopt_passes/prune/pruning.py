@@ -17,7 +17,7 @@ from graphopt.errors import OptionError, nearest
 from graphopt.options import opt
 from graphopt.pass_base import Change, Context, Pass, PassResult
 from graphopt_passes.prune.allocation.budget import Budget, Facts, ladder, step_of, unit_width
-from graphopt_passes.prune.allocation.plan import plan_global, plan_uniform, score_costs, why_missed
+from graphopt_passes.prune.allocation.plan import plan_global, plan_uniform, score_costs, why_missed, writers
 from graphopt_passes.prune.allocation.search import Outcome, search
 from graphopt_passes.prune.allocation.sensitivity import sensitivity
 from graphopt_passes.prune.blocks import BlockRemoval, OutputJudge, Savings, prune_blocks
@@ -144,11 +144,13 @@ class Prune(Pass):
         changes += [Change.skipped(name, reason) for name, reason in groups.elsewhere.items()]
         changes += [*blocks.changes, *refitted.changes]
         metrics = self._metrics(before, after) | {"refitted": refitted.layers}
+        metrics |= {"criterion": find_criterion(self.criterion, ctx).name, "scope": scope}
         if refitted.layers:
             metrics |= {"refit_error_before": round(refitted.before, 6), "refit_error_after": round(refitted.after, 6)}
         if missed is not None:
             metrics |= {"ratio_missed": missed}
-        return PassResult(bool(removals or blocks.steps), tuple(changes), metrics=metrics)
+        notes = () if missed is None else (missed,)
+        return PassResult(bool(removals or blocks.steps), tuple(changes), metrics=metrics, notes=notes)
 
     def _sparsity(self) -> Sparsity:
         """The same pass where weights become zero and no channel goes."""
@@ -279,7 +281,7 @@ class Prune(Pass):
         """How many units each group loses."""
         if scope == "uniform":
             return plan_uniform(budget, ladders, [group.units for group in groups], target)
-        tables = [score_costs(groups, worths, ladders)] if scope != "sensitivity" else []
+        tables = [score_costs(writers(groups, ctx), worths, ladders)] if scope != "sensitivity" else []
         if scope != "global":
             tables.append(sensitivity(ctx.model, groups, worths, ladders, ctx))
         if len(tables) == 1 or ctx.calibration is None:

@@ -10,7 +10,7 @@ import onnx_ir as ir
 from graphopt.analyses.channels import ChannelGroup, ChannelGroups, IndexTable, SizeTable, Span
 from graphopt.analyses.names import Names
 from graphopt.errors import PassError
-from graphopt_passes._own_constants import new_constant, unused_name
+from graphopt_passes._own_constants import new_constant, taken_names, unused_name
 from graphopt_passes.prune.means import restate_means
 
 __all__ = ["lost_positions", "remove"]
@@ -37,11 +37,14 @@ def remove(model: ir.Model, groups: ChannelGroups, removals: Sequence[tuple[Chan
         by_value.setdefault(name, {})[axis] = positions
     for name, axes in by_value.items():
         _shrink(values[name], axes)
-    for output, slot in dict.fromkeys((table.output, table.slot) for table in groups.tables):
-        same = [table for table in groups.tables if (table.output, table.slot) == (output, slot)]
-        _restate(model.graph, values[output], same, gone)
+    stated: dict[tuple[str, str | int], list[SizeTable]] = {}
+    for table in groups.tables:
+        stated.setdefault((table.output, table.slot), []).append(table)
+    taken = taken_names(model.graph)
+    for (output, _), tables in stated.items():
+        _restate(model.graph, values[output], tables, gone, taken)
     for table in groups.indices:
-        _renumber(model.graph, values[table.output], table, gone)
+        _renumber(model.graph, values[table.output], table, gone, taken)
     restate_means(model.graph, values, groups.means, _kept(removals, gone))
 
 
@@ -118,7 +121,11 @@ def _sliced(tensor: ir.TensorProtocol, axes: Mapping[int, np.ndarray]) -> ir.Ten
 
 
 def _restate(
-    graph: ir.Graph, output: ir.Value, tables: Sequence[SizeTable], gone: Mapping[AxisName, np.ndarray]
+    graph: ir.Graph,
+    output: ir.Value,
+    tables: Sequence[SizeTable],
+    gone: Mapping[AxisName, np.ndarray],
+    taken: set[str],
 ) -> None:
     """Write the sizes that one attribute or constant input of a node states."""
     spans = {position: span for table in tables for position, span in table.spans if (span.value, span.axis) in gone}
@@ -137,11 +144,12 @@ def _restate(
         value = ir.AttrInt64(first.slot, stated[0]) if first.scalar else ir.AttrInt64s(first.slot, stated)
         node.attributes[first.slot] = value
         return
-    array = np.array([number or 0 for number in numbers], first.dtype.numpy()).reshape(() if first.scalar else -1)
+    array = np.array([number or 0 for number in numbers], first.dtype.numpy())
+    array = array if first.shape is None else array.reshape(first.shape)
     if None in numbers:
-        _merge_input(graph, node, first.slot, array, np.array([number is not None for number in numbers]))
+        _merge_input(graph, node, first.slot, array, np.array([number is not None for number in numbers]), taken)
     else:
-        _replace_input(graph, node, first.slot, array)
+        _replace_input(graph, node, first.slot, array, taken)
 
 
 def _left(span: Span, gone: Mapping[AxisName, np.ndarray]) -> int:
@@ -150,21 +158,24 @@ def _left(span: Span, gone: Mapping[AxisName, np.ndarray]) -> int:
     return left // span.unit
 
 
-def _renumber(graph: ir.Graph, output: ir.Value, table: IndexTable, gone: Mapping[AxisName, np.ndarray]) -> None:
+def _renumber(
+    graph: ir.Graph, output: ir.Value, table: IndexTable, gone: Mapping[AxisName, np.ndarray], taken: set[str]
+) -> None:
     """Write the positions that a constant input lists, of those that are left."""
     lost, node = gone.get((table.value, table.axis)), output.producer()
     if lost is None or node is None:
         return
     kept = table.numbers[~np.isin(table.numbers, lost)]
     left = kept - np.searchsorted(lost, kept)
-    _replace_input(graph, node, table.slot, left.astype(table.numbers.dtype).reshape(-1 if table.numbers.ndim else ()))
+    numbers = left.astype(table.numbers.dtype).reshape(-1 if table.numbers.ndim else ())
+    _replace_input(graph, node, table.slot, numbers, taken)
 
 
-def _replace_input(graph: ir.Graph, node: ir.Node, index: int, array: np.ndarray) -> None:
+def _replace_input(graph: ir.Graph, node: ir.Node, index: int, array: np.ndarray, taken: set[str]) -> None:
     """Give a node a constant of its own; the old one may serve others."""
     old = node.inputs[index] if index < len(node.inputs) else None
     stem = f"{node.name or node.outputs[0].name}_input{index}"
-    constant = new_constant(graph, stem, array, beside=node)
+    constant = new_constant(graph, stem, array, beside=node, taken=taken)
     if index >= len(node.inputs):
         node.resize_inputs(index + 1)
     node.replace_input_with(index, constant)
@@ -172,16 +183,18 @@ def _replace_input(graph: ir.Graph, node: ir.Node, index: int, array: np.ndarray
         _drop_unused(old)
 
 
-def _merge_input(graph: ir.Graph, node: ir.Node, index: int, array: np.ndarray, stated: np.ndarray) -> None:
+def _merge_input(
+    graph: ir.Graph, node: ir.Node, index: int, array: np.ndarray, stated: np.ndarray, taken: set[str]
+) -> None:
     """Overwrite some entries of a list that the graph computes."""
     old, home = node.inputs[index], node.graph
     if old is None or not isinstance(home, ir.Graph):
         return
     stem = f"{node.name or node.outputs[0].name}_input{index}"
-    which = new_constant(graph, f"{stem}_stated", stated, beside=node)
-    numbers = new_constant(graph, stem, array, beside=node)
-    chosen = ir.node("Where", [which, numbers, old], name=unused_name(home, f"{stem}_merged"))
-    chosen.outputs[0].name = unused_name(home, f"{stem}_shape")
+    which = new_constant(graph, f"{stem}_stated", stated, beside=node, taken=taken)
+    numbers = new_constant(graph, stem, array, beside=node, taken=taken)
+    chosen = ir.node("Where", [which, numbers, old], name=unused_name(graph, f"{stem}_merged", taken))
+    chosen.outputs[0].name = unused_name(graph, f"{stem}_shape", taken)
     chosen.outputs[0].type, chosen.outputs[0].shape = ir.TensorType(ir.DataType.INT64), ir.Shape([len(array)])
     home.insert_before(node, chosen)
     node.replace_input_with(index, chosen.outputs[0])

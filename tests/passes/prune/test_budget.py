@@ -17,7 +17,7 @@ from graphopt.analyses.channels import Place
 from graphopt.analyses.cost import MacTerm, NodeCost
 from graphopt.model_io import load_model
 from graphopt_passes.prune.allocation.budget import Budget, Facts, Measure, ladder, step_of, unit_width
-from graphopt_passes.prune.allocation.plan import plan_global, plan_uniform, score_costs, why_missed
+from graphopt_passes.prune.allocation.plan import plan_global, plan_uniform, score_costs, why_missed, writers
 from graphopt_passes.prune.removal import remove
 
 MEASURES: tuple[Measure, ...] = ("macs", "params", "bytes")
@@ -159,18 +159,33 @@ def test_plans_hit_their_target(of: Measure, ratio: float) -> None:
     worth = [np.random.default_rng(i).random(group.units) for i, group in enumerate(groups)]
     for plan in (
         plan_uniform(budget, ladders, [group.units for group in groups], target),
-        plan_global(budget, ladders, score_costs(groups, worth, ladders), target),
+        plan_global(budget, ladders, score_costs([1] * len(groups), worth, ladders), target),
     ):
         assert all(lost in steps for lost, steps in zip(plan, ladders, strict=True))
         assert budget.after(plan) == pytest.approx(target, abs=0.01 * budget.whole)
 
 
 def test_units_go_where_they_cost_least_for_what_they_save() -> None:
-    budget, groups = budget_of(chain(16, 16, 16), "macs")
+    budget, _ = budget_of(chain(16, 16, 16), "macs")
     ladders = [ladder(16, 1)] * 3
     worth = [np.ones(16), np.full(16, 1e-3), np.ones(16)]
-    assert plan_global(budget, ladders, score_costs(groups, worth, ladders), 0.8 * budget.whole)[1] > 3
-    assert [*plan_global(budget, ladders, score_costs(groups, worth, ladders), 0.8 * budget.whole)][::2] == [0, 0]
+    plan = plan_global(budget, ladders, score_costs([1, 1, 1], worth, ladders), 0.8 * budget.whole)
+    assert plan[1] > 3
+    assert plan[::2] == [0, 0]
+
+
+def test_a_depthwise_filter_shares_no_units_and_residual_layers_do() -> None:
+    body = """
+        a = Conv(x, expand) r = Relu(a) d = Conv<group=8, pads=[1,1,1,1]>(r, depthwise) s = Relu(d)
+        b = Conv(s, project) e = Conv(b, w) t = Add(b, e)
+        p = GlobalAveragePool(t) f = Flatten(p) y = Gemm<transB=1>(f, head)"""
+    weights = {
+        "expand": (8, 3, 1, 1), "depthwise": (8, 1, 3, 3), "project": (4, 8, 1, 1), "w": (4, 4, 1, 1), "head": (5, 4),
+    }  # fmt: skip
+    ctx = context(build(IMAGE, body, weights))
+    inside, stream = ctx.fact(CHANNEL_GROUPS).free
+    assert len(inside.producers) == len(stream.producers) == 2
+    assert writers([inside, stream], ctx) == [1, 2]
 
 
 def test_a_dear_step_before_cheap_ones_is_taken_with_them() -> None:
@@ -187,7 +202,7 @@ def test_what_cannot_be_reached_is_approached_and_explained() -> None:
     worth = [np.ones(group.units) for group in groups]
     for plan in (
         plan_uniform(budget, ladders, [8, 8], 0.0),
-        plan_global(budget, ladders, score_costs(groups, worth, ladders), 0.0),
+        plan_global(budget, ladders, score_costs([1] * len(groups), worth, ladders), 0.0),
     ):
         assert plan == [7, 7]
     most = 1 - budget.after([7, 7]) / budget.whole
@@ -232,7 +247,7 @@ def test_planning_many_wide_layers_takes_seconds(scope: str) -> None:
     if scope == "uniform":
         plan = plan_uniform(budget, ladders, [group.units for group in groups], 0.5 * budget.whole)
     else:
-        plan = plan_global(budget, ladders, score_costs(groups, worth, ladders), 0.5 * budget.whole)
+        plan = plan_global(budget, ladders, score_costs([1] * len(groups), worth, ladders), 0.5 * budget.whole)
     assert time.process_time() - start < 5
     assert budget.after(plan) == pytest.approx(0.5 * budget.whole, rel=0.001)
 

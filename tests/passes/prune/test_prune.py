@@ -244,6 +244,7 @@ def test_digits_are_still_read_after_pruning(fixtures: Path) -> None:
     model = load_model(path)
     result = prune(model, ratio=0.3)
     assert result.metrics["achieved"] == pytest.approx(0.3, abs=0.02)
+    assert (result.metrics["criterion"], result.metrics["scope"]) == ("l2", "uniform")
     original, pruned = Reference(path), Reference(model)
     assert interface(original) == interface(pruned)
     hits = pruned.run({"image": data["image"]})[pruned.outputs[0]].argmax(axis=1) == data["labels"]

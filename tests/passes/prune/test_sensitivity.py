@@ -181,3 +181,4 @@ def test_a_ratio_that_pinned_layers_forbid_is_explained() -> None:
         "at most 0.00 of the macs can be removed: layers that are pinned or skipped hold 100%, "
         "and of every group an eighth stays"
     )
+    assert result.notes == (result.metrics["ratio_missed"],)

@@ -33,7 +33,9 @@ __all__ = ["MOVE_RULES"]
 
 
 def _transpose(view: NodeView) -> None:
-    rank = view.rank(view.input(0)) or 0
+    rank = view.rank(view.input(0))
+    if rank is None:
+        return
     view.adopt_rank(view.node.outputs[0], rank)
     order = view.node.attributes.get_ints("perm", None) or tuple(reversed(range(rank)))
     for axis, source in enumerate(order):
@@ -63,14 +65,18 @@ def _squeeze(view: NodeView) -> None:
     dropped = None if not rank else _dropped_axes(view, rank)
     if rank is None or dropped is None:
         return
-    for to, axis in enumerate(axis for axis in range(rank) if axis not in dropped):
+    kept = [axis for axis in range(rank) if axis not in dropped]
+    for to, axis in enumerate(kept):
         view.link(large, axis, small, to)
+    if not count and source is not None and dropped:  # axes of size 1 go, and channels may come down to one
+        reads = tuple((view.key(source), axis) for axis in kept)
+        view.state_sizes("axes" if view.opset < 13 else 1, sorted(dropped), (), reads=reads)
 
 
 def _concat(view: NodeView) -> None:
     output = view.node.outputs[0]
     rank = view.rank(output)
-    if rank is None:
+    if not rank:
         return
     axis = view.node.attributes.get_int("axis", 1) % rank
     parts = [view.atoms(value, axis) for value in view.inputs]
@@ -91,7 +97,7 @@ def _concat(view: NodeView) -> None:
 def _split(view: NodeView) -> None:
     source, outputs = view.input(0), view.node.outputs
     rank = view.rank(source)
-    if source is None or rank is None:
+    if source is None or not rank:
         return
     axis = view.node.attributes.get_int("axis", 0) % rank
     whole, parts = view.atoms(source, axis), [view.atoms(value, axis) for value in outputs]
@@ -112,7 +118,7 @@ def _split(view: NodeView) -> None:
 def _slice(view: NodeView) -> None:
     source, output = view.input(0), view.node.outputs[0]
     rank = view.rank(source)
-    if source is None or rank is None:
+    if source is None or not rank:
         return
     view.adopt_rank(output, rank)
     inputs = view.input(1) is not None
@@ -297,7 +303,7 @@ def _expanded_axis(view: NodeView, source: ir.Value, back: int) -> bool:
 def _gather(view: NodeView) -> None:
     source, index, output = view.input(0), view.input(1), view.node.outputs[0]
     rank, index_rank = view.rank(source), view.rank(index)
-    if rank is None or index_rank is None:
+    if not rank or index_rank is None:
         return
     view.adopt_rank(output, rank + index_rank - 1)
     axis = view.node.attributes.get_int("axis", 0) % rank

@@ -34,7 +34,7 @@ def _reduce(view: NodeView) -> None:
         axes = (view.node.attributes.get_int("axis", 0),)
     elif view.input(1) is not None:
         axes = view.numbers(1)
-    if source is None or rank is None or axes is None or not axes:
+    if source is None or not rank or axes is None or not axes:
         return  # over everything, or over what is not known yet
     gone = {axis % rank for axis in axes}
     kept_dims = view.node.attributes.get_int("keepdims", 1)
@@ -57,7 +57,7 @@ def _layer_norm(view: NodeView) -> None:
     """A normalization over the last axes, with a scale and a bias of their shape."""
     source, output = view.input(0), view.node.outputs[0]
     rank = view.rank(source)
-    if source is None or rank is None:
+    if source is None or not rank:
         return
     first = view.node.attributes.get_int("axis", -1) % rank
     for axis in range(first):

@@ -159,7 +159,7 @@ def _lp_normalization(view: NodeView) -> None:
     """A norm over an axis: channels that are zero add nothing to it."""
     source, output = view.input(0), view.node.outputs[0]
     rank = view.rank(source)
-    if rank is None:
+    if not rank:
         return
     own = view.node.attributes.get_int("axis", -1) % rank
     for axis in range(rank):

@@ -8,10 +8,12 @@ from typing import Any
 
 import numpy as np
 
+from graphopt.analyses import CONSTANTS, LINEAR_LAYERS
 from graphopt.analyses.channels import ChannelGroup
+from graphopt.pass_base import Context
 from graphopt_passes.prune.allocation.budget import Budget, Measure
 
-__all__ = ["plan_global", "plan_uniform", "score_costs", "why_missed"]
+__all__ = ["plan_global", "plan_uniform", "score_costs", "why_missed", "writers"]
 
 Ladders = Sequence[Sequence[int]]
 Floats = np.ndarray[Any, np.dtype[np.float64]]
@@ -69,18 +71,35 @@ def plan_global(budget: Budget, ladders: Ladders, costs: Sequence[Floats], targe
     return _settled(budget, ladders, plan, target)
 
 
-def score_costs(groups: Sequence[ChannelGroup], worth: Sequence[Floats], ladders: Ladders) -> list[Floats]:
+def score_costs(shared: Sequence[int], worth: Sequence[Floats], ladders: Ladders) -> list[Floats]:
     """What going down each ladder costs by scores alone, `[rungs]` a group: a shared channel is missed by all layers.
 
     Args:
-        groups: The groups.
+        shared: How many layers share each group's units, see `writers`.
         worth: `[units]` scores of each.
         ladders: What each group may lose, ascending from 0.
     """
     sums = [np.concatenate([[0.0], np.cumsum(np.sort(scores))]) for scores in worth]
-    return [
-        len(group.producers) * total[np.array(steps)] for group, total, steps in zip(groups, sums, ladders, strict=True)
-    ]
+    return [count * total[np.array(steps)] for count, total, steps in zip(shared, sums, ladders, strict=True)]
+
+
+def writers(groups: Sequence[ChannelGroup], ctx: Context) -> list[int]:
+    """How many layers share the units of each group: all that make them, but for depthwise filters.
+
+    Such a filter hands on each unit by itself. Were it counted, what is inside a block of a MobileNet would seem twice
+    as dear as the narrow layers between the blocks.
+    """
+    names, linear = ctx.fact(CONSTANTS).names, ctx.fact(LINEAR_LAYERS)
+    nodes = {label: node for node, label in names.labels.items()}
+
+    def count(group: ChannelGroup) -> int:
+        carried = {place.value for place in group.places if not place.constant}
+        inputs = {place.value for place in group.places if place.constant and place.role == "input"}
+        mixing = {label for value in inputs for label in linear.weights.get(value, ())}
+        reads = {label: {names.key(v) for v in nodes[label].inputs if v is not None} for label in group.producers}
+        return sum(label in mixing or not carried & read or bool(inputs & read) for label, read in reads.items())
+
+    return [max(1, count(group)) for group in groups]
 
 
 def why_missed(budget: Budget, ladders: Ladders, plan: Sequence[int], target: float, of: Measure) -> str | None:

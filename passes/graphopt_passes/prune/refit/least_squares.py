@@ -15,12 +15,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
-__all__ = ["RIDGES", "Correction", "Moments", "System", "choose_ridge"]
+__all__ = ["NARROW", "RIDGES", "Correction", "Moments", "System", "choose_ridge"]
 
 RIDGES = (1e-6, 1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)
 """Candidates, relative to the mean square of an input."""
 
-_NARROW = 512
+NARROW = 640
+"""Layers with more inputs are refitted with less effort: in float32, and with fewer ridges to choose from."""
 
 
 @dataclass
@@ -57,16 +58,34 @@ class Moments:
         return cls(0, np.zeros((groups, inputs)), narrow[0], xx, xr, narrow[1], narrow[2], narrow[3])
 
     def add(self, x: np.ndarray, r: np.ndarray, y: np.ndarray) -> None:
-        """Count rows: `x [groups, rows, inputs]`, `r` and `y [groups, rows, outputs]`, float64."""
-        self.rows += x.shape[1]
-        self.x += x.sum(axis=1)
-        self.r += r.sum(axis=1)
-        flipped = x.transpose(0, 2, 1)
-        self.xx += flipped @ x
-        self.xr += flipped @ r
-        self.rr += np.square(r).sum(axis=1)
-        self.y += y.sum(axis=1)
-        self.yy += np.square(y).sum(axis=1)
+        """Count rows: `x [groups, rows, inputs]`, `r` and `y [groups, rows, outputs]`.
+
+        Sums are float64; of a wide layer the products of `x` about its mean are float32.
+        """
+        count, total, missed = x.shape[1], x.sum(axis=1, dtype=np.float64), r.sum(axis=1, dtype=np.float64)
+        self.rows += count
+        self.x += total
+        self.r += missed
+        self._products(x, r, total / max(1, count), missed)
+        self.rr += np.square(r, dtype=np.float64).sum(axis=1)
+        self.y += y.sum(axis=1, dtype=np.float64)
+        self.yy += np.square(y, dtype=np.float64).sum(axis=1)
+
+    def _products(self, x: np.ndarray, r: np.ndarray, mean: np.ndarray, missed: np.ndarray) -> None:
+        if x.shape[2] <= NARROW:
+            wide = x.astype(np.float64, copy=False)
+            flipped = wide.transpose(0, 2, 1)
+            self.xx += flipped @ wide
+            self.xr += flipped @ r.astype(np.float64, copy=False)
+            return
+        centred = x.astype(np.float32) - mean[:, None].astype(np.float32)
+        flipped, mean = centred.transpose(0, 2, 1), mean.astype(np.float32).astype(np.float64)
+        left = centred.sum(axis=1, dtype=np.float64)  # what rounding left of the mean
+        crossed = left[:, :, None] * mean[:, None, :]
+        self.xx += flipped @ centred
+        self.xx += crossed + crossed.transpose(0, 2, 1) + x.shape[1] * mean[:, :, None] * mean[:, None, :]
+        self.xr += flipped @ r.astype(np.float32, copy=False)
+        self.xr += mean[:, :, None] * missed[:, None, :]
 
     def merge(self, other: Moments) -> None:
         """Count the rows of `other` as well."""
@@ -173,7 +192,7 @@ def choose_ridge(seen: Moments, held_out: Moments, *, offset: bool, ridges: Sequ
         return errors[i]
 
     best = len(ridges) // 2
-    if seen.x.shape[1] <= _NARROW:
+    if seen.x.shape[1] <= NARROW:
         best = min(range(len(ridges)), key=error)
     while (better := min((best, best - 1, best + 1), key=error)) != best:
         best = better

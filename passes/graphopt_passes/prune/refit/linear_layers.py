@@ -11,9 +11,10 @@ import onnx_ir as ir
 from graphopt.analyses import Constants
 from graphopt.analyses.windows import pad_sizes, window_rows
 from graphopt_passes._own_constants import new_constant
+from graphopt_passes.prune.refit.carriers import Carried, constant_behind, set_constant
 from graphopt_passes.prune.refit.windows import Windows
 
-__all__ = ["LINEAR", "WIDEST", "LinearLayer", "rows_worth_reading"]
+__all__ = ["LINEAR", "WIDEST", "LinearLayer", "add_bias", "own_bias", "rows_worth_reading"]
 
 LINEAR = frozenset({"Conv", "ConvTranspose", "Gemm", "MatMul"})
 """Operators that multiply their first input with a weight."""
@@ -22,7 +23,7 @@ WIDEST = 4608
 """Second moments may be as large as those of this many inputs."""
 
 _ROWS = 30_000
-_ELEMENTS = 1e8
+_ELEMENTS = 4e7
 _PRODUCTS = 3e10
 _FLOATS = (ir.DataType.FLOAT, ir.DataType.DOUBLE, ir.DataType.FLOAT16)
 
@@ -33,8 +34,9 @@ class LinearLayer:
 
     Attributes:
         node: Conv, Gemm without transA, or MatMul with a constant matrix on the right.
-        weight: Its weight; only this node reads it.
-        array: The weight, in its own layout.
+        weight: The constant that its weight is stored in; nothing else reads it.
+        array: The weight, in the layout that the node reads.
+        carried: How the node's weight is stored.
         shift: `[outputs]`: what the node itself adds.
         bias: The constant that the correction of the bias goes into; None: there is none, or others read it.
         addable: There is no bias, but the node can take one.
@@ -43,6 +45,7 @@ class LinearLayer:
     node: ir.Node
     weight: ir.Value
     array: np.ndarray
+    carried: Carried
     shift: np.ndarray
     bias: ir.Value | None
     addable: bool
@@ -50,27 +53,22 @@ class LinearLayer:
     @classmethod
     def of(cls, node: ir.Node, constants: Constants) -> LinearLayer | str:
         """The layer of a node, or why it is none."""
-        weight = node.inputs[1]
-        tensor = constants.of(weight)
         if node.op_type == "ConvTranspose" and (reason := _unclear(node)):
             return reason
         if node.op_type == "Gemm" and node.attributes.get_int("transA", 0):
             return "it reads its input transposed"
-        if weight is None or tensor is None:
-            return "its weight is computed"
-        if tensor.dtype not in _FLOATS:
-            return f"its weight is {tensor.dtype.name.lower()}"
-        if len(weight.uses()) != 1 or weight.is_graph_output():
-            return "others read its weight"
-        if node.op_type in ("Gemm", "MatMul") and len(tensor.shape) != 2:
+        carried = Carried.of(node.inputs[1], constants)
+        if isinstance(carried, str):
+            return carried
+        array = carried.array
+        if node.op_type in ("Gemm", "MatMul") and array.ndim != 2:
             return "its weight is not a matrix"
-        array = tensor.numpy().astype(np.float64)
         shift = _shift(node, constants, array.shape[_output_axis(node)])
         if shift is None:
             return "its bias is computed, or differs between rows"
-        bias, addable = _bias(node, constants, len(shift))
+        bias, addable = own_bias(node, constants, len(shift))
         kind = _Transposed if node.op_type == "ConvTranspose" else cls
-        return kind(node, weight, array, shift, bias, addable)
+        return kind(node, carried.root, array, carried, shift, bias, addable)
 
     @property
     def axis(self) -> int:
@@ -148,12 +146,12 @@ class LinearLayer:
             weight: `[groups, inputs, outputs of a group]`, added to `matrix()`.
             bias: `[groups, outputs of a group]`, added to the output.
         """
-        _set_constant(self.weight, self.array + self._in_place(weight))
+        set_constant(self.weight, self.carried.stored(self.array + self._in_place(weight)))
         if self.bias is not None:
-            tensor = _tensor(self.bias)
-            _set_constant(self.bias, tensor.numpy().astype(np.float64) + bias.reshape(tensor.shape.numpy()))
+            tensor = constant_behind(self.bias)
+            set_constant(self.bias, tensor.numpy().astype(np.float64) + bias.reshape(tensor.shape.numpy()))
         elif self.addable:
-            _add_bias(graph, self.node, self.weight, bias.reshape(-1))
+            add_bias(graph, self.node, self.weight, bias.reshape(-1))
 
     def _in_place(self, weight: np.ndarray) -> np.ndarray:
         """A change of `matrix()` in the layout of the weight."""
@@ -210,14 +208,15 @@ def _unclear(node: ir.Node) -> str | None:
     )
 
 
-def rows_worth_reading(groups: int, inputs: int) -> int:
+def rows_worth_reading(groups: int, inputs: int, outputs: int = 0) -> int:
     """How many rows to take moments of: enough to tell the inputs apart, then as many as take seconds.
 
     Args:
         groups: Parts that do not meet.
         inputs: Inputs of a part.
+        outputs: Of all parts, where they are read as well.
     """
-    quick = min(_PRODUCTS / (groups * inputs**2), _ELEMENTS / (groups * inputs))
+    quick = min(_PRODUCTS / (groups * inputs**2), _ELEMENTS / (groups * inputs + 2 * outputs))
     return int(min(_ROWS, max(4 * inputs, quick)))
 
 
@@ -239,8 +238,8 @@ def _shift(node: ir.Node, constants: Constants, outputs: int) -> np.ndarray | No
     return node.attributes.get_float("beta", 1.0) * np.broadcast_to(bias.reshape(-1), (outputs,))
 
 
-def _bias(node: ir.Node, constants: Constants, outputs: int) -> tuple[ir.Value | None, bool]:
-    """Where the correction of the bias goes, and whether the node could take a bias."""
+def own_bias(node: ir.Node, constants: Constants, outputs: int) -> tuple[ir.Value | None, bool]:
+    """Where the correction of a layer's bias goes, and whether the node could take a bias."""
     if node.op_type == "MatMul":
         readers = list(node.outputs[0].uses())
         if len(readers) != 1 or readers[0].node.op_type != "Add" or node.outputs[0].is_graph_output():
@@ -257,35 +256,8 @@ def _bias(node: ir.Node, constants: Constants, outputs: int) -> tuple[ir.Value |
     return (bias if own and node.attributes.get_float("beta", 1.0) == 1.0 else None), False
 
 
-def _tensor(value: ir.Value) -> ir.TensorProtocol:
-    """The constant behind a value: an initializer, or made by a Constant node."""
-    producer = value.producer()
-    if producer is None:
-        assert value.const_value is not None
-        return value.const_value
-    (attribute,) = producer.attributes.values()
-    return attribute.as_tensor() if attribute.name == "value" else ir.tensor(attribute.value, dtype=ir.DataType.FLOAT)
-
-
-def _set_constant(value: ir.Value, array: np.ndarray) -> None:
-    """Give a constant other numbers, in its own type."""
-    old = _tensor(value)
-    tensor = ir.Tensor(
-        np.ascontiguousarray(array.astype(old.dtype.numpy())),
-        dtype=old.dtype,
-        name=old.name,
-        doc_string=old.doc_string,
-        metadata_props=dict(old.metadata_props),
-    )
-    producer = value.producer()
-    if producer is not None:
-        producer.attributes.clear()
-        producer.attributes["value"] = ir.AttrTensor("value", tensor)
-    if producer is None or value.const_value is not None:
-        value.const_value = tensor
-
-
-def _add_bias(graph: ir.Graph, node: ir.Node, weight: ir.Value, array: np.ndarray) -> None:
+def add_bias(graph: ir.Graph, node: ir.Node, weight: ir.Value, array: np.ndarray) -> None:
+    """Give a Conv, ConvTranspose or Gemm a bias of the weight's type."""
     dtype = weight.dtype or ir.DataType.FLOAT
     value = new_constant(graph, f"{weight.name}_bias", array.astype(dtype.numpy()))
     if len(node.inputs) < 3:

@@ -121,22 +121,19 @@ def fit_pair(
     """
     least, damping, most = _DAMPING
     before = error = held_out.error(weights)
-    products, best, taken = _Products.of(fitted.rows), weights, list[float]()
+    products, best, taken = _Products.of(fitted.rows), weights, 0.0
     for _ in range(_STEPS):
         found = _step(fitted, products, best, damping)
         after = held_out.error(found)
         if after < error * (1 - _LEAST_GAIN):
-            taken.append(damping)
-            best, error, damping = found, after, max(damping / 3, least)
+            best, error, taken, damping = found, after, damping, max(damping / 3, least)
         elif (damping := 10 * damping) > most:
             break
     if not taken:
         return None
+    # all samples ask for little more than the fitted ones did: one step from there is enough
     whole = every()
-    products = _Products.of(whole.rows)
-    for damping in taken:
-        weights = _step(whole, products, weights, damping)
-    return weights, before, error
+    return _step(whole, _Products.of(whole.rows), best, taken), before, error
 
 
 def _step(pair: Pair, products: _Products, weights: Weights, damping: float) -> Weights:

@@ -19,7 +19,8 @@ from graphopt_passes.prune.refit.stepwise import Stepwise
 
 __all__ = ["Joined", "Pairs"]
 
-_PRODUCTS = 4e9
+_PRODUCTS = 6e9
+_ALL_PRODUCTS = 1.2e11
 _ELEMENTS = 2e7
 _WIDEST = 2400
 _ROWS_AN_INPUT = 4
@@ -61,6 +62,7 @@ class Pairs:
         feeds: The batches.
         lost: Positions that were removed, by value and axis.
         ctx: How ONNX Runtime runs.
+        layers: How many layers there are to refit at most; they share what may be multiplied in all.
     """
 
     def __init__(
@@ -70,8 +72,10 @@ class Pairs:
         feeds: Sequence[Feed],
         lost: Mapping[AxisName, np.ndarray],
         ctx: Context,
+        layers: int,
     ) -> None:
         self.model, self.lost = model, lost
+        self.share = min(_PRODUCTS, _ALL_PRODUCTS / max(1, layers))
         self.old, self.new = Stepwise(whole, feeds, ctx), Stepwise(model, feeds, ctx)
 
     def improve(self, second: Site, constants: Constants) -> Joined | None:
@@ -90,13 +94,15 @@ class Pairs:
         first = None if node is None else LinearLayer.of(node, constants)
         if not (isinstance(first, LinearLayer) and isinstance(layer, LinearLayer)) or not _simple(first, layer):
             return None
+        if first.inputs**3 + layer.inputs**3 > self.share:  # each step solves for both
+            return None
         site = site_of(first, self.old, self.new, self.lost, constants)
         shortcut, at = second.outlook.shortcut, site.positions[1]
         late = shortcut is not None and self.new.born[shortcut] >= at
         unclear = site.outlook.shortcut is not None or not site.outlook.bounded or not site.outlook.gain.all()
         if late or unclear or at < self.new.position or second.positions[0] < self.old.position:
             return None
-        found = _samples(first, second, self.old, self.new, at)
+        found = _samples(first, second, self.old, self.new, at, self.share)
         weights = None if found is None else _fit(first, layer, site, second, found)
         if weights is None:
             return None
@@ -143,7 +149,9 @@ def _simple(first: LinearLayer, second: LinearLayer) -> bool:
     return known and plain and len(kinds) == 1
 
 
-def _samples(first: LinearLayer, second: Site, old: Stepwise, new: Stepwise, at: int) -> _Samples | None:
+def _samples(
+    first: LinearLayer, second: Site, old: Stepwise, new: Stepwise, at: int, products: float
+) -> _Samples | None:
     """As many samples as are worth reading; None if they are too few, or not of one size."""
     shortcut, node, axis = second.outlook.shortcut, second.layer.node, second.layer.channel_axis
     more = [shortcut] if shortcut else []
@@ -157,7 +165,10 @@ def _samples(first: LinearLayer, second: Site, old: Stepwise, new: Stepwise, at:
         regular = regular and (not parts or parts[0][0].shape[1:] == x.shape[1:])
         if not regular:
             continue
-        most = max(1, _worth(first, second.layer, x, wanted) // len(old.feeds))
+        worth = _worth(first, second.layer, x, wanted, products)
+        if i >= worth:
+            continue
+        most = max(1, worth // len(old.feeds))
         x, wanted = x[:most], wanted[:most]
         total = wanted + second.outlook.bypass(
             np.take(was[0][:most], second.kept, axis=axis) if was else None, wanted, axis
@@ -170,13 +181,13 @@ def _samples(first: LinearLayer, second: Site, old: Stepwise, new: Stepwise, at:
     return _Samples(*(np.concatenate(part) for part in zip(*parts, strict=True)))
 
 
-def _worth(first: LinearLayer, second: LinearLayer, x: np.ndarray, wanted: np.ndarray) -> int:
-    """How many samples take seconds, and no more memory than there should be."""
+def _worth(first: LinearLayer, second: LinearLayer, x: np.ndarray, wanted: np.ndarray, most: float) -> int:
+    """How many samples take no more than so many products, and no more memory than there should be."""
     after = wanted[0].size // second.outputs
     between = int(np.prod(first.windows(x.shape[2:]).sizes(x.shape[2:]))) if first.array.ndim > 2 else after
     elements = between * first.inputs + after * second.inputs
-    products = 3 * between * first.array.size + 4 * after * second.array.size
-    return int(min(_PRODUCTS / products, _ELEMENTS / elements))
+    products = 3 * between * first.array.size + 4 * after * second.array.size + after * second.inputs**2 // 2
+    return int(min(most / products, _ELEMENTS / elements))
 
 
 def _fit(

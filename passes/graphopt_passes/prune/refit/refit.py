@@ -9,7 +9,7 @@ not fitted (Zhang et al., 2015). Batch norms behind a layer stay right, because 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -24,6 +24,7 @@ from graphopt_passes.prune.refit.clipped_fit import Rows, fit
 from graphopt_passes.prune.refit.least_squares import Correction
 from graphopt_passes.prune.refit.linear_layers import LINEAR, WIDEST, LinearLayer, rows_worth_reading
 from graphopt_passes.prune.refit.pairs import Joined, Pairs
+from graphopt_passes.prune.refit.restate import Restated, restate
 from graphopt_passes.prune.refit.sites import AxisName, Site, name_of, site_of
 from graphopt_passes.prune.refit.stepwise import Stepwise, reads
 
@@ -73,14 +74,19 @@ def refit(whole: ir.Model, model: ir.Model, lost: Mapping[AxisName, np.ndarray],
     """
     feeds = list(_batches(data))
     old, new = Stepwise(whole, feeds, ctx), Stepwise(model, feeds, ctx)
-    pairs = Pairs(whole, model, feeds, lost, ctx)
     changes, errors = list[Change](), list[tuple[float, float]]()
     names = ctx.fact(CONSTANTS).names
-    for node in ctx.progress(list(_affected(new, lost, names)), "refitting"):
+    affected = list(_affected(new, lost, names))
+    pairs = Pairs(whole, model, feeds, lost, ctx, len(affected))
+    for node in ctx.progress(affected, "refitting"):
         constants = ctx.fact(CONSTANTS)
         layer, name = names.place(node) or LinearLayer.of(node, constants), names.label(node)
         if isinstance(layer, str):
-            changes.append(Change.skipped(name, f"not refitted: {layer}"))
+            restated = None if names.place(node) else restate(node, old, new, lost, constants)
+            if restated is not None:
+                ctx.drop_facts()
+                errors.append((restated.before, restated.after))
+            changes.append(_restated(name, layer, restated))
             continue
         site = site_of(layer, old, new, lost, constants)
         found = _correction(site, old, new, ctx.rng)
@@ -152,23 +158,43 @@ def _rows(site: Site, old: Stepwise, new: Stepwise, rng: np.random.Generator) ->
     """As many rows of a layer as are worth reading."""
     layer, batches = site.layer, len(old.feeds)
     matrix, shift = layer.matrix(), layer.shift.reshape(layer.groups, 1, -1)
-    most = rows_worth_reading(layer.groups, layer.inputs) // batches + 1
-    parts, held_out, plain = list[tuple[np.ndarray, ...]](), list[np.ndarray](), False
+    most = rows_worth_reading(layer.groups, layer.inputs, layer.outputs) // batches + 1
+    parts, plain = {False: list[list[np.ndarray]](), True: list[list[np.ndarray]]()}, False
     for batch, (x, total, bypass) in enumerate(site.samples(old, new)):
         count = layer.positions(total)
         chosen = np.sort(rng.choice(count, most, replace=False)) if count > most else np.arange(count)
-        held_out.append(_held_out(len(chosen), batch, batches))
+        held_out = _held_out(len(chosen), batch, batches)
         plain = plain or bypass is None
-        for some in np.array_split(chosen, len(chosen) * layer.groups * layer.inputs // _CHUNK + 1):
+        for late, some in _pieces(chosen, held_out, _CHUNK // (layer.groups * layer.inputs)):
             made_of, wanted = layer.rows(x, some), layer.wanted(total, some)
             added = 0.0 if bypass is None else layer.wanted(bypass, some)
-            parts.append(tuple(a.astype(np.float32) for a in (made_of, wanted, made_of @ matrix + shift + added)))
-    arrays = [np.concatenate(part, axis=1) for part in zip(*parts, strict=True)]
+            now = made_of @ matrix + shift + added
+            parts[late].append([array.astype(np.float32) for array in (made_of, wanted, now)])
+    counts = [sum(part[0].shape[1] for part in parts[late]) for late in (False, True)]
+    arrays = [_joined(parts[False] + parts[True], at) for at in range(3)]
     bounds = (site.outlook.low, site.outlook.high)
     low, high = (b.reshape(layer.groups, 1, -1).astype(np.float32) for b in bounds)
     if plain:
         low, high = np.full_like(low, -np.inf), np.full_like(high, np.inf)
-    return Rows(arrays[0], arrays[1], arrays[2], np.concatenate(held_out), low, high)
+    return Rows(arrays[0], arrays[1], arrays[2], np.arange(sum(counts)) >= counts[0], low, high)
+
+
+def _pieces(chosen: np.ndarray, held_out: np.ndarray, size: int) -> Iterator[tuple[bool, np.ndarray]]:
+    """Rows in pieces that are not too large, each all held out or all not."""
+    for late in (False, True):
+        some = chosen[held_out == late]
+        yield from ((late, some[start : start + max(1, size)]) for start in range(0, len(some), max(1, size)))
+
+
+def _joined(parts: Sequence[list[np.ndarray]], at: int) -> np.ndarray:
+    """One array of several, `[groups, rows, ...]`; a part is given up as soon as it is copied."""
+    first, rows = parts[0][at], sum(part[at].shape[1] for part in parts)
+    found, start = np.empty((first.shape[0], rows, first.shape[2]), dtype=first.dtype), 0
+    for part in parts:
+        end = start + part[at].shape[1]
+        found[:, start:end], start = part[at], end
+        part[at] = part[at][:, :0]
+    return found
 
 
 def _held_out(count: int, batch: int, batches: int) -> np.ndarray:
@@ -185,6 +211,14 @@ def _errors(found: Correction | str, joined: Joined | None) -> tuple[float, floa
         return None if joined is None else (joined.before, joined.after)
     # the pair was measured on samples of its own
     return found.before, found.after * (1.0 if joined is None else joined.after / max(joined.before, 1e-12))
+
+
+def _restated(site: str, reason: str, found: Restated | None) -> Change:
+    if found is None:
+        return Change.skipped(site, f"not refitted: {reason}")
+    details = {"error_before": round(found.before, 6), "error_after": round(found.after, 6)}
+    action = f"restated {found.what}, as {reason}: output error {found.before:.2f} -> {found.after:.2f}"
+    return Change(site, action, details=details)
 
 
 def _change(site: str, found: Correction | str, joined: Joined | None) -> Change:

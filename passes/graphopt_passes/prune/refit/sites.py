@@ -59,7 +59,7 @@ def site_of(
     output = layer.node.outputs[0]
     name = name_of(output)
     positions = old.born[name], new.born[name]
-    gone = lost.get((name_of(layer.weight), layer.axis), np.empty(0, dtype=np.int64))
+    gone = lost.get((name_of(layer.node.inputs[1]), layer.axis), np.empty(0, dtype=np.int64))
     kept = np.delete(np.arange(layer.outputs + len(gone)), gone)
     known = {
         value
