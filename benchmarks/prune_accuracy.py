@@ -6,7 +6,7 @@ calibration images, beside onnxsim's structured pruning and Torch-Pruning's L1 a
 that is measured first, then the rivals, then all else. Every figure is kept in the cache folder and written to the
 table as soon as it is there, and a second run takes up where the first stopped.
 
-The whole table takes 5 hours or so on two idle cores (an estimate), most of it for resnet56 with 2,000 images; `--quick`
+The whole table takes 5 hours on two idle cores (an estimate), most of it for resnet56 with 2,000 images; `--quick`
 (resnet20, 50 %, four criteria, 256 images, 1,000 test images) about 10 minutes.
 """
 

@@ -77,7 +77,7 @@ def _lend(graph: ir.Graph, value: ir.Value, tensor: ir.TensorProtocol, number: i
         name=f"{value.name}/lent_{number}",
         type=ir.TensorType(tensor.dtype),
         shape=ir.Shape(tensor.shape.numpy()),
-        const_value=tensor,
+        const_value=ir.tensor(tensor.numpy(), tensor.dtype),  # a value names its tensor, which is the model's own
     )
     graph.register_initializer(copy)
     return copy

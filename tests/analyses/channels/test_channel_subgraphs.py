@@ -9,7 +9,7 @@ from small_models import IMAGE, build, channel_groups, context
 from graphopt.analyses import CONSTANTS, COST, SHAPES, ChannelGroups
 from graphopt.analyses.names import Names
 from graphopt.analyses.shapes import CONCRETE_SHAPES
-from graphopt.model_io import ShapeBinding
+from graphopt.model_io import ShapeBinding, model_bytes
 
 CHOICE = "(float[N,3,8,8] x, bool c) => (float[N,5] y)"
 HEAD = "g = GlobalAveragePool(%s) f = Flatten(g) [last] y = Gemm<transB=1>(f, head)"
@@ -68,6 +68,18 @@ def test_facts_about_values_of_equal_name_are_kept_apart() -> None:
     assert ctx.fact(COST).nodes["choice/then_branch/in"].macs == 64 * 6 * 4
     assert ctx.fact(COST).nodes["choice/else_branch/in"].macs == 64 * 6 * 4 * 9
     assert [value.name for value in then[1].outputs] == ["p"], "the model keeps its names"
+
+
+def test_no_fact_changes_the_model() -> None:
+    body = TURNS + "[stem] a = Conv(x, w1)" + loop("b0 = Identity(h) k = Add(b0, two) n = Relu(k)") + HEAD % "b"
+    body = "two = Constant<value = float {2.0}>() " + body
+    model = build(IMAGE, body, {"w1": (4, 3, 1, 1), "head": (5, 4)})
+    before = model_bytes(model)
+    for fact in (SHAPES, CONCRETE_SHAPES, CONSTANTS, COST):
+        context(model).fact(fact)
+        assert model_bytes(model) == before
+    channel_groups(model)
+    assert model_bytes(model) == before
 
 
 def test_shapes_that_go_round_a_loop_are_found_by_induction() -> None:

@@ -154,7 +154,7 @@ def test_numbers_that_are_computed_from_the_channels_stay_as_they_are() -> None:
     groups = analyse(build(IMAGE, body, {"w1": (2, 3, 1, 1), "head": (5, 2)}))
     assert pins(groups)["conv"] is None
     (table,) = groups.tables
-    assert (table.output, table.slot, table.scalar, table.reads) == ("d", 1, True, (("a", 1),))
+    assert (table.output, table.slot, table.shape, table.reads) == ("d", 1, (), (("a", 1),))
     assert table.numbers == (pytest.approx(2**0.5),)
 
 
