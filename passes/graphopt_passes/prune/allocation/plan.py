@@ -175,6 +175,14 @@ def _between(rungs: Sequence[np.ndarray[Any, Any]], less: Sequence[int], more: S
 
 
 def _settled(budget: Budget, ladders: Ladders, plan: Sequence[int], target: float) -> list[int]:
+    """Move single groups by one rung each, and again while the target is far, as long as that comes closer to it."""
+    found = _moved_beside(budget, ladders, plan, target)
+    while found != plan and abs(budget.after(found) - target) > _NEAR * budget.whole:
+        plan, found = found, _moved_beside(budget, ladders, found, target)
+    return found
+
+
+def _moved_beside(budget: Budget, ladders: Ladders, plan: Sequence[int], target: float) -> list[int]:
     """Move single groups to the rungs beside theirs, as long as that comes closer to the target."""
     now, cost = np.array(plan, dtype=np.int64), budget.after(plan)
     at = [steps.index(n) for steps, n in zip(ladders, plan, strict=True)]
