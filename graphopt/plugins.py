@@ -53,6 +53,7 @@ class Registry:
         passes: Pass classes by their spelling.
         backends: Backends by name.
         targets: All targets.
+        criteria: Pruning criteria by name.
         plugins: The loaded entry points, in the order in which hooks are called.
     """
 

@@ -34,7 +34,7 @@ class Trim(Pass):
         return PassResult(modified=False)
 
 
-REGISTRY = Registry({"trim": Trim}, {}, TargetTable([]), (), SimpleNamespace())  # type: ignore[arg-type]
+REGISTRY = Registry({"trim": Trim}, {}, TargetTable([]), {}, (), SimpleNamespace())  # type: ignore[arg-type]
 
 FULL = """
 summary = "everything at once"
