@@ -125,13 +125,14 @@ def _tensors(value: Any) -> list[Any]:
 def _torchvision() -> Any:
     """Import torchvision where its compiled part may be missing; non-maximum suppression is all that is needed."""
     import torch
+    from torch.library import Library
 
     spec = importlib.util.find_spec("torchvision")
     home = Path((spec and spec.origin) or "").parent
     try:
         torch.ops.load_library(str(home / "_C.so"))
     except OSError:
-        library: Any = torch.library.Library("torchvision", "DEF")
+        library: Any = Library("torchvision", "DEF")
         for name in ("nms", "qnms"):
             library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
         library.impl("nms", _suppress, "CPU")

@@ -89,6 +89,10 @@ class AxisMaps:
         atoms = self.axes[name[0]][name[1]]
         return len(atoms) if atoms is not None else self.symbols.get(name, f"{name[0]}:{name[1]}")
 
+    def is_zero(self, value: ir.Value | None) -> bool:
+        """Whether a value is zero wherever the weights of a channel are."""
+        return value is not None and (self.key(value) in self.zeros or self.constants.of(value) is not None)
+
     def origin(self, value: ir.Value) -> str | None:
         """Name of the constant that a value is made from by operators with one tensor each, None if there is none."""
         while self.constants.of(value) is None:

@@ -153,7 +153,7 @@ class NodeView:
 
     def is_zero(self, value: ir.Value | None) -> bool:
         """Whether a value is zero wherever the weights of a channel are."""
-        return value is not None and (self.key(value) in self.maps.zeros or self.maps.constants.of(value) is not None)
+        return self.maps.is_zero(value)
 
     def call(self, atoms: Indices | None, kind: Kind) -> None:
         """Say what these units are."""

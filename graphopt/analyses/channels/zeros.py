@@ -65,7 +65,7 @@ def keeps_zero(maps: AxisMaps, node: ir.Node) -> bool:
     if kind in ("Div", "Expand", "Tile"):  # of a number that is repeated, nothing leaves
         return _zero_along(maps, inputs[0], output, tiled=kind == "Tile")
     if kind == "Sub" and _is_centring(node):
-        return _is_zero(maps, inputs[0])
+        return maps.is_zero(inputs[0])
     if kind in _ALL:
         return all(_zero_along(maps, value, output, concat=kind == "Concat") for value in inputs)
     if kind in ("Mul", "And"):
@@ -77,24 +77,24 @@ def keeps_zero(maps: AxisMaps, node: ir.Node) -> bool:
         positive = exponents is not None and all(exponent > 0 for exponent in exponents)
         return positive and _zero_along(maps, inputs[0], output)
     if kind == "Clip":
-        return _is_zero(maps, inputs[0]) and _clips_around_zero(maps, node)
+        return maps.is_zero(inputs[0]) and _clips_around_zero(maps, node)
     if kind == "Pad":
         filler = numbers(maps.content(node.inputs[2])) if len(node.inputs) > 2 and node.inputs[2] is not None else (0,)
-        return _is_zero(maps, inputs[0]) and filler == (node.attributes.get_float("value", 0.0),)
+        return maps.is_zero(inputs[0]) and filler == (node.attributes.get_float("value", 0.0),)
     if kind in _PRODUCTS:
         return _product_is_zero(maps, node, node.inputs[_PRODUCTS[kind]])
     if kind == "Einsum":
         return _einsum_is_zero(maps, node)
     if kind in _ATTENTIONS:
-        return _is_zero(maps, node.inputs[2] if len(node.inputs) > 2 and node.inputs[2] is not None else inputs[0])
+        return maps.is_zero(node.inputs[2] if len(node.inputs) > 2 and node.inputs[2] is not None else inputs[0])
     if kind.startswith("Skip") and kind.endswith("LayerNormalization"):
         last = len(maps.of(output) or ()) - 1
-        return all(_is_zero(maps, value) for value in inputs[:2]) and _carrying(maps, output) in ([], [last])
+        return all(maps.is_zero(value) for value in inputs[:2]) and _carrying(maps, output) in ([], [last])
     if kind in ("LayerNormalization", "RMSNormalization", "SimplifiedLayerNormalization"):
         rank = len(maps.of(output) or ())
         first = node.attributes.get_int("axis", -1) % rank if rank else 0
         return all(axis >= first for axis in _carrying(maps, output))
-    return kind in _KEEPS and _is_zero(maps, inputs[0])
+    return kind in _KEEPS and maps.is_zero(inputs[0])
 
 
 def _state_is_zero(node: ir.Node, each: int) -> bool:
@@ -115,10 +115,6 @@ def _is_centring(node: ir.Node) -> bool:
     return mean is not None and mean.op_type == "ReduceMean" and mean.inputs[0] is node.inputs[0]
 
 
-def _is_zero(maps: AxisMaps, value: ir.Value | None) -> bool:
-    return value is not None and (maps.key(value) in maps.zeros or maps.constants.of(value) is not None)
-
-
 def _carrying(maps: AxisMaps, value: ir.Value) -> list[int]:
     """Axes of a value that channels are on."""
     axes = maps.of(value) or ()
@@ -130,7 +126,7 @@ def _zero_along(
 ) -> bool:
     """Whether an operand is zero and reaches all over the channels of the output: what is repeated is not theirs."""
     own, made = maps.of(value), maps.of(output)
-    if own is None or made is None or not _is_zero(maps, value):
+    if own is None or made is None or not maps.is_zero(value):
         return False
     lacking, carrying = len(made) - len(own), _carrying(maps, output)
     for axis, whole in enumerate(made):
@@ -164,7 +160,7 @@ def _einsum_is_zero(maps: AxisMaps, node: ir.Node) -> bool:
     if named is None:
         return False
     pairs = zip(operands, named[0], strict=True)
-    zero = {label for value, labels in pairs if _is_zero(maps, value) for label in labels}
+    zero = {label for value, labels in pairs if maps.is_zero(value) for label in labels}
     return all(axis < len(named[1]) and named[1][axis] in zero for axis in _carrying(maps, output))
 
 
@@ -174,5 +170,5 @@ def _product_is_zero(maps: AxisMaps, node: ir.Node, right: ir.Value | None) -> b
     rank = len(maps.of(output) or ())
     carrying = _carrying(maps, output)
     rows, columns = rank - 2 in carrying, rank - 1 in carrying
-    zero = _is_zero(maps, left), _is_zero(maps, right)
+    zero = maps.is_zero(left), maps.is_zero(right)
     return any(zero) and (zero[0] or not rows) and (zero[1] or not columns)
