@@ -14,8 +14,8 @@ import numpy as np
 import onnx_ir as ir
 
 from graphopt.analyses.moments import spread_out
-from graphopt.analyses.streaming import stream
-from graphopt.errors import DataError
+from graphopt.analyses.streaming import needed_samples, stream
+from graphopt.analyses.windows import position_rows
 from graphopt.pass_base import Analysis, Context
 
 __all__ = ["ActivityAnalysis", "AxisActivity"]
@@ -52,11 +52,9 @@ class AxisActivity:
 
     def add(self, activation: Array, axis: int, most: int) -> None:
         """Count an activation, its positions thinned evenly down to `most`."""
-        table = np.moveaxis(activation, axis, -1)
-        chosen = spread_out(math.prod(table.shape[:-1]), most)
+        chosen = spread_out(activation.size // len(self.sums), most)
         for part in np.array_split(chosen, len(chosen) * len(self.sums) // _CHUNK + 1):
-            rows = table[np.unravel_index(part, table.shape[:-1])] if activation.ndim > 1 else table[None][part]
-            values = rows.astype(np.float64)
+            values = position_rows(activation, axis, part).astype(np.float64)
             self.count += len(part)
             with np.errstate(all="ignore"):  # what is not finite shows in the sums
                 self.sums += values.sum(axis=0)
@@ -105,9 +103,7 @@ class ActivityAnalysis(Analysis[Mapping[AxisName, AxisActivity]]):
             DataError: There is no calibration data.
             ModelError: ONNX Runtime cannot run the model on it.
         """
-        data = ctx.calibration
-        if data is None:
-            raise DataError("calibration", "the activity of channels needs samples", "give --calibration")
+        data = needed_samples(ctx, "the activity of channels needs")
         found = {axis: AxisActivity.empty(size) for axis, size in self.axes}
         if not found:
             return found

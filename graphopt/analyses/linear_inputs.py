@@ -16,7 +16,7 @@ import onnx_ir as ir
 from graphopt.analyses.constants import CONSTANTS, Constants
 from graphopt.analyses.names import subgraphs
 from graphopt.analyses.shapes import SHAPES, Shapes
-from graphopt.analyses.windows import pad_sizes, window_rows
+from graphopt.analyses.windows import pad_sizes, position_rows, window_rows
 from graphopt.pass_base import Analysis, Context
 
 __all__ = [
@@ -99,16 +99,15 @@ class LinearInput:
             chosen: Indices of rows, below `count(x)`.
 
         Returns:
-            float64 `[groups, rows, inputs]`.
+            `[groups, rows, inputs]`, of the type of `x`.
         """
         if self.window is None:
-            table = np.moveaxis(x, self.axis if x.ndim > 1 else 0, -1)
-            rows = table[np.unravel_index(chosen, table.shape[:-1])] if x.ndim > 1 else table[None][chosen]
+            rows = position_rows(x, self.axis, chosen)
         else:
             window = self.window
             pads = window.padding(x.shape[2:])
             rows = window_rows(x, window.kernel, window.strides, window.dilations, pads, chosen)
-        return rows.astype(np.float64).reshape(len(chosen), self.groups, self.inputs).transpose(1, 0, 2)
+        return rows.reshape(len(chosen), self.groups, self.inputs).transpose(1, 0, 2)
 
 
 @dataclass(frozen=True)

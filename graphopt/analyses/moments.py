@@ -24,8 +24,7 @@ import numpy as np
 import onnx_ir as ir
 
 from graphopt.analyses.linear_inputs import LINEAR_LAYERS, LinearInput
-from graphopt.analyses.streaming import stream
-from graphopt.errors import DataError
+from graphopt.analyses.streaming import needed_samples, stream
 from graphopt.pass_base import Analysis, Context
 
 __all__ = ["MOMENTS", "LayerMoments", "Moments", "MomentsAnalysis", "spread_out"]
@@ -34,7 +33,7 @@ Array = np.ndarray[Any, np.dtype[Any]]
 
 _ROWS = 30_000
 _ELEMENTS = 1e8
-_PRODUCTS = 3e10
+_PRODUCTS = 1.5e10
 _CHUNK = 1 << 22
 _GOLDEN = (5**0.5 - 1) / 2
 
@@ -123,9 +122,7 @@ class MomentsAnalysis(Analysis[Moments]):
             DataError: There is no calibration data.
             ModelError: ONNX Runtime cannot run the model on it.
         """
-        data = ctx.calibration
-        if data is None:
-            raise DataError("calibration", "moments need samples", "give --calibration")
+        data = needed_samples(ctx, "moments need")
         wanted = self._wanted(ctx)
         sums = self._sums(wanted.values())
         by_source: dict[str, list[_Sums]] = {}
@@ -185,21 +182,31 @@ class _Sums:
         self.layer, self.rows = layer, 0
         self.x, self.squares = np.zeros(shape), np.zeros(shape)
         self.xx = np.zeros((*shape, layer.inputs)) if full else None
+        self.waiting, self.most = list[Array](), max(1, min(layer.inputs // 2, _CHUNK // (shape[0] * shape[1])))
 
     def add(self, activation: Array, share: float) -> None:
         """Count rows of a batch that holds this share of all samples."""
         chosen = spread_out(self.layer.count(activation), math.ceil(self._enough() * share))
         for rows in np.array_split(chosen, len(chosen) * self.layer.groups * self.layer.inputs // _CHUNK + 1):
-            x = self.layer.rows(activation, rows)
-            self.rows += len(rows)
-            with np.errstate(all="ignore"):  # what is not finite shows in the sums
-                self.x += x.sum(axis=1)
-                self.squares += np.square(x).sum(axis=1)
-                if self.xx is not None:
-                    for group, part in zip(self.xx, x, strict=True):
-                        group += part.T @ part
+            self.waiting.append(self.layer.rows(activation, rows))
+            if sum(x.shape[1] for x in self.waiting) >= self.most:
+                self._count()
+
+    def _count(self) -> None:
+        """Count the rows that wait; few at a time would cost as much as many."""
+        if not self.waiting:
+            return
+        x, self.waiting = np.concatenate(self.waiting, axis=1).astype(np.float64), list[Array]()
+        self.rows += x.shape[1]
+        with np.errstate(all="ignore"):  # what is not finite shows in the sums
+            self.x += x.sum(axis=1)
+            self.squares += np.square(x).sum(axis=1)
+            if self.xx is not None:
+                for group, part in zip(self.xx, x, strict=True):
+                    group += part.T @ part
 
     def moments(self) -> LayerMoments:
+        self._count()
         return LayerMoments(self.rows, self.x / max(1, self.rows), self.squares, self.xx)
 
     def _enough(self) -> float:

@@ -9,11 +9,12 @@ from dataclasses import dataclass
 import onnx_ir as ir
 
 from graphopt.analyses.shapes import CONCRETE_SHAPES, Shapes
+from graphopt.calibration import Dataset
 from graphopt.errors import DataError
 from graphopt.pass_base import Context
 from graphopt.reference import Feed, Reference
 
-__all__ = ["Seen", "expose", "stream"]
+__all__ = ["Seen", "expose", "needed_samples", "stream"]
 
 _BATCH = 16
 _RUN_BYTES = 256 << 20
@@ -32,6 +33,21 @@ class Seen:
     batch: int
     samples: int
     values: Feed
+
+
+def needed_samples(ctx: Context, who_needs: str) -> Dataset:
+    """The calibration data.
+
+    Args:
+        ctx: Holds it.
+        who_needs: How the error starts: "moments need".
+
+    Raises:
+        DataError: There is none.
+    """
+    if ctx.calibration is None:
+        raise DataError("calibration", f"{who_needs} samples", "give --calibration")
+    return ctx.calibration
 
 
 def stream(
@@ -56,9 +72,7 @@ def stream(
         DataError: There is no calibration data.
         ModelError: ONNX Runtime cannot run the model on it.
     """
-    data = ctx.calibration
-    if data is None:
-        raise DataError("calibration", f"{label} needs samples", "give --calibration")
+    data = needed_samples(ctx, f"{label} needs")
     fed = {value.name for value in model.graph.inputs}
     computed = [name for name in dict.fromkeys(names) if name not in fed]
     session = Reference(expose(model, computed), threads=ctx.threads, extensions=ctx.extensions) if computed else None

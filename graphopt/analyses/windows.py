@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-__all__ = ["pad_sizes", "window_rows"]
+__all__ = ["pad_sizes", "position_rows", "window_rows"]
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -33,6 +33,21 @@ def pad_sizes(
         less, more = total // 2, total - total // 2
         found.append((less, more) if pads == "SAME_UPPER" else (more, less))
     return found
+
+
+def position_rows(x: Array, axis: int, chosen: Array) -> Array:
+    """What lies along an axis at chosen positions.
+
+    Args:
+        x: Of any rank; with one axis alone there is one position.
+        axis: The axis.
+        chosen: Indices into the other axes, flattened.
+
+    Returns:
+        `[positions, size of the axis]`, of the type of `x`.
+    """
+    table = np.moveaxis(x, axis, -1) if x.ndim > 1 else x[None]
+    return table[np.unravel_index(chosen, table.shape[:-1])]
 
 
 def window_rows(

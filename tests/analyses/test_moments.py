@@ -9,6 +9,7 @@ import pytest
 from graphopt.analyses import MOMENTS, LayerMoments, Moments, MomentsAnalysis
 from graphopt.analyses.moments import spread_out
 from graphopt.analyses.streaming import expose
+from graphopt.analyses.windows import position_rows
 from graphopt.calibration import Dataset
 from graphopt.errors import DataError
 from graphopt.pass_base import Context
@@ -240,3 +241,11 @@ def test_infinities_show() -> None:
 def test_moments_need_samples() -> None:
     with pytest.raises(DataError, match="moments need samples; give --calibration"):
         Context(build(), Target(name="ort")).fact(MOMENTS)
+
+
+@pytest.mark.parametrize("axis", [0, 1, -1])
+def test_rows_at_positions_are_what_lies_along_the_axis(axis: int) -> None:
+    x = np.random.default_rng(0).standard_normal((3, 4, 5))
+    table = np.moveaxis(x, axis, -1).reshape(-1, x.shape[axis])
+    np.testing.assert_array_equal(position_rows(x, axis, np.array([0, 2, 7])), table[[0, 2, 7]])
+    np.testing.assert_array_equal(position_rows(x[0, 0], 0, np.array([0])), x[:1, 0])

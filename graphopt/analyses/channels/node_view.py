@@ -5,7 +5,7 @@ An axis that a node touches and its rule does not mention is pinned: silence is 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from copy import copy
 
 import onnx_ir as ir
@@ -201,6 +201,18 @@ class NodeView:
         dtype = (None if value is None else self.maps.shapes.dtype(value)) or ir.DataType.INT64
         table = SizeTable(output, slot, tuple(numbers), tuple(spans), scalar, drops, reads, dtype, shape)
         self.maps.tables.append(table)
+
+    def refuse_mixed(self, shape: Sequence[int | None], reads: Sequence[AxisName], axes: Iterable[int]) -> bool:
+        """Pin what a requested shape is made of, and axes of the output, where it cannot be written anew.
+
+        Where, which merges stated sizes and computed ones (None), comes with opset 9.
+        """
+        if None not in shape or self.opset >= 9:
+            return False
+        self.maps.pin_axes(reads, self.reason)
+        for axis in axes:
+            self.maps.pin(self.atoms(self.node.outputs[0], axis), self.reason)
+        return True
 
     def span(self, value: ir.Value, axis: int, start: int = 0, stop: int | None = None, unit: int = 1) -> Span:
         """Part of an axis of known size."""

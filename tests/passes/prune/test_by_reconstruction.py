@@ -178,3 +178,21 @@ def test_auto_means_reconstruction_with_data_and_l2_without() -> None:
             model = build()
             changes.append(step.run(model, Context(model, Target(name="ort"), calibration=data)).changes)
         assert changes[0] == changes[1]
+
+
+@pytest.mark.parametrize("copies", [1, 3])
+def test_costs_are_those_of_inverting_anew_each_time(copies: int) -> None:
+    """Units leave in several portions, and what is left is multiplied out more than once."""
+    rng = np.random.default_rng(0)
+    inputs, units = 24 * copies, 24
+    covariance = np.cov(rng.standard_normal((inputs, 200)) + rng.standard_normal(200))
+    positions, shares = rng.permutation(inputs).reshape(units, copies), rng.random(inputs)
+    found = elimination_costs([(positions, shares, np.linalg.inv(covariance))], np.zeros(units))
+    left, expected, dearest = list(range(units)), np.zeros(units), 0.0
+    while left:
+        kept = np.sort(positions[left].reshape(-1))
+        saliency = dict(zip(kept, shares[kept] / np.diag(np.linalg.inv(covariance[np.ix_(kept, kept)])), strict=True))
+        costs_now = [sum(saliency[at] for at in positions[unit]) for unit in left]
+        dearest = max(dearest, min(costs_now))
+        expected[left.pop(int(np.argmin(costs_now)))] = dearest
+    np.testing.assert_allclose(found, expected, rtol=1e-8)

@@ -4,6 +4,7 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
+from graphopt.errors import ModelError
 from graphopt.pass_base import Context
 from graphopt.reference import Feed, Reference
 from graphopt.targets import Target
@@ -94,3 +95,21 @@ def test_constants_are_made_anew_and_not_kept() -> None:
     stepwise = Stepwise(model, feeds(), Context(model, Target(name="ort")))
     assert "t" not in stepwise.born
     assert "w" not in stepwise.born
+
+
+def test_what_was_asked_for_can_be_asked_for_again() -> None:
+    """An output of the model is read by no node; still it is there the second time."""
+    model = build()
+    stepwise = Stepwise(model, feeds(), Context(model, Target(name="ort")))
+    first, second = (list(stepwise.run(stepwise.born["y"] + 1, ["y", "a"])) for _ in range(2))
+    for one, other in zip(first, second, strict=True):
+        for before, after in zip(one, other, strict=True):
+            np.testing.assert_array_equal(before, after)
+
+
+def test_a_failure_in_a_batch_is_raised() -> None:
+    model = build()
+    broken = [*feeds()[:2], {"x": np.zeros((2, 5), dtype=np.float32), "flag": np.array(True)}]
+    stepwise = Stepwise(model, broken, Context(model, Target(name="ort")))
+    with pytest.raises(ModelError):
+        list(stepwise.run(stepwise.born["r"] + 1, ["r"]))

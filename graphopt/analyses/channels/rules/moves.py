@@ -262,10 +262,7 @@ def _expand(view: NodeView) -> None:
     shape: list[int | None] = [_requested(view, source, entry, len(entries) - i) for i, entry in enumerate(entries)]
     made = [len(entries) - back for back in range(1, out_rank + 1) if _expanded_axis(view, source, back)]
     spans = [(i, view.span(output, i - len(entries))) for i in made if i >= 0 and (shape[i] or 1) > 1]
-    if None in shape and view.opset < 9:  # Where, which merges stated and computed sizes, does not exist yet
-        view.maps.pin_axes(reads(content), view.reason)
-        for axis in range(out_rank):
-            view.maps.pin(view.atoms(output, axis), view.reason)
+    if view.refuse_mixed(shape, reads(content), range(out_rank)):
         return
     for entry, number in zip(entries, shape, strict=True):
         if number is None:

@@ -366,10 +366,7 @@ def _state_target(view: NodeView, source: ir.Value, target: _Target, linked: lis
         if shape[axis] is None:
             view.maps.pin(view.atoms(output, axis), view.reason)
     spans = [(axis, view.span(output, axis)) for axis in linked if (shape[axis] or 0) > 1]
-    if None in shape and view.opset < 9:  # Where, which merges stated and computed sizes, does not exist yet
-        view.maps.pin_axes(computed, view.reason)
-        for axis in linked:
-            view.maps.pin(view.atoms(output, axis), view.reason)
+    if view.refuse_mixed(shape, computed, linked):
         return
     slot: str | int = 1 if view.input(1) is not None else "shape"
     if spans or computed:

@@ -34,6 +34,7 @@ _WIDEST = 4608
 _AT_ONCE = 256 << 20
 _MOST_BYTES = 1 << 30
 _STEPS = 64
+_MANY = 8
 
 
 class Reconstruction(Criterion):
@@ -173,29 +174,46 @@ def elimination_costs(parts: Sequence[Part], alone: np.ndarray) -> np.ndarray:
     Returns:
         `[units]` what each costs when its turn comes, or what the dearest before it cost: never less.
     """
-    inverses = [(inverse, np.arange(len(inverse))) for _, _, inverse in parts]
+    inverses = [_Inverse(inverse) for _, _, inverse in parts]
     left, costs, dearest = np.arange(len(alone)), np.zeros(len(alone)), 0.0
     while len(left):
         cost = alone[left]
-        for (positions, shares, _), (inverse, kept) in zip(parts, inverses, strict=True):
-            saliency = np.zeros(len(shares))
-            saliency[kept] = shares[kept] / np.diag(inverse)
-            cost = cost + saliency[positions[left]].sum(axis=1)
+        for (positions, shares, _), inverse in zip(parts, inverses, strict=True):
+            cost = cost + (shares / inverse.diagonal)[positions[left]].sum(axis=1)
         cheapest = np.argsort(cost, kind="stable")[: max(1, len(left) // _STEPS)]
         costs[left[cheapest]] = np.maximum(np.maximum.accumulate(cost[cheapest]), dearest)
         dearest = float(costs[left[cheapest]][-1])
-        inverses = [
-            _without(inverse, kept, positions[left[cheapest]].reshape(-1))
-            for (positions, _, _), (inverse, kept) in zip(parts, inverses, strict=True)
-        ]
+        for (positions, _, _), inverse in zip(parts, inverses, strict=True):
+            inverse.remove(np.unique(positions[left[cheapest]]))
         left = np.delete(left, cheapest)
     return costs
 
 
-def _without(inverse: np.ndarray, kept: np.ndarray, gone: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Turn the inverse of a covariance of the variables `kept` into that of those among them that are not gone."""
-    out = np.isin(kept, gone)
-    across = inverse[np.ix_(~out, out)]
-    rest = inverse[np.ix_(~out, ~out)]
-    rest -= across @ np.linalg.solve(inverse[np.ix_(out, out)], across.T)
-    return rest, kept[~out]
+class _Inverse:
+    """The inverse of a covariance while variables leave: `whole - across @ solved`, with its diagonal at hand.
+
+    Both factors grow by the variables that leave; once these are many, all is multiplied out for those that are left.
+    """
+
+    def __init__(self, whole: np.ndarray) -> None:
+        self.whole, self.diagonal = whole, np.diag(whole).copy()
+        self.left, self.place = np.arange(len(whole)), np.arange(len(whole))
+        self.across, self.solved = whole[:, :0], whole[:0]
+
+    def remove(self, variables: np.ndarray) -> None:
+        """Leave variables out; what the diagonal says of them is infinite from then on."""
+        at = self.place[variables[np.isfinite(self.diagonal[variables])]]
+        across = self.whole[:, at] - self.across @ self.solved[:, at]
+        solved = np.linalg.solve(across[at], across.T)
+        self.across, self.solved = np.hstack([self.across, across]), np.vstack([self.solved, solved])
+        self.diagonal[self.left] -= (across * solved.T).sum(axis=1)
+        self.diagonal[variables] = np.inf
+        if _MANY * len(self.solved) >= len(self.left):
+            self._multiply()
+
+    def _multiply(self) -> None:
+        stay = np.flatnonzero(np.isfinite(self.diagonal[self.left]))
+        self.whole = self.whole[np.ix_(stay, stay)] - self.across[stay] @ self.solved[:, stay]
+        self.left = self.left[stay]
+        self.place[self.left] = np.arange(len(stay))
+        self.across, self.solved = self.whole[:, :0], self.whole[:0]

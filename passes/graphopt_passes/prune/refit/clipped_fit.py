@@ -7,20 +7,24 @@ least-squares problem with the same X'X (after Zhang et al., Accelerating Very D
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from itertools import islice
+from functools import cached_property, partial
 
 import numpy as np
 
-from graphopt_passes.prune.refit.least_squares import Correction, Moments, choose_ridge
+from graphopt_passes.prune.refit.least_squares import Correction, Moments, System, choose_ridge
 
 __all__ = ["Rows", "fit"]
 
 _LEAST_GAIN = 1e-3
 _STEPS = 4
 _WIDEST = 2400
-_CHUNK = 1 << 23
+_CHUNK = 1 << 22
+_MOMENTS_CHUNK = 1 << 23
+
+Change = tuple[np.ndarray, np.ndarray]
+"""Of weight and bias."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,29 +56,44 @@ class Rows:
         """Some of the rows; those that lie side by side are not copied."""
         places = np.flatnonzero(mask)
         beside = len(places) > 0 and places[-1] - places[0] == len(places) - 1
-        chosen = slice(places[0], places[-1] + 1) if beside else places
+        return self._at(slice(places[0], places[-1] + 1) if beside else places)
+
+    def parts(self, numbers: int) -> Iterator[Rows]:
+        """All rows, as many at a time as have so many inputs and outputs."""
+        size = max(1, numbers // (len(self.x) * (self.x.shape[2] + self.wanted.shape[2])))
+        return (self._at(slice(start, start + size)) for start in range(0, self.x.shape[1], size))
+
+    def _at(self, chosen: slice | np.ndarray) -> Rows:
         x, wanted, now = (array[:, chosen] for array in (self.x, self.wanted, self.now))
         return Rows(x, wanted, now, self.held_out[chosen], self.low, self.high)
 
     def moments(self) -> Moments:
         """Moments of the input and of what is missed."""
-        groups, count, inputs = self.x.shape
-        found = Moments.empty(groups, inputs, self.wanted.shape[2])
-        size = max(1, _CHUNK // (groups * inputs))
-        for start in range(0, count, size):
-            x, wanted, now = (array[:, start : start + size] for array in (self.x, self.wanted, self.now))
-            found.add(x, wanted.astype(np.float64) - now, wanted)
+        found = Moments.empty(*self.x.shape[::2], self.wanted.shape[2])
+        for part in self.parts(_MOMENTS_CHUNK):
+            found.add(part.x, part.wanted.astype(np.float64) - part.now, part.wanted)
         return found
 
     def after(self, weight: np.ndarray, bias: np.ndarray) -> np.ndarray:
         """Totals after a correction, `[groups, rows, outputs]`."""
-        return self.now + self.x @ weight.astype(np.float32) + bias[:, None].astype(np.float32)
+        found = self.x @ weight.astype(np.float32)
+        found += self.now
+        found += bias[:, None].astype(np.float32)
+        return found
 
-    def missed(self, totals: np.ndarray) -> np.ndarray:
-        """What a correction should add, where its totals are to be what they should be."""
-        targets = self.targets(totals)
-        targets -= self.now
-        return targets
+    def products(self, weight: np.ndarray, bias: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Sums over the rows of what a correction should add, where the totals that it leads to are to be right.
+
+        Returns:
+            `[groups, inputs, outputs]`: of its products with the input; `[groups, outputs]`: of itself.
+        """
+        found, sums = np.zeros(weight.shape), np.zeros(bias.shape)
+        for part in self.parts(_CHUNK):
+            missed = part.targets(part.after(weight, bias))
+            missed -= part.now
+            found += part.x.transpose(0, 2, 1) @ missed
+            sums += missed.sum(axis=1, dtype=np.float64)
+        return found, sums
 
     def shift(self) -> np.ndarray:
         """`[groups, outputs]`: what totals should gain on average."""
@@ -84,22 +103,27 @@ class Rows:
         """What totals should be: as wanted, or anything on the same side where that is hidden."""
         found = self.wanted.copy()
         if np.isfinite(self.low).any():
-            np.minimum(totals, self.low, out=found, where=self.wanted <= self.low)
+            np.copyto(found, np.minimum(totals, self.low), where=self.wanted <= self.low)
         if np.isfinite(self.high).any():
-            np.maximum(totals, self.high, out=found, where=self.wanted >= self.high)
+            np.copyto(found, np.maximum(totals, self.high), where=self.wanted >= self.high)
         return found
 
     def error(self, totals: np.ndarray) -> float:
         """Root mean square of what is seen to be missed, relative to the spread of what should be seen."""
-        seen, wanted = np.clip(totals, self.low, self.high), np.clip(self.wanted, self.low, self.high)
-        seen -= wanted
-        missed = float(np.square(seen, out=seen).sum(dtype=np.float64))
-        mean = wanted.mean(axis=1, keepdims=True)
-        power = float(np.square(wanted).sum(dtype=np.float64))
-        wanted -= mean
-        spread = float(np.square(wanted, out=wanted).sum(dtype=np.float64))
-        scale = spread if spread > 1e-12 * power else power
-        return float(np.sqrt(missed / scale)) if scale > 0 else 0.0
+        missed = np.clip(totals, self.low, self.high)
+        missed -= np.clip(self.wanted, self.low, self.high)
+        total = float(np.square(missed, out=missed).sum(dtype=np.float64))
+        return float(np.sqrt(total / self._spread)) if self._spread > 0 else 0.0
+
+    @cached_property
+    def _spread(self) -> float:
+        """Sum of squares of what should be seen, about its mean; as it is where it does not vary."""
+        seen = np.clip(self.wanted, self.low, self.high)
+        mean = seen.mean(axis=1, keepdims=True)
+        power = float(np.square(seen).sum(dtype=np.float64))
+        seen -= mean
+        spread = float(np.square(seen, out=seen).sum(dtype=np.float64))
+        return spread if spread > 1e-12 * power else power
 
 
 def fit(rows: Rows, *, offset: bool) -> Correction | None:
@@ -116,8 +140,8 @@ def fit(rows: Rows, *, offset: bool) -> Correction | None:
     fitted, held_out = rows.of(~rows.held_out), rows.of(rows.held_out)
     seen, unseen = fitted.moments(), held_out.moments()
     before = held_out.error(held_out.now)
-    ridge = choose_ridge(seen, unseen, offset=offset)
-    best, after, taken = seen.solve(ridge, offset=offset), np.inf, 0
+    ridge, best = choose_ridge(seen, unseen, offset=offset)
+    after, taken = np.inf, 0
     for change in _steps(fitted, seen, ridge, best, offset=offset):
         error = held_out.error(held_out.after(*change))
         if error >= after * (1 - _LEAST_GAIN):
@@ -126,9 +150,11 @@ def fit(rows: Rows, *, offset: bool) -> Correction | None:
     if after >= before * (1 - _LEAST_GAIN):
         return _shifted(rows, fitted, held_out, before) if offset else None
     seen.merge(unseen)
-    start = best if taken > 1 else seen.solve(ridge, offset=offset)
-    # all rows ask for little more than what the fitted ones did: one step from there is enough
-    *_, best = islice(_steps(rows, seen, ridge, start, offset=offset), min(taken, 2))
+    if taken > 1:  # all rows ask for little more than what the fitted ones did: one step from there is enough
+        system = seen.system(ridge, offset=offset)
+        best = _step(rows, system, best, partial(np.linalg.solve, system.matrix), offset=offset)
+    else:
+        best = seen.solve(ridge, offset=offset)
     return Correction(*best, before, after)
 
 
@@ -140,21 +166,23 @@ def _shifted(rows: Rows, fitted: Rows, held_out: Rows, before: float) -> Correct
     return None if after >= before * (1 - _LEAST_GAIN) else Correction(weight, rows.shift(), before, after)
 
 
-def _steps(
-    rows: Rows, moments: Moments, ridge: float, start: tuple[np.ndarray, np.ndarray], *, offset: bool
-) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+def _steps(rows: Rows, moments: Moments, ridge: float, start: Change, *, offset: bool) -> Iterator[Change]:
     """The plain correction, then those that heed the activation, one better than the other."""
-    weight, bias = start
-    yield weight, bias
+    yield start
     if not rows.bounded or rows.x.shape[2] > _WIDEST:
         return
     system = moments.system(ridge, offset=offset)
     inverse = np.linalg.inv(system.matrix)
-    flipped = rows.x.transpose(0, 2, 1)
     for _ in range(_STEPS):
-        missed = rows.missed(rows.after(weight, bias))
-        mean = offset * missed.mean(axis=1, dtype=np.float64)
-        products = (flipped @ missed).astype(np.float64)
-        weight = inverse @ (products - moments.rows * system.mean[:, :, None] * mean[:, None, :])
-        bias = mean - (system.mean[:, None] @ weight)[:, 0]
-        yield weight, bias
+        start = _step(rows, system, start, partial(np.matmul, inverse), offset=offset)
+        yield start
+
+
+def _step(
+    rows: Rows, system: System, start: Change, solve: Callable[[np.ndarray], np.ndarray], *, offset: bool
+) -> Change:
+    """The plain correction towards what totals should be after the last one."""
+    products, sums = rows.products(*start)
+    mean = offset * sums / rows.x.shape[1]
+    weight = solve(products - rows.x.shape[1] * system.mean[:, :, None] * mean[:, None, :])
+    return weight, mean - (system.mean[:, None] @ weight)[:, 0]

@@ -78,7 +78,7 @@ class Moments:
             self.xx += flipped @ wide
             self.xr += flipped @ r.astype(np.float64, copy=False)
             return
-        centred = x.astype(np.float32) - mean[:, None].astype(np.float32)
+        centred = x.astype(np.float32, copy=False) - mean[:, None].astype(np.float32)
         flipped, mean = centred.transpose(0, 2, 1), mean.astype(np.float32).astype(np.float64)
         left = centred.sum(axis=1, dtype=np.float64)  # what rounding left of the mean
         crossed = left[:, :, None] * mean[:, None, :]
@@ -174,8 +174,12 @@ class Correction:
     after: float
 
 
-def choose_ridge(seen: Moments, held_out: Moments, *, offset: bool, ridges: Sequence[float] = RIDGES) -> float:
-    """The ridge that does best on held-out rows; of a wide layer, only candidates next to the best one yet are tried.
+def choose_ridge(
+    seen: Moments, held_out: Moments, *, offset: bool, ridges: Sequence[float] = RIDGES
+) -> tuple[float, tuple[np.ndarray, np.ndarray]]:
+    """The ridge that does best on held-out rows, and the correction that it leads to.
+
+    Of a wide layer, only candidates next to the best one yet are tried.
 
     Args:
         seen: Moments of the rows to fit.
@@ -183,17 +187,15 @@ def choose_ridge(seen: Moments, held_out: Moments, *, offset: bool, ridges: Sequ
         offset: The bias may change.
         ridges: Candidates, ascending.
     """
-    errors: dict[int, float] = {}
-
-    def error(i: int) -> float:
-        if i not in errors:
-            inside = 0 <= i < len(ridges)
-            errors[i] = held_out.error(*seen.solve(ridges[i], offset=offset)) if inside else np.inf
-        return errors[i]
-
-    best = len(ridges) // 2
-    if seen.x.shape[1] <= NARROW:
-        best = min(range(len(ridges)), key=error)
-    while (better := min((best, best - 1, best + 1), key=error)) != best:
-        best = better
-    return ridges[best]
+    errors: dict[int, float] = {-1: np.inf, len(ridges): np.inf}
+    best, corrections = len(ridges) // 2, dict[int, tuple[np.ndarray, np.ndarray]]()
+    while True:
+        near = range(len(ridges)) if seen.x.shape[1] <= NARROW else (best, best - 1, best + 1)
+        for i in near:
+            if i not in errors:
+                corrections[i] = seen.solve(ridges[i], offset=offset)
+                errors[i] = held_out.error(*corrections[i])
+        better = min(near, key=errors.__getitem__)
+        if better == best:
+            return ridges[best], corrections[best]
+        best, corrections = better, {better: corrections[better]}

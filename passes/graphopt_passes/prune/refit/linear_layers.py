@@ -9,7 +9,7 @@ import numpy as np
 import onnx_ir as ir
 
 from graphopt.analyses import Constants
-from graphopt.analyses.windows import pad_sizes, window_rows
+from graphopt.analyses.windows import pad_sizes, position_rows, window_rows
 from graphopt_passes._own_constants import new_constant
 from graphopt_passes.prune.refit.carriers import Carried, constant_behind, set_constant
 from graphopt_passes.prune.refit.windows import Windows
@@ -24,7 +24,7 @@ WIDEST = 4608
 
 _ROWS = 30_000
 _ELEMENTS = 4e7
-_PRODUCTS = 3e10
+_PRODUCTS = 1.5e10
 _FLOATS = (ir.DataType.FLOAT, ir.DataType.DOUBLE, ir.DataType.FLOAT16)
 
 
@@ -113,16 +113,18 @@ class LinearLayer:
 
     def wanted(self, output: np.ndarray, chosen: np.ndarray) -> np.ndarray:
         """`[groups, rows, outputs of a group]`: chosen rows of an output."""
-        table = np.moveaxis(output, self.channel_axis, -1)
-        rows = table.reshape(-1, table.shape[-1])[chosen].astype(np.float64)
-        return rows.reshape(len(rows), self.groups, self.outputs // self.groups).transpose(1, 0, 2)
+        return self.grouped(position_rows(output, self.channel_axis, chosen))
+
+    def grouped(self, rows: np.ndarray) -> np.ndarray:
+        """`[groups, rows, outputs of a group]` of `[rows, outputs]`."""
+        return rows.reshape(len(rows), self.groups, rows.shape[1] // self.groups).transpose(1, 0, 2)
 
     def rows(self, x: np.ndarray, chosen: np.ndarray) -> np.ndarray:
         """`[groups, rows, inputs]`: what is multiplied with the matrix to make chosen rows of the output."""
         if self.node.op_type != "Conv":
-            return x.reshape(-1, x.shape[-1])[chosen].astype(np.float64)[None]
+            return position_rows(x, -1, chosen)[None]
         at = self.windows(x.shape[2:])
-        rows = window_rows(x, at.kernel, at.strides, at.dilations, at.pads, chosen).astype(np.float64)
+        rows = window_rows(x, at.kernel, at.strides, at.dilations, at.pads, chosen)
         return rows.reshape(len(rows), self.groups, self.inputs).transpose(1, 0, 2)
 
     def windows(self, sizes: Sequence[int]) -> Windows:
@@ -177,7 +179,7 @@ class _Transposed(LinearLayer):
             (*x.shape[:2], *((n - 1) * s + 1 for n, s in zip(x.shape[2:], strides, strict=True))), x.dtype
         )
         spread[(..., *(slice(None, None, s) for s in strides))] = x
-        rows = window_rows(spread, kernel, ones, dilations, sides, chosen).astype(np.float64)
+        rows = window_rows(spread, kernel, ones, dilations, sides, chosen)
         return rows.reshape(1, len(rows), self.inputs)
 
     def _in_place(self, weight: np.ndarray) -> np.ndarray:

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from copy import copy
 from dataclasses import dataclass
 
 import numpy as np
 import onnx_ir as ir
 
 from graphopt.analyses import Constants
-from graphopt.pass_base import Context
-from graphopt.reference import Feed
 from graphopt_passes.prune.refit.clipped_fit import Rows
 from graphopt_passes.prune.refit.linear_layers import LINEAR, LinearLayer
 from graphopt_passes.prune.refit.pair_fit import Pair, Weights, fit_pair
@@ -45,7 +44,14 @@ class Joined:
 
 @dataclass(frozen=True, eq=False)
 class _Samples:
-    """Samples of a pair, on the first axis: what goes in, the wanted totals, what is added, which are held out."""
+    """Samples of a pair.
+
+    Attributes:
+        x: What goes in, samples on the first axis.
+        wanted: `[samples, positions, outputs]`: totals in the whole model.
+        bypass: `[samples, positions, outputs]`: what is added to the second layer's output.
+        held_out: `[samples]`: not to be fitted, but to choose by.
+    """
 
     x: np.ndarray
     wanted: np.ndarray
@@ -57,26 +63,20 @@ class Pairs:
     """Refits a layer together with the one before it, once each was refitted for itself.
 
     Args:
-        whole: The model before the removal.
-        model: The model after it; its weights change.
-        feeds: The batches.
+        old: The model before the removal; layers are visited with it where they are refitted for themselves.
+        new: The model after it, on the same batches; its weights change.
         lost: Positions that were removed, by value and axis.
-        ctx: How ONNX Runtime runs.
         layers: How many layers there are to refit at most; they share what may be multiplied in all.
     """
 
-    def __init__(
-        self,
-        whole: ir.Model,
-        model: ir.Model,
-        feeds: Sequence[Feed],
-        lost: Mapping[AxisName, np.ndarray],
-        ctx: Context,
-        layers: int,
-    ) -> None:
-        self.model, self.lost = model, lost
+    def __init__(self, old: Stepwise, new: Stepwise, lost: Mapping[AxisName, np.ndarray], layers: int) -> None:
+        self.old, self.new, self.lost = old, copy(new), lost
         self.share = min(_PRODUCTS, _ALL_PRODUCTS / max(1, layers))
-        self.old, self.new = Stepwise(whole, feeds, ctx), Stepwise(model, feeds, ctx)
+        self.last: tuple[ir.Node, Stepwise] | None = None
+
+    def passed(self, layer: ir.Node, run: Stepwise) -> None:
+        """A run has read what a layer reads; to start there spares running the model up to it once more."""
+        self.last = layer, copy(run)
 
     def improve(self, second: Site, constants: Constants) -> Joined | None:
         """Refit the layer of a site with the one before it.
@@ -86,8 +86,8 @@ class Pairs:
             constants: The model's constants as they are now.
 
         Returns:
-            What that gave, None where there is no such pair or it is no better on held-out samples. Both runs are
-            then where the first layer reads.
+            What that gave, None where there is no such pair or it is no better on held-out samples. `new` then is
+            where the first layer reads.
         """
         layer = LinearLayer.of(second.layer.node, constants)
         node = _before(second.layer.node)
@@ -100,16 +100,18 @@ class Pairs:
         shortcut, at = second.outlook.shortcut, site.positions[1]
         late = shortcut is not None and self.new.born[shortcut] >= at
         unclear = site.outlook.shortcut is not None or not site.outlook.bounded or not site.outlook.gain.all()
-        if late or unclear or at < self.new.position or second.positions[0] < self.old.position:
+        if late or unclear or at < self.new.position:
             return None
-        found = _samples(first, second, self.old, self.new, at, self.share)
+        if self.last is not None and self.last[0] is node:
+            self.new.resume(self.last[1])
+        found = _samples(site, second, self.old, self.new, self.share)
         weights = None if found is None else _fit(first, layer, site, second, found)
         if weights is None:
             return None
         changed, before, after = weights
         pairs = ((first, changed.first, changed.first_bias), (layer, changed.second, changed.second_bias))
         for each, weight, bias in pairs:
-            each.add(self.model.graph, weight[None] - each.matrix(), (bias - each.shift)[None])
+            each.add(self.new.model.graph, weight[None] - each.matrix(), (bias - each.shift)[None])
         return Joined(first.node.name or name_of(first.node.outputs[0]), before, after)
 
 
@@ -149,41 +151,31 @@ def _simple(first: LinearLayer, second: LinearLayer) -> bool:
     return known and plain and len(kinds) == 1
 
 
-def _samples(
-    first: LinearLayer, second: Site, old: Stepwise, new: Stepwise, at: int, products: float
-) -> _Samples | None:
+def _samples(first: Site, second: Site, old: Stepwise, new: Stepwise, products: float) -> _Samples | None:
     """As many samples as are worth reading; None if they are too few, or not of one size."""
-    shortcut, node, axis = second.outlook.shortcut, second.layer.node, second.layer.channel_axis
-    more = [shortcut] if shortcut else []
-    before = old.run(second.positions[0] + 1, [name_of(node.outputs[0]), *more])
-    after = new.run(at, [name_of(first.node.inputs[0]), *more])
     parts, regular = list[tuple[np.ndarray, ...]](), True
-    for i, ((output, *was), (x, *now)) in enumerate(zip(before, after, strict=True)):
-        wanted = np.take(output, second.kept, axis=axis)
-        alike = all(a.shape == output.shape and b.shape == wanted.shape for a, b in zip(was, now, strict=True))
-        regular = regular and alike and x.ndim > 1 and len(x) == len(wanted)
+    for i, sample in enumerate(second.samples(old, new, first)):
+        x, count = sample.x, second.layer.positions(sample.output)
+        regular = regular and sample.alike and x.ndim > 1 and len(x) == len(sample.output)
         regular = regular and (not parts or parts[0][0].shape[1:] == x.shape[1:])
         if not regular:
             continue
-        worth = _worth(first, second.layer, x, wanted, products)
+        positions = count // len(x)
+        worth = _worth(first.layer, second.layer, x, positions, products)
         if i >= worth:
             continue
-        most = max(1, worth // len(old.feeds))
-        x, wanted = x[:most], wanted[:most]
-        total = wanted + second.outlook.bypass(
-            np.take(was[0][:most], second.kept, axis=axis) if was else None, wanted, axis
-        )
-        bypass = second.outlook.bypass(now[0][:most] if now else None, wanted, axis)
-        held_out = np.full(len(x), i % _HOLD_OUT == _HOLD_OUT // 2)
-        parts.append((x, total, bypass, held_out))
+        x = x[: max(1, worth // len(old.feeds))]
+        total, bypass = second.totals(sample, np.arange(len(x) * positions))
+        assert bypass is not None
+        tables = (array.reshape(len(x), positions, -1) for array in (total, bypass))
+        parts.append((x, *tables, np.full(len(x), i % _HOLD_OUT == _HOLD_OUT // 2)))
     if not regular or len(parts) < _HOLD_OUT:
         return None
     return _Samples(*(np.concatenate(part) for part in zip(*parts, strict=True)))
 
 
-def _worth(first: LinearLayer, second: LinearLayer, x: np.ndarray, wanted: np.ndarray, most: float) -> int:
+def _worth(first: LinearLayer, second: LinearLayer, x: np.ndarray, after: int, most: float) -> int:
     """How many samples take no more than so many products, and no more memory than there should be."""
-    after = wanted[0].size // second.outputs
     between = int(np.prod(first.windows(x.shape[2:]).sizes(x.shape[2:]))) if first.array.ndim > 2 else after
     elements = between * first.inputs + after * second.inputs
     products = 3 * between * first.array.size + 4 * after * second.array.size + after * second.inputs**2 // 2
@@ -203,10 +195,10 @@ def _fit(
     def pair(chosen: np.ndarray) -> Pair:
         x = found.x[chosen]
         at = first.windows(x.shape[2:])
-        rows = at.rows(x).astype(np.float32)
+        rows = at.rows(x).astype(np.float32, copy=False)
         shape = (len(x), first.outputs, *at.sizes(x.shape[2:])) if at.kernel else (*x.shape[:-1], first.outputs)
         wanted, bypass = (
-            np.moveaxis(array[chosen], second.channel_axis, -1).reshape(1, -1, second.outputs).astype(np.float32)
+            array[chosen].reshape(1, -1, second.outputs).astype(np.float32, copy=False)
             for array in (found.wanted, found.bypass)
         )
         out = Rows(wanted[:, :0], wanted, wanted[:, :0], np.zeros(wanted.shape[1], dtype=bool), bounds[0], bounds[1])

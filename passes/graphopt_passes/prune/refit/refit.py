@@ -77,7 +77,7 @@ def refit(whole: ir.Model, model: ir.Model, lost: Mapping[AxisName, np.ndarray],
     changes, errors = list[Change](), list[tuple[float, float]]()
     names = ctx.fact(CONSTANTS).names
     affected = list(_affected(new, lost, names))
-    pairs = Pairs(whole, model, feeds, lost, ctx, len(affected))
+    pairs = Pairs(old, new, lost, len(affected))
     for node in ctx.progress(affected, "refitting"):
         constants = ctx.fact(CONSTANTS)
         layer, name = names.place(node) or LinearLayer.of(node, constants), names.label(node)
@@ -97,6 +97,7 @@ def refit(whole: ir.Model, model: ir.Model, lost: Mapping[AxisName, np.ndarray],
         if joined is not None:
             new.resume(pairs.new)
             ctx.drop_facts()
+        pairs.passed(node, new)
         changes.append(_change(name, found, joined))
         errors += [each for each in [_errors(found, joined)] if each]
     before, after = np.mean(errors, axis=0).tolist() if errors else (0.0, 0.0)
@@ -157,19 +158,22 @@ def _correction(site: Site, old: Stepwise, new: Stepwise, rng: np.random.Generat
 def _rows(site: Site, old: Stepwise, new: Stepwise, rng: np.random.Generator) -> Rows:
     """As many rows of a layer as are worth reading."""
     layer, batches = site.layer, len(old.feeds)
-    matrix, shift = layer.matrix(), layer.shift.reshape(layer.groups, 1, -1)
+    matrix, shift = layer.matrix().astype(np.float32), layer.shift.reshape(layer.groups, 1, -1).astype(np.float32)
     most = rows_worth_reading(layer.groups, layer.inputs, layer.outputs) // batches + 1
     parts, plain = {False: list[list[np.ndarray]](), True: list[list[np.ndarray]]()}, False
-    for batch, (x, total, bypass) in enumerate(site.samples(old, new)):
-        count = layer.positions(total)
+    for batch, sample in enumerate(site.samples(old, new)):
+        count = layer.positions(sample.output)
         chosen = np.sort(rng.choice(count, most, replace=False)) if count > most else np.arange(count)
         held_out = _held_out(len(chosen), batch, batches)
-        plain = plain or bypass is None
+        plain = plain or not sample.alike
         for late, some in _pieces(chosen, held_out, _CHUNK // (layer.groups * layer.inputs)):
-            made_of, wanted = layer.rows(x, some), layer.wanted(total, some)
-            added = 0.0 if bypass is None else layer.wanted(bypass, some)
-            now = made_of @ matrix + shift + added
-            parts[late].append([array.astype(np.float32) for array in (made_of, wanted, now)])
+            wanted, added = site.totals(sample, some)
+            made_of = layer.rows(sample.x, some).astype(np.float32, copy=False)
+            now = made_of @ matrix
+            now += shift
+            if added is not None:
+                now += layer.grouped(added)
+            parts[late].append([made_of, layer.grouped(wanted).astype(np.float32, copy=False), now])
     counts = [sum(part[0].shape[1] for part in parts[late]) for late in (False, True)]
     arrays = [_joined(parts[False] + parts[True], at) for at in range(3)]
     bounds = (site.outlook.low, site.outlook.high)

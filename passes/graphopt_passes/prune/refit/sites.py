@@ -9,13 +9,33 @@ import numpy as np
 import onnx_ir as ir
 
 from graphopt.analyses import Constants
+from graphopt.analyses.windows import position_rows
 from graphopt_passes.prune.refit.linear_layers import LinearLayer
 from graphopt_passes.prune.refit.outlook import Outlook, outlook
 from graphopt_passes.prune.refit.stepwise import Stepwise
 
-__all__ = ["AxisName", "Site", "name_of", "site_of"]
+__all__ = ["AxisName", "Sample", "Site", "name_of", "site_of"]
 
 AxisName = tuple[str, int]
+
+
+@dataclass(frozen=True, eq=False)
+class Sample:
+    """What a batch shows of a layer.
+
+    Attributes:
+        x: What goes in, in the pruned model.
+        output: What comes out in the whole model, all channels.
+        was: What a shortcut adds there, if there is one.
+        now: What it adds in the pruned model.
+        alike: The shortcut has the output's shape.
+    """
+
+    x: np.ndarray
+    output: np.ndarray
+    was: tuple[np.ndarray, ...]
+    now: tuple[np.ndarray, ...]
+    alike: bool
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,22 +54,30 @@ class Site:
     outlook: Outlook
     kept: np.ndarray
 
-    def samples(self, whole: Stepwise, pruned: Stepwise) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray | None]]:
-        """The layer's input, the total that it should lead to, and what is added to its output, batch after batch.
+    def samples(self, whole: Stepwise, pruned: Stepwise, first: Site | None = None) -> Iterator[Sample]:
+        """What goes into the layer, or into an earlier one, and what the layer should make of it, batch after batch."""
+        node, shortcut, reader = self.layer.node, self.outlook.shortcut, first or self
+        more = [shortcut] if shortcut else []
+        old = whole.run(self.positions[0] + 1, [name_of(node.outputs[0]), *more])
+        new = pruned.run(reader.positions[1], [name_of(reader.layer.node.inputs[0]), *more])
+        for (output, *was), (x, *now) in zip(old, new, strict=True):
+            made = list(output.shape)
+            made[self.layer.channel_axis] = len(self.kept)
+            alike = all(a.shape == output.shape and list(b.shape) == made for a, b in zip(was, now, strict=True))
+            yield Sample(x, output, tuple(was), tuple(now), alike=alike)
+
+    def totals(self, sample: Sample, chosen: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
+        """Chosen rows of the total that a sample should lead to, and of what is added to the layer's output.
 
         What is added is None where it has not the output's shape; then the total is the output alone.
         """
-        node, axis, shortcut = self.layer.node, self.layer.channel_axis, self.outlook.shortcut
-        more = [shortcut] if shortcut else []
-        old = whole.run(self.positions[0] + 1, [name_of(node.outputs[0]), *more])
-        new = pruned.run(self.positions[1], [name_of(node.inputs[0]), *more])
-        for (output, *was), (x, *now) in zip(old, new, strict=True):
-            wanted = np.take(output, self.kept, axis=axis)
-            if any(a.shape != output.shape or b.shape != wanted.shape for a, b in zip(was, now, strict=True)):
-                yield x, wanted, None
-                continue
-            before = self.outlook.bypass(np.take(was[0], self.kept, axis=axis) if was else None, wanted, axis)
-            yield x, wanted + before, self.outlook.bypass(now[0] if now else None, wanted, axis)
+        axis, bypass = self.layer.channel_axis, self.outlook.bypass
+        wanted = position_rows(sample.output, axis, chosen)[:, self.kept]
+        if not sample.alike:
+            return wanted, None
+        was, now = ([position_rows(a, axis, chosen) for a in arrays] for arrays in (sample.was, sample.now))
+        before = bypass(was[0][:, self.kept] if was else None, wanted, -1)
+        return wanted + before, bypass(now[0] if now else None, wanted, -1)
 
 
 def site_of(

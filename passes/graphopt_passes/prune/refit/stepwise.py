@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
 import onnx_ir as ir
@@ -35,8 +37,8 @@ def reads(node: ir.Node) -> Iterator[ir.Value]:
 class Stepwise:
     """Values of a model on batches of samples, asked for in the graph's order.
 
-    What later nodes need is kept between two calls where it fits into memory; where it does not, the next call starts
-    from what was kept last. Weights behind the last position may change between calls.
+    What later nodes need, and what was asked for, is kept between two calls where it fits into memory; where it does
+    not, the next call starts from what was kept last. Weights behind the last position may change between calls.
 
     Args:
         model: The model, in topological order.
@@ -64,6 +66,8 @@ class Stepwise:
     def run(self, position: int, wanted: Sequence[str]) -> Iterator[list[np.ndarray]]:
         """Run the nodes before a position and yield values, batch after batch; to be read to the end.
 
+        While a batch is looked at, another thread computes the next one.
+
         Args:
             position: Index of a node; not before that of the last call.
             wanted: Names of values that nodes before it compute, or of inputs; not constants.
@@ -75,13 +79,13 @@ class Stepwise:
         live = [n for n, born in self.born.items() if born < position <= self.dies.get(n, -1)]
         start = self.feeds if self.kept is None else self.kept
         have = [name for name in start[0] if name in self.values]
-        outputs = [name for name in dict.fromkeys((*live, *wanted)) if name not in have]
+        keep = list(dict.fromkeys((*live, *wanted)))
+        outputs = [name for name in keep if name not in have]
         session = self._piece(start[0], have, outputs) if outputs else None
         kept: list[Feed] | None = []
-        for feed in start:
-            found = feed if session is None else {**feed, **session.run(feed, outputs)}
+        for found in _ahead(lambda feed: {**feed, **session.run(feed, outputs)} if session else feed, start):
             if kept is not None:
-                kept.append({name: found[name] for name in live})
+                kept.append({name: found[name] for name in keep})
                 kept = kept if _is_light(kept[0], len(start)) else None
             yield [found[name] for name in wanted]
         self.kept = self.kept if kept is None else kept
@@ -100,6 +104,18 @@ class Stepwise:
             value.shape = None  # the runtime knows better than a stale annotation
         piece = ir.Model(graph, ir_version=self.model.ir_version, functions=list(self.model.functions.values()))
         return Reference(piece, threads=self.ctx.threads, extensions=self.ctx.extensions)
+
+
+def _ahead(function: Callable[[Feed], Feed], feeds: Iterable[Feed]) -> Iterator[Feed]:
+    """What a function makes of feeds, each by another thread while the one before is looked at."""
+    with ThreadPoolExecutor(1) as pool:
+        coming = deque[Future[Feed]]()
+        for feed in feeds:
+            coming.append(pool.submit(function, feed))
+            if len(coming) > 1:
+                yield coming.popleft().result()
+        for last in coming:
+            yield last.result()
 
 
 def _is_light(feed: Feed, count: int) -> bool:
