@@ -35,6 +35,7 @@ _ROWS = 30_000
 _ELEMENTS = 1e8
 _PRODUCTS = 1.5e10
 _CHUNK = 1 << 22
+_NARROW = 640
 _GOLDEN = (5**0.5 - 1) / 2
 
 
@@ -196,14 +197,14 @@ class _Sums:
         """Count the rows that wait; few at a time would cost as much as many."""
         if not self.waiting:
             return
-        x, self.waiting = np.concatenate(self.waiting, axis=1).astype(np.float64), list[Array]()
+        x, self.waiting = np.concatenate(self.waiting, axis=1), list[Array]()
         self.rows += x.shape[1]
         with np.errstate(all="ignore"):  # what is not finite shows in the sums
-            self.x += x.sum(axis=1)
-            self.squares += np.square(x).sum(axis=1)
+            self.x += x.sum(axis=1, dtype=np.float64)
+            self.squares += np.square(x, dtype=np.float64).sum(axis=1)
             if self.xx is not None:
                 for group, part in zip(self.xx, x, strict=True):
-                    group += part.T @ part
+                    group += _products(part)
 
     def moments(self) -> LayerMoments:
         self._count()
@@ -216,6 +217,17 @@ class _Sums:
         if self.xx is not None:
             quick = max(4 * inputs, min(quick, _PRODUCTS / (groups * inputs**2)))
         return min(_ROWS, quick)
+
+
+def _products(x: Array) -> Array:
+    """`[inputs, inputs]` X'X of rows `[rows, inputs]`; of wide ones about their mean, and in float32."""
+    if x.shape[1] <= _NARROW:
+        wide = x.astype(np.float64)
+        return wide.T @ wide
+    mean = x.mean(axis=0, dtype=np.float64).astype(np.float32)
+    centred = x.astype(np.float32) - mean
+    crossed = np.outer(centred.sum(axis=0, dtype=np.float64), mean)  # what rounding left of the mean
+    return centred.T @ centred + crossed + crossed.T + len(x) * np.outer(mean, mean.astype(np.float64))
 
 
 def spread_out(count: int, most: int) -> Array:

@@ -11,7 +11,7 @@ only through `X'X`, `X'R` and sums, one batch after the other. The ridge is chos
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -22,6 +22,8 @@ RIDGES = (1e-6, 1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)
 
 NARROW = 640
 """Layers with more inputs are refitted with less effort: in float32, and with fewer ridges to choose from."""
+
+_JUDGED = 64
 
 
 @dataclass
@@ -93,6 +95,12 @@ class Moments:
         for name in ("x", "r", "xx", "xr", "rr", "y", "yy"):
             mine: np.ndarray = getattr(self, name)
             mine += getattr(other, name)
+
+    def few(self, outputs: int) -> Moments:
+        """The same of so many outputs, spread evenly; all if there are not more."""
+        every = slice(None, None, -(-self.r.shape[1] // outputs))
+        narrow = {name: getattr(self, name)[:, every] for name in ("r", "rr", "y", "yy")}
+        return replace(self, xr=self.xr[:, :, every], **narrow)
 
     @property
     def finite(self) -> bool:
@@ -179,7 +187,7 @@ def choose_ridge(
 ) -> tuple[float, tuple[np.ndarray, np.ndarray]]:
     """The ridge that does best on held-out rows, and the correction that it leads to.
 
-    Of a wide layer, only candidates next to the best one yet are tried.
+    Of a wide layer, only candidates next to the best one yet are tried, and judged by some of its outputs.
 
     Args:
         seen: Moments of the rows to fit.
@@ -187,15 +195,16 @@ def choose_ridge(
         offset: The bias may change.
         ridges: Candidates, ascending.
     """
-    errors: dict[int, float] = {-1: np.inf, len(ridges): np.inf}
-    best, corrections = len(ridges) // 2, dict[int, tuple[np.ndarray, np.ndarray]]()
+    if seen.x.shape[1] <= NARROW:
+        corrections = [seen.solve(ridge, offset=offset) for ridge in ridges]
+        best = min(range(len(ridges)), key=lambda i: held_out.error(*corrections[i]))
+        return ridges[best], corrections[best]
+    best, errors = len(ridges) // 2, {-1: np.inf, len(ridges): np.inf}
+    some, judges = seen.few(_JUDGED), held_out.few(_JUDGED)
     while True:
-        near = range(len(ridges)) if seen.x.shape[1] <= NARROW else (best, best - 1, best + 1)
-        for i in near:
-            if i not in errors:
-                corrections[i] = seen.solve(ridges[i], offset=offset)
-                errors[i] = held_out.error(*corrections[i])
+        near = (best, best - 1, best + 1)
+        errors |= {i: judges.error(*some.solve(ridges[i], offset=offset)) for i in near if i not in errors}
         better = min(near, key=errors.__getitem__)
         if better == best:
-            return ridges[best], corrections[best]
-        best, corrections = better, {better: corrections[better]}
+            return ridges[best], seen.solve(ridges[best], offset=offset)
+        best = better

@@ -23,7 +23,7 @@ WIDEST = 4608
 """Second moments may be as large as those of this many inputs."""
 
 _ROWS = 30_000
-_ELEMENTS = 4e7
+_ELEMENTS = 2e7
 _PRODUCTS = 1.5e10
 _FLOATS = (ir.DataType.FLOAT, ir.DataType.DOUBLE, ir.DataType.FLOAT16)
 

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import onnx_ir as ir
 
+from graphopt.analyses.streaming import ahead
 from graphopt.pass_base import Context
 from graphopt.reference import Feed, Reference
 
@@ -83,7 +82,7 @@ class Stepwise:
         outputs = [name for name in keep if name not in have]
         session = self._piece(start[0], have, outputs) if outputs else None
         kept: list[Feed] | None = []
-        for found in _ahead(lambda feed: {**feed, **session.run(feed, outputs)} if session else feed, start):
+        for found in ahead(lambda feed: {**feed, **session.run(feed, outputs)} if session else feed, start):
             if kept is not None:
                 kept.append({name: found[name] for name in keep})
                 kept = kept if _is_light(kept[0], len(start)) else None
@@ -104,18 +103,6 @@ class Stepwise:
             value.shape = None  # the runtime knows better than a stale annotation
         piece = ir.Model(graph, ir_version=self.model.ir_version, functions=list(self.model.functions.values()))
         return Reference(piece, threads=self.ctx.threads, extensions=self.ctx.extensions)
-
-
-def _ahead(function: Callable[[Feed], Feed], feeds: Iterable[Feed]) -> Iterator[Feed]:
-    """What a function makes of feeds, each by another thread while the one before is looked at."""
-    with ThreadPoolExecutor(1) as pool:
-        coming = deque[Future[Feed]]()
-        for feed in feeds:
-            coming.append(pool.submit(function, feed))
-            if len(coming) > 1:
-                yield coming.popleft().result()
-        for last in coming:
-            yield last.result()
 
 
 def _is_light(feed: Feed, count: int) -> bool:
