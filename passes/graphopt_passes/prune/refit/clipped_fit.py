@@ -69,7 +69,7 @@ class Rows:
 
     def moments(self) -> Moments:
         """Moments of the input and of what is missed."""
-        found = Moments.empty(*self.x.shape[::2], self.wanted.shape[2])
+        found = Moments.empty(len(self.x), self.x.shape[2], self.wanted.shape[2])
         for part in self.parts(_MOMENTS_CHUNK):
             found.add(part.x, part.wanted.astype(np.float64) - part.now, part.wanted)
         return found
