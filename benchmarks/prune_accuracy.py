@@ -66,6 +66,8 @@ def main() -> None:
     methods = [*methods, *([] if options.no_rivals or options.methods else _RIVALS)]
     found = dict[Cell, dict[str, Any]]()
     for cell in _cells(cases, ratios, methods, samples):
+        if options.known and not _path(cell, limit, options).exists():
+            continue
         found[cell] = _kept(cell, limit, options)
         print(cell.case, cell.ratio, cell.method, cell.column, json.dumps(found[cell]), flush=True)
         _write(found, samples, limit, options.name, quiet=True)
@@ -83,6 +85,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--limit", type=int, help="score the first N test images only")
     parser.add_argument("--cache", type=Path, default=Path(tempfile.gettempdir()) / "graphopt-prune-accuracy")
     parser.add_argument("--fresh", action="store_true", help="measure again what the cache folder knows")
+    parser.add_argument("--known", action="store_true", help="write what the cache folder knows, measure nothing")
     parser.add_argument("--name", default="prune_accuracy")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     return parser.parse_args()
@@ -115,8 +118,7 @@ def _cells(cases: Sequence[str], ratios: Sequence[float], methods: Sequence[str]
 
 def _kept(cell: Cell, limit: int | None, options: argparse.Namespace) -> dict[str, Any]:
     """A figure from the cache, or measured now in a child process."""
-    words = f"{cell.case} {cell.ratio} {cell.method} {cell.column} {limit or 'all'}"
-    path = options.cache / f"{words.replace(',', '').replace(' ', '_')}.json"
+    path = _path(cell, limit, options)
     if path.exists() and not options.fresh:
         return json.loads(path.read_text("utf8"))
     command = [sys.executable, __file__, "--child", json.dumps(cell.__dict__)]
@@ -129,6 +131,12 @@ def _kept(cell: Cell, limit: int | None, options: argparse.Namespace) -> dict[st
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(result), "utf8")
     return result
+
+
+def _path(cell: Cell, limit: int | None, options: argparse.Namespace) -> Path:
+    """Where a figure is kept."""
+    words = f"{cell.case} {cell.ratio} {cell.method} {cell.column} {limit or 'all'}"
+    return options.cache / f"{words.replace(',', '').replace(' ', '_')}.json"
 
 
 def _measured(cell: Cell, limit: int | None) -> dict[str, Any]:
