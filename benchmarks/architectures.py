@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-__all__ = ["MODELS", "VARIANTS", "Architecture", "export"]
+__all__ = ["LARGE", "MODELS", "VARIANTS", "Architecture", "export"]
 
 VARIANTS = ("script", "script-dynamic", "dynamo", "dynamo-dynamic")
 _OPSET = {"script": 17, "dynamo": 18}
@@ -47,7 +47,7 @@ def export(name: str, variant: str, folder: Path) -> Path:
 
     torch.manual_seed(0)
     torch.backends.mha.set_fastpath_enabled(False)  # its fused operator has no ONNX form
-    architecture = MODELS[name]
+    architecture = (MODELS | LARGE)[name]
     network, feed = architecture.build()
     _shake(network.eval())
     exporter, _, dynamic = variant.partition("-")
@@ -322,6 +322,9 @@ MODELS: dict[str, Architecture] = {
     "t5_encoder": _text("T5EncoderModel", "T5Config", num_layers=2, vocab_size=3000),
     "whisper_encoder": Architecture(_whisper),
 }
+
+LARGE: dict[str, Architecture] = {"bert_base": _text("BertModel", "BertConfig", sequence=128)}
+"""Networks in their full size, which tables over all architectures leave out."""
 
 
 if __name__ == "__main__":

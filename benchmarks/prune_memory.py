@@ -84,14 +84,16 @@ def make_model(path: Path, layers: int) -> None:
 
 def watched(command: list[str]) -> tuple[dict[str, int], float, int]:
     """Run a command; returns peaks in bytes, seconds, and the exit code."""
-    peaks = {"anonymous": 0, "mapped": 0, "children": 0}
+    peaks = {"anonymous": 0, "mapped": 0, "children": 0, "together": 0}
     start = time.perf_counter()
     with tempfile.TemporaryFile() as errors, subprocess.Popen(command, stdout=errors, stderr=errors) as process:
         while process.poll() is None:
             anonymous, mapped = _resident(process.pid)
             peaks["anonymous"] = max(peaks["anonymous"], anonymous)
             peaks["mapped"] = max(peaks["mapped"], mapped)
-            peaks["children"] = max(peaks["children"], sum(_resident(pid)[0] for pid in _children(process.pid)))
+            children = sum(_resident(pid)[0] for pid in _children(process.pid))
+            peaks["children"] = max(peaks["children"], children)
+            peaks["together"] = max(peaks["together"], anonymous + children)
             time.sleep(0.01)
         seconds = time.perf_counter() - start
         if process.returncode:

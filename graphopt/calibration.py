@@ -12,6 +12,8 @@ per entry. Evaluation data adds `labels`, or `reference.<output>` arrays.
 from __future__ import annotations
 
 import hashlib
+import mmap
+import struct
 import zipfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -32,6 +34,8 @@ __all__ = ["Dataset", "Metric", "Score", "metric", "open_calibration", "open_eva
 Array = np.ndarray[Any, np.dtype[Any]]
 Source = str | Path | Mapping[str, Array]
 _SYNTHETIC_SAMPLES = 64
+_MAPPED = 1 << 24  # bytes from which an array stays in its file
+_NAME_LENGTHS = 26  # where a zip entry's header says how long its name and its extra field are
 
 
 @dataclass(frozen=True)
@@ -192,12 +196,41 @@ def _read_npz(path: Path) -> tuple[dict[str, Array], str]:
     if not path.is_file():
         raise DataError(str(path), "no such file")
     try:
-        with np.load(path, allow_pickle=False) as npz:
-            arrays = {name: npz[name] for name in npz.files}
+        arrays = dict[str, Array]()
+        with np.load(path, allow_pickle=False) as npz, zipfile.ZipFile(path) as archive:
+            for info in archive.infolist():
+                name = info.filename.removesuffix(".npy")
+                large = info.compress_type == zipfile.ZIP_STORED and info.file_size >= _MAPPED
+                arrays[name] = _mapped(path, archive, info) if large else npz[name]
     except (ValueError, TypeError, OSError, EOFError, zipfile.BadZipFile, zlib.error) as e:
         raise DataError(str(path), "not an .npz file of plain arrays, or damaged", "write it with numpy.savez") from e
     with path.open("rb") as stream:
         return arrays, hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _mapped(path: Path, archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> Array:
+    """An array that stays in the file until it is read; its checksum is verified."""
+    with archive.open(info) as member:
+        version = np.lib.format.read_magic(member)
+        read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+        shape, fortran, dtype = read(member)
+        header = member.tell()
+        if dtype.hasobject:
+            raise ValueError("pickled objects")
+        while member.read(_MAPPED):
+            pass  # to the end, where the checksum is compared
+    with path.open("rb") as stream:
+        stream.seek(info.header_offset + _NAME_LENGTHS)
+        names = sum(struct.unpack("<HH", stream.read(4)))
+    offset = info.header_offset + _NAME_LENGTHS + 4 + names + header
+    return np.memmap(path, dtype, "r", offset, shape, "F" if fortran else "C")
+
+
+def _let_go(array: Array) -> None:
+    """Tell the system that what was read of a mapped array is not needed in memory."""
+    mapped = getattr(array, "_mmap", None)
+    if isinstance(mapped, mmap.mmap) and hasattr(mmap, "MADV_DONTNEED"):
+        mapped.madvise(mmap.MADV_DONTNEED)
 
 
 def _read_folder(path: Path) -> tuple[dict[str, Array], str]:
@@ -243,7 +276,9 @@ def _from_arrays(
 
     def read() -> Iterator[Feed]:
         for i in range(count):
-            yield {k: a[i * s : (i + 1) * s] if (s := layout[k]) else np.asarray(a[i]) for k, a in arrays.items()}
+            yield {k: np.asarray(a[i * s : (i + 1) * s] if (s := layout[k]) else a[i]) for k, a in arrays.items()}
+            for array in arrays.values():
+                _let_go(array)
 
     stacked = all(step == 1 for step in layout.values()) and all(_open_batch(spec) for spec in inputs)
     return Dataset(uri, digest, read, stacked=stacked, labels=labels, references=references)

@@ -14,7 +14,7 @@ from graphopt.backend_base import Obtained
 from graphopt.errors import UsageError
 from graphopt.records import from_text, to_text
 
-__all__ = ["Machine", "Measured", "Measurement", "Side", "Times"]
+__all__ = ["Machine", "Measured", "Measurement", "Region", "Side", "Times"]
 
 Side = Literal["original", "result"]
 """Which model a row is about; what stands alone is `original`."""
@@ -108,11 +108,27 @@ class Machine:
 
 
 @dataclass(frozen=True)
+class Region:
+    """A part of the graph that begins and ends at the same values in both models, timed in ONNX Runtime.
+
+    Attributes:
+        layers: Nodes of the original in it, in the order of the graph; those that hold weights, if any do.
+        before: Milliseconds in the original.
+        after: Milliseconds in the result.
+    """
+
+    layers: tuple[str, ...]
+    before: float
+    after: float
+
+
+@dataclass(frozen=True)
 class Measured:
-    """All rows of one benchmark, and the machine they were taken on."""
+    """All rows of one benchmark, the regions that became slower, and the machine they were taken on."""
 
     rows: tuple[Measurement, ...]
     machine: Machine
+    slower_regions: tuple[Region, ...] = ()
     schema: int = 1
 
     def find(self, side: Side, engine: str = "onnxruntime", threads: int | None = None) -> Measurement | None:

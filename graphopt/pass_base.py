@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import abc
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar, cast
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, Self, TypeVar, cast
 
 import numpy as np
 import onnx_ir as ir
@@ -20,6 +20,7 @@ from graphopt.errors import PassError
 from graphopt.model_io import ShapeBinding
 from graphopt.options import non_defaults
 from graphopt.pipeline_text import Step
+from graphopt.reference import Feed
 from graphopt.targets import Target
 
 if TYPE_CHECKING:
@@ -169,6 +170,44 @@ class Pass(abc.ABC):
         Raises:
             GraphoptError: The pass did not deliver what it promises.
         """
+
+    def revertible(self, model: ir.Model, sites: Sequence[str]) -> tuple[str, ...]:
+        """Those of these sites that `without` can leave alone; none, unless a pass offers it.
+
+        Args:
+            model: The model before the step; it must not change.
+            sites: Names as in `Change.site`.
+        """
+        return ()
+
+    def worst_first(
+        self,
+        model: ir.Model,
+        ctx: Context,
+        sites: Sequence[str],
+        reverted: Sequence[str],
+        feeds: Sequence[Feed],
+    ) -> tuple[str, ...]:
+        """Order sites by what leaving them alone would gain the model's outputs, most first.
+
+        The host asks when the outputs lose too much, and runs the step again without the first few of them.
+
+        Args:
+            model: The model before the step; it must not change.
+            ctx: As for `run`.
+            sites: Sites among `revertible` that the step changed.
+            reverted: Sites that are left alone already.
+            feeds: Inputs to judge on; what the result is going to be compared with the original on.
+        """
+        return tuple(sites)
+
+    def without(self, sites: Sequence[str]) -> Self:
+        """The same step, leaving these sites alone.
+
+        Args:
+            sites: Sites among `revertible`.
+        """
+        raise self.fail("cannot leave single sites alone")
 
     def step(self) -> Step:
         """Pipeline step that builds this pass again; defaults are left out."""

@@ -17,10 +17,32 @@ import numpy as np
 
 from graphopt.errors import GraphoptError, ModelError, UsageError
 
-__all__ = ["Feed", "FeedFolder", "Session"]
+__all__ = ["Feed", "FeedFolder", "Session", "session_options"]
 
 Feed = dict[str, np.ndarray[Any, np.dtype[Any]]]
 """One run's inputs or outputs by name."""
+
+
+def session_options(*, threads: int = 1, optimize: bool = True, extensions: Sequence[str] = ()) -> Any:
+    """ONNX Runtime's options for a fixed number of threads, so that results repeat.
+
+    Raises:
+        UsageError: An extension cannot be loaded.
+    """
+    import onnxruntime as ort
+
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    options.log_severity_level = 4
+    if not optimize:
+        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    for library in extensions:
+        try:
+            options.register_custom_ops_library(library)
+        except Exception as e:  # ONNX Runtime raises its own untyped errors
+            raise UsageError(f"--ort-extension {library}", f"cannot be loaded: {_reason(e)}") from e
+    return options
 
 
 class Session:
@@ -43,17 +65,7 @@ class Session:
     ) -> None:
         import onnxruntime as ort
 
-        options = ort.SessionOptions()
-        options.intra_op_num_threads = threads
-        options.inter_op_num_threads = 1
-        options.log_severity_level = 4
-        if not optimize:
-            options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
-        for library in extensions:
-            try:
-                options.register_custom_ops_library(library)
-            except Exception as e:  # ONNX Runtime raises its own untyped errors
-                raise UsageError(f"--ort-extension {library}", f"cannot be loaded: {_reason(e)}") from e
+        options = session_options(threads=threads, optimize=optimize, extensions=extensions)
         try:
             self.session = ort.InferenceSession(source, options, providers=["CPUExecutionProvider"])
         except Exception as e:

@@ -63,9 +63,12 @@ class IntegerRules:
         operators: ONNX operators that may stay in integers.
         activation: Element type of quantized activations.
         symmetric_activations: True: the zero point of activations is 0 (int8) or 128 (uint8).
-        weight_bits: 7 where u8 x s8 products saturate without a dot-product instruction, else 8.
+        weight_bits: 7 where sums of two u8 x s8 products saturate for lack of a dot-product instruction, else 8.
         per_channel: One scale per output channel of a weight.
+        power_of_two: All scales are powers of two, as shifts want.
         static_only: Activation ranges must be known before; dynamic and weight-only forms do not run.
+        weights_at_load: What depends on constants alone is computed once, when a model is loaded, except for
+            DequantizeLinear, which runs on every run.
     """
 
     operators: frozenset[str] = INTEGER_OPERATORS
@@ -73,7 +76,9 @@ class IntegerRules:
     symmetric_activations: bool = False
     weight_bits: Literal[7, 8] = 8
     per_channel: bool = True
+    power_of_two: bool = False
     static_only: bool = False
+    weights_at_load: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)

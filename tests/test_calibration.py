@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import onnx_ir as ir
@@ -17,6 +17,7 @@ from graphopt.model_io import InputSpec, ShapeBinding
 
 FLOAT, INT64 = ir.DataType.FLOAT, ir.DataType.INT64
 IMAGE = InputSpec("image", FLOAT, ("batch", 1, 4, 4))
+WIDE = InputSpec("image", FLOAT, ("batch", 1, 4, 16))
 FREE = ShapeBinding()
 
 
@@ -75,6 +76,39 @@ def test_stacked_samples_are_joined_into_batches(npz: Callable[..., str]) -> Non
     data = open_calibration(npz(image=images()), [IMAGE], FREE)
     assert [len(batch["image"]) for batch in data.batches(4)] == [4, 2]
     assert [len(batch["image"]) for batch in data.batches(4, limit=5)] == [4, 1]
+
+
+@pytest.mark.parametrize("order", ["C", "F"])
+def test_large_arrays_stay_in_their_file(
+    npz: Callable[..., str], monkeypatch: pytest.MonkeyPatch, order: Literal["C", "F"]
+) -> None:
+    monkeypatch.setattr("graphopt.calibration._MAPPED", 1)
+    stored = np.asarray(images(), order=order)
+    source = npz(image=stored)
+    dataset = open_calibration(source, [IMAGE], FREE)
+    for _ in range(2):
+        np.testing.assert_array_equal(np.concatenate([feed["image"] for feed in dataset.feeds()]), images())
+    content = bytearray(Path(source).read_bytes())
+    content[content.find(stored.tobytes(order="A")) + 100] ^= 1
+    Path(source).write_bytes(bytes(content))
+    with pytest.raises(DataError, match="damaged"):
+        open_calibration(source, [IMAGE], FREE)
+
+
+def test_a_pass_over_a_large_file_leaves_nothing_of_it_in_memory(npz: Callable[..., str]) -> None:
+    status = Path("/proc/self/status")
+    if not status.exists():
+        pytest.skip("no /proc to read the resident memory from")
+
+    def resident() -> int:
+        return next(int(line.split()[1]) for line in status.read_text().splitlines() if line.startswith("VmRSS"))
+
+    dataset = open_calibration(npz(image=np.ones((100_000, 1, 4, 16), np.float32)), [WIDE], FREE)  # 25 MB
+    before, most = resident(), 0
+    for number, feed in enumerate(dataset.feeds()):
+        assert feed["image"].all()
+        most = max(most, resident()) if number % 5000 == 0 else most
+    assert most - before < 5_000
 
 
 def test_one_axis_more_holds_a_whole_feed_per_entry(npz: Callable[..., str]) -> None:

@@ -22,7 +22,7 @@ TARGETS = (
         default=True,
         # without a dot-product instruction ONNX Runtime adds pairs of u8 x s8 products in 16 bits, which saturate with
         # 8-bit weights: 2 * 255 * 64 fits, 2 * 255 * 127 does not
-        integers=IntegerRules(weight_bits=7),
+        integers=IntegerRules(weight_bits=7, weights_at_load=True),
     ),
 )
 

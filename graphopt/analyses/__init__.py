@@ -5,6 +5,7 @@ from graphopt.analyses.constants import CONSTANTS, Constants
 from graphopt.analyses.cost import COST, Cost, NodeCost
 from graphopt.analyses.linear_inputs import LINEAR_LAYERS, LinearInput, LinearLayers
 from graphopt.analyses.moments import MOMENTS, LayerMoments, Moments, MomentsAnalysis
+from graphopt.analyses.quantized import QUANTIZED, QuantizedLayer
 from graphopt.analyses.ranges import RANGES, Histogram, Ranges, RangesAnalysis
 from graphopt.analyses.shapes import SHAPES, Shapes
 
@@ -14,6 +15,7 @@ __all__ = [
     "COST",
     "LINEAR_LAYERS",
     "MOMENTS",
+    "QUANTIZED",
     "RANGES",
     "SHAPES",
     "ChannelGroup",
@@ -27,6 +29,7 @@ __all__ = [
     "Moments",
     "MomentsAnalysis",
     "NodeCost",
+    "QuantizedLayer",
     "Ranges",
     "RangesAnalysis",
     "Shapes",

@@ -37,7 +37,7 @@ dims_option = click.option(
 @click.option("--max-drop", type=float, metavar="POINTS", help="Largest loss of the metric.")
 @click.option("--max-size", type=float, metavar="FRACTION", help="Largest size, as a fraction of the input's.")
 @click.option("--min-sqnr", type=float, metavar="DB", help="Smallest signal-to-noise ratio of any output.")
-@click.option("--time-limit", metavar="DURATION", help="Begin no further step after 90s, 10m, 2h.")
+@click.option("--time-limit", metavar="DURATION", help="Begin no further step or search after 90s, 10m, 2h.")
 @shape_option
 @dims_option
 @click.option(
@@ -49,7 +49,7 @@ dims_option = click.option(
 )
 @click.option("--verify/--no-verify", default=True, help="Run what was compiled and compare it.  [default: verify]")
 @click.option("--measure", is_flag=True, help="Time original and result; written to measured/.")
-@click.option("--guard", is_flag=True, help="Leave out steps that make the model slower, and record it.")
+@click.option("--guard", is_flag=True, help="Leave parts that a step makes slower as they were, and record it.")
 @click.option("--decisions", type=click.Path(path_type=Path), help="Replay a decisions.json instead of the clock.")
 @click.option("--emit", metavar="KIND,...", default="", help="Further outputs of the backend: source, asm.")
 @click.option("--fallback", type=click.Choice(["ort"]), help="Let ONNX Runtime run what the backend cannot.")

@@ -7,7 +7,7 @@ from typing import Any
 
 from graphopt.options import specs
 from graphopt.pass_base import Pass
-from graphopt.targets import Target
+from graphopt.targets import IntegerRules, Target
 
 __all__ = ["explain_pass", "explain_target"]
 
@@ -34,8 +34,11 @@ def explain_target(target: Target) -> str:
         "",
         f"  backend      {target.backend or 'none: the ONNX model itself ships'}",
         f"  round to     channel counts that are multiples of {target.round_to}",
-        f"  activations  {rules.activation}{', symmetric' if rules.symmetric_activations else ''}",
-        f"  weights      int8, {rules.weight_bits} bits used, per {'channel' if rules.per_channel else 'tensor'}",
+        f"  activations  {rules.activation}, {'symmetric' if rules.symmetric_activations else 'with a zero point'}",
+        f"  weights      int8, symmetric, {_weights(rules)}",
+        "  biases       int32, scale of the input times that of the weight",
+        f"  scales       {'powers of two' if rules.power_of_two else 'any'}",
+        f"  forms        {'static only' if rules.static_only else 'static, dynamic, weights only'}",
         f"  integers     {', '.join(sorted(rules.operators))}",
     ]
     if target.isa is not None:
@@ -46,6 +49,13 @@ def explain_target(target: Target) -> str:
             f"  features     {features}",
         ]
     return "\n".join(lines)
+
+
+def _weights(rules: IntegerRules) -> str:
+    place = "a scale for each output channel" if rules.per_channel else "one scale for the tensor"
+    return (
+        place if rules.weight_bits == 8 else f"{place}, neighbours within 128 together, where products add in 16 bits"
+    )
 
 
 def _text(value: Any) -> str:

@@ -9,7 +9,8 @@ from typing import Any
 
 import click
 
-from graphopt.analyses import COST
+from graphopt.analyses import COST, QUANTIZED
+from graphopt.analyses.quantized import summary
 from graphopt.errors import GraphoptError
 from graphopt.model_io import ShapeBinding, check_binding, external_files, input_specs, load_model
 from graphopt.pass_base import Context
@@ -59,6 +60,7 @@ def inspect_model(
         "macs": cost.macs,
         "macs_unknown": list(cost.unknown),
         "operators": dict(operators.most_common()),
+        "quantized": summary(list(ctx.fact(QUANTIZED).values())),
         "layers": [
             {"name": c.node, "operator": c.operator, "macs": c.macs, "params": c.params}
             for c in sorted(cost.nodes.values(), key=lambda c: (-(c.macs or 0), -c.params, c.node))
@@ -78,6 +80,8 @@ def show_inspection(found: Mapping[str, Any]) -> None:
         for name, text in found[kind].items():
             click.echo(f"{kind[:-1]:10} {name}: {text}")
     click.echo("operators  " + ", ".join(f"{count} {name}" for name, count in found["operators"].items()))
+    if found["quantized"]:
+        click.echo("quantized  " + ", ".join(found["quantized"]))
     layers = found["layers"]
     click.echo(f"\nlayers by MACs ({min(len(layers), _LAYERS_SHOWN)} of {len(layers)}):")
     for layer in layers[:_LAYERS_SHOWN]:

@@ -2,16 +2,40 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import onnx_ir as ir
 
 from graphopt.compile.checks import Checks
+from graphopt.compile.decisions import Reverted
+from graphopt.pass_base import Pass
 from graphopt.recipe import Limits, seconds
-from graphopt.report.data import Limit
+from graphopt.report.data import Limit, StepReport
 
-__all__ = ["Candidate", "better", "judge", "keeps_quality", "verdict"]
+__all__ = ["Candidate", "Done", "better", "judge", "keeps_quality", "shortfall", "verdict"]
+
+_QUALITY = ("--max-drop", "--min-sqnr")
+
+
+@dataclass(frozen=True)
+class Done:
+    """One step that ran.
+
+    Attributes:
+        number: Its place in the pipeline, counted from 1.
+        step: The step as the user asked for it.
+        report: What it did.
+        notes: What the user should not miss.
+        reverted: Sites that it left alone on our word.
+    """
+
+    number: int
+    step: Pass
+    report: StepReport
+    notes: tuple[str, ...] = ()
+    reverted: tuple[Reverted, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -20,14 +44,14 @@ class Candidate:
 
     Attributes:
         model: The model.
-        steps: How many steps it went through.
+        done: The steps it went through.
         file_bytes: Size on disk.
         checks: How far it is from the original.
         limits: Every limit, met or missed.
     """
 
     model: ir.Model
-    steps: int
+    done: tuple[Done, ...]
     file_bytes: int
     checks: Checks
     limits: tuple[Limit, ...]
@@ -54,14 +78,28 @@ def judge(limits: Limits, checks: Checks, *, file_bytes: int, input_bytes: int, 
 
 def keeps_quality(limits: Sequence[Limit]) -> bool:
     """No limit on what the outputs may lose is missed."""
-    return all(limit.met for limit in limits if limit.name in ("--max-drop", "--min-sqnr"))
+    return all(limit.met for limit in limits if limit.name in _QUALITY)
+
+
+def shortfall(limits: Sequence[Limit]) -> float:
+    """By how much the outputs miss their limits, to tell a better candidate from a worse one; 0 or less: by nothing.
+
+    Points and percent count as they are, decibels as a tenth of theirs; the limit missed most counts.
+    """
+    found = [-math.inf]
+    for limit in limits:
+        if limit.name == "--max-drop":
+            found.append(math.inf if limit.got is None else limit.got - limit.wanted)
+        elif limit.name == "--min-sqnr":
+            found.append(math.inf if limit.got is None else (limit.wanted - limit.got) / 10)
+    return max(found)
 
 
 def better(a: Candidate, b: Candidate) -> Candidate:
     """The candidate to ship: quality within the limits first, then the smaller file, then the longer pipeline."""
 
     def rank(candidate: Candidate) -> tuple[bool, int, int]:
-        return not keeps_quality(candidate.limits), candidate.file_bytes, -candidate.steps
+        return not keeps_quality(candidate.limits), candidate.file_bytes, -len(candidate.done)
 
     return a if rank(a) <= rank(b) else b
 

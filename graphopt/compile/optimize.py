@@ -5,37 +5,37 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from shutil import copyfile
 from typing import Any
 
 import onnx_ir as ir
 
-from graphopt.analyses import COST, Cost
+from graphopt.analyses import COST
 from graphopt.backend_base import Backend, BuildOptions
 from graphopt.bundle import MEASURED, Manifest, file_digests, new_folder, up_to_date, write_manifest, write_text
 from graphopt.compile.checks import Checker, Checks, agreement, evaluator
-from graphopt.compile.clock import measure, slowdown, write_decisions
-from graphopt.compile.limits import Candidate, better, judge, keeps_quality, verdict
+from graphopt.compile.clock import measure, runs_here
+from graphopt.compile.decisions import Decisions, LeftOut, write_decisions
+from graphopt.compile.limits import Candidate, keeps_quality, verdict
 from graphopt.compile.request import Request, cache_key, command_line, shape_texts, versions
 from graphopt.compile.resolve import resolve
-from graphopt.compile.summary import layer_rows, model_summary, step_report, totals
+from graphopt.compile.reverting import recover
+from graphopt.compile.running import Run, candidate, guards, run_guarded, run_once, save
+from graphopt.compile.summary import layer_rows, model_summary
 from graphopt.errors import BackendError, ExitCode
-from graphopt.instruments import Instrument, instruments_for
+from graphopt.instruments import instruments_for
 from graphopt.measured import Measured
-from graphopt.model_io import external_files, save_model, weight_bytes
-from graphopt.pass_base import Context, Pass, Progress
+from graphopt.model_io import external_files, weight_bytes
+from graphopt.pass_base import Context, Progress
 from graphopt.recipe import seconds
 from graphopt.report.data import BackendReport, Data, FileEntry, Limit, ModelSummary, Report, StepReport
 from graphopt.report.encoding import from_json, to_json
 from graphopt.report.html import render_html
-from graphopt.runner import StepRun, run_step
 
 __all__ = ["Result", "optimize", "plan"]
 
 _log = logging.getLogger("graphopt")
-_SLOWER = 1.05  # within five percent a machine's noise decides
 
 
 @dataclass(frozen=True)
@@ -55,28 +55,6 @@ class Result:
     measured: Measured | None = None
     exit_code: ExitCode = ExitCode.OK
     up_to_date: bool = False
-
-
-@dataclass
-class _Run:
-    """A compile run on its way: what every stage needs from those before it."""
-
-    request: Request
-    ctx: Context
-    before: ModelSummary
-    cost: Cost
-    input_bytes: int
-    deadline: float | None
-    steps: list[StepReport]
-    notes: list[str]
-    left_out: list[int] = field(default_factory=list[int])
-    written: tuple[Path, ...] = ()
-    in_time: bool = True
-
-    def leave_out(self, number: int, step: Pass, reason: str) -> None:
-        """Write down that a step, counted from 1, was left out."""
-        self.left_out.append(number)
-        self.notes.append(f"{step} left out: {reason}")
 
 
 def plan(request: Request) -> dict[str, Any]:
@@ -146,7 +124,7 @@ def run(request: Request, model: ir.Model, progress: Progress | None = None) -> 
     return Result(request.out, report, measured, code)
 
 
-def _start(request: Request, model: ir.Model, progress: Progress | None, started: float) -> _Run:
+def _start(request: Request, model: ir.Model, progress: Progress | None, started: float) -> Run:
     ctx = Context(
         model=model,
         target=request.target,
@@ -165,95 +143,65 @@ def _start(request: Request, model: ir.Model, progress: Progress | None, started
     limit = request.limits.time_limit
     deadline = None if limit is None else started + seconds(limit, "--time-limit")
     before = model_summary(model, ctx, input_bytes)
-    return _Run(request, ctx, before, ctx.fact(COST), input_bytes, deadline, [], _opening_notes(request, before))
+    notes, words = _opening_notes(request, before), {"target": str(request.target), "pipeline": request.pipeline}
+    instruments = instruments_for(request.registry, words)
+    return Run(request, ctx, before, ctx.fact(COST), input_bytes, deadline, notes, instruments)
 
 
-def _choose(state: _Run, checker: Checker, folder: Path) -> tuple[Candidate, Sequence[Limit]]:
+def _choose(state: Run, checker: Checker, folder: Path) -> tuple[Candidate, Sequence[Limit]]:
     """Run the passes and pick what to ship; returns it with the limits that the whole pipeline missed."""
     request, ctx = state.request, state.ctx
-    keep = request.limits.max_drop is not None or request.limits.min_sqnr is not None
-    snapshots = [ctx.model.clone()] if keep else []
-    instruments = instruments_for(request.registry, {"target": str(request.target), "pipeline": request.pipeline})
-    for number, step in enumerate(request.passes, 1):
-        if state.deadline is not None and time.monotonic() > state.deadline:
-            state.in_time = False
-            rest = ", ".join(map(str, request.passes[number - 1 :]))
-            state.notes.append(f"the time limit ran out: {rest} left out")
-            break
-        if number in (request.decisions or ()):
-            state.leave_out(number, step, "as decided before")
-            continue
-        _step(state, number, step, instruments)
-        if keep and len(snapshots) == len(state.steps):
-            snapshots.append(ctx.model.clone())
-    if request.guard or request.decisions is not None:
-        write_decisions(folder, request.pipeline, state.left_out)
-    last = _candidate(state, ctx.model, len(state.steps), checker, folder)
-    if keeps_quality(last.limits):
-        return last, last.limits
-    best = last
-    for number, model in reversed(list(enumerate(snapshots[:-1]))):
-        other = _candidate(state, model, number, checker, folder)
-        best = better(best, other)
-        if keeps_quality(other.limits):
-            break  # fewer steps would only be larger
+    snapshots = _run_steps(state)
+    last = candidate(state, ctx.model, state.done, checker, folder)
+    best, missed = last, last.limits
+    if request.decisions is not None:
+        missed = request.decisions.missed if last.limits and request.decisions.missed else last.limits
+    elif not keeps_quality(last.limits):
+        best, missed = recover(state, snapshots, last, checker, folder)
     if best is not last:
-        ctx.model = best.model
+        ctx.model, state.done = best.model, best.done
         ctx.drop_facts()
-        state.steps = state.steps[: best.steps]
-    _save(state, best.model, folder, modified=any(step.modified for step in state.steps))
-    return best, last.limits
+    save(state, best.model, folder, modified=any(step.modified for step in state.steps))
+    if request.guard or request.decisions is not None or state.clocked:
+        reverted = tuple(entry for done in state.done for entry in done.reverted)
+        shown = () if missed == best.limits else tuple(missed)
+        write_decisions(folder, Decisions(request.pipeline, tuple(state.left_out), reverted, state.in_time, shown))
+    return best, missed
 
 
-def _step(state: _Run, number: int, step: Pass, instruments: Sequence[Instrument]) -> None:
-    """Run one step; with `--guard` undo it if it makes the model slower."""
-    request, ctx = state.request, state.ctx
-    before = ctx.model.clone() if request.guard and step.lossy else None
-    ran = run_step(step, number, ctx, instruments, seed=request.seed, check=request.check != "none")
-    if before is not None and ran.result.modified and slowdown(request, before, ctx.model) > _SLOWER:
-        ctx.model = before
-        ctx.drop_facts()
-        state.leave_out(number, step, "it made the model slower")
-        return
-    _take(state, ran)
+def _run_steps(state: Run) -> list[ir.Model]:
+    """Run all steps that there is time for; returns the model before each that ran, if a search may need it."""
+    request, ctx, decided = state.request, state.ctx, state.request.decisions
+    keep = decided is None and (request.limits.max_drop is not None or request.limits.min_sqnr is not None)
+    snapshots: list[ir.Model] = []
+    state.in_time = decided is None or decided.in_time
+    for number, step in enumerate(request.passes, 1):
+        reason = decided.why_left_out(number) if decided else _out_of_time(state)
+        if reason is not None:
+            state.left_out.append(LeftOut(number, reason))
+            continue
+        if keep:
+            snapshots.append(ctx.model.clone())
+        if guards(state, step):
+            done = run_guarded(state, number, step)
+        else:
+            done = run_once(state, number, step, decided.reverted_by(number) if decided else ())
+        if done is not None:
+            state.done = (*state.done, done)
+        elif keep:
+            snapshots.pop()
+    return snapshots
 
 
-def _take(state: _Run, step: StepRun) -> None:
-    """Put one finished step into the report."""
-    report = step_report(step, totals(state.ctx.model, state.ctx))
-    state.steps.append(report)
-    if step.unchecked:
-        state.notes.append(f"{step.step}: equal outputs are promised but were not checked: {step.unchecked}")
-    state.notes.extend(f"{step.step.name}: {note}" for note in step.result.notes)
-    if step.step.without_data and state.request.calibration is None:
-        state.notes.append(f"no --calibration: {step.step.without_data}")
-
-
-def _candidate(state: _Run, model: ir.Model, steps: int, checker: Checker, folder: Path) -> Candidate:
-    size = _save(state, model, folder, modified=any(step.modified for step in state.steps[:steps]))
-    checks = checker.check(folder / "model.onnx")
-    limits = judge(state.request.limits, checks, file_bytes=size, input_bytes=state.input_bytes, in_time=state.in_time)
-    return Candidate(model, steps, size, checks, limits)
-
-
-def _save(state: _Run, model: ir.Model, folder: Path, *, modified: bool) -> int:
-    """Write model.onnx; a model that no step touched is the input, byte for byte. Returns the bytes written."""
-    for old in state.written:
-        old.unlink()
-    target, source = folder / "model.onnx", state.request.model
-    if modified:
-        state.written = save_model(model, target)
-    else:
-        copies = {source: target} | {p: folder / p.relative_to(source.parent) for p in external_files(model)}
-        for path, copy in copies.items():
-            copy.parent.mkdir(parents=True, exist_ok=True)
-            copyfile(path, copy)
-        state.written = tuple(copies.values())
-    return sum(path.stat().st_size for path in state.written)
+def _out_of_time(state: Run) -> str | None:
+    if not state.out_of_time():
+        return None
+    state.in_time = False
+    return "the time limit ran out"
 
 
 def _compile(
-    backend: Backend, candidate: Candidate, state: _Run, checker: Checker, folder: Path, options: BuildOptions
+    backend: Backend, candidate: Candidate, state: Run, checker: Checker, folder: Path, options: BuildOptions
 ) -> BackendReport | None:
     """Build for the target and run what was built."""
     request = state.request
@@ -302,7 +250,7 @@ def _why_not(backend: Backend, request: Request, folder: Path) -> str:
 
 
 def _report(
-    state: _Run, candidate: Candidate, missed: Sequence[Limit], built: BackendReport | None, folder: Path
+    state: Run, candidate: Candidate, missed: Sequence[Limit], built: BackendReport | None, folder: Path
 ) -> Report:
     request, ctx, checks = state.request, state.ctx, candidate.checks
     after = model_summary(candidate.model, ctx, candidate.file_bytes)
@@ -319,7 +267,7 @@ def _report(
         seed=request.seed,
         before=state.before,
         after=after,
-        steps=tuple(state.steps),
+        steps=state.steps,
         fidelity=checks.fidelity,
         accuracy=checks.accuracy,
         limits=candidate.limits,
@@ -374,17 +322,19 @@ def _existing(request: Request, manifest: Manifest) -> Result:
     return Result(request.out, report, measured, ExitCode(manifest.exit_code), up_to_date=True)
 
 
-def _opening_notes(request: Request, before: ModelSummary) -> list[str]:
+def _opening_notes(request: Request, before: ModelSummary) -> tuple[str, ...]:
     notes: list[str] = []
     if before.macs_unknown:
         count, first = len(before.macs_unknown), before.macs_unknown[0]
         notes.append(f"MACs of {count} layers are unknown, {first!r} among them: fix sizes with --shape or --dim")
     if request.calibration is not None and request.calibration.synthetic:
         notes.append("calibrated on random values, on request: activation ranges are not those of real data")
-    return notes
+    if request.guard and not runs_here(request):
+        notes.append(f"--guard: no clock here speaks for {request.target}, so no step was measured")
+    return tuple(notes)
 
 
-def _closing_notes(state: _Run, candidate: Candidate, checks: Checks) -> list[str]:
+def _closing_notes(state: Run, candidate: Candidate, checks: Checks) -> list[str]:
     notes: list[str] = []
     if candidate.file_bytes > state.input_bytes:
         notes.append(f"the result is larger than its input: {candidate.file_bytes} bytes, was {state.input_bytes}")

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 from graphopt.calibration import Dataset, Metric
+from graphopt.compile.decisions import Decisions
 from graphopt.model_io import ShapeBinding
 from graphopt.pass_base import Pass
 from graphopt.pipeline_text import format_pipeline
@@ -45,7 +46,7 @@ class Request:
     verify: bool = True
     measure: bool = False
     guard: bool = False
-    decisions: tuple[int, ...] | None = None
+    decisions: Decisions | None = None
     emit: tuple[str, ...] = ()
     seed: int = 0
     threads: int = 1
@@ -89,7 +90,7 @@ def cache_key(request: Request) -> str | None:
         "shapes": [sorted(request.binding.shapes.items()), sorted(request.binding.dims.items())],
         "limits": repr(request.limits),
         "check": [request.check, request.verify],
-        "clock": [request.guard, request.decisions],
+        "clock": [request.guard, None if request.decisions is None else asdict(request.decisions)],
         "build": [request.emit, request.cc, request.fallback, request.keep_opset, request.seed, request.threads],
         "versions": versions(request.registry),
         "sources": [_source_digest(plugin.module) for plugin in request.registry.plugins],

@@ -12,7 +12,7 @@ import onnx_ir as ir
 
 from graphopt.bundle import check_out
 from graphopt.calibration import Dataset, metric, open_calibration, open_evaluation
-from graphopt.compile.clock import read_decisions
+from graphopt.compile.decisions import read_decisions
 from graphopt.compile.request import CheckMode, Request
 from graphopt.errors import UsageError
 from graphopt.model_io import InputSpec, ShapeBinding, check_binding, input_specs, load_model, model_digest

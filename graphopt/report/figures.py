@@ -7,7 +7,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from graphopt.measured import Measured, Measurement, Times
+from graphopt.measured import Measured, Measurement, Region, Times
 from graphopt.pass_base import Change, Scalar
 from graphopt.report.data import Accuracy, BackendReport, Fidelity, Limit, ModelSummary, OutputFidelity, Report
 
@@ -142,7 +142,15 @@ def slower(measured: Measured) -> tuple[str, ...]:
         if factor > _SLOWER:
             where = f"{clean(row.engine)}, {plural(row.threads, 'thread')}"
             found.append(f"the result is {factor:.2f}x slower than the original in ONNX Runtime ({where})")
+    found += [_slower_region(region) for region in measured.slower_regions]
     return tuple(found)
+
+
+def _slower_region(region: Region) -> str:
+    first, *others = region.layers
+    more = f" and {plural(len(others), 'layer')} with it" if others else ""
+    times = f"{milliseconds(region.before)} before, {milliseconds(region.after)} now"
+    return f"{clean(first)!r}{more} became slower: {times}"
 
 
 def spread(times: Times) -> str:

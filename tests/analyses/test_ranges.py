@@ -56,7 +56,7 @@ def test_a_range_that_grows_keeps_the_resolution_of_the_whole() -> None:
     assert histogram.width < 4 * (histogram.high - histogram.low) / BINS
 
 
-@pytest.mark.parametrize("method", ["minmax", "percentile", "mse"])
+@pytest.mark.parametrize("method", ["minmax", "percentile", "mse", "entropy"])
 def test_empty_constant_and_infinite_tensors_have_ranges(method: str) -> None:
     empty, constant, infinite = Histogram(), Histogram(), Histogram()
     empty.add(np.zeros((0, 3), np.float32))
@@ -86,6 +86,34 @@ def test_the_mse_range_has_less_noise_than_the_full_one() -> None:
     low, high = histogram.mse()
     assert high < 38
     assert histogram.noise(low, high) < histogram.noise(*histogram.minmax())
+
+
+def test_the_entropy_range_cuts_what_is_rare_and_keeps_what_is_not() -> None:
+    rare, even, rng = Histogram(), Histogram(), np.random.default_rng(0)
+    rare.add(np.concatenate([np.abs(rng.standard_normal(100_000)), [40.0]]).astype(np.float32))
+    even.add(rng.uniform(0, 1, 100_000).astype(np.float32))
+    low, high = rare.entropy()
+    assert low == 0
+    assert 2.5 < high < 20
+    assert even.entropy()[1] > 0.97
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_the_entropy_range_has_two_ends_where_the_elements_have(symmetric: bool) -> None:
+    histogram, rng = Histogram(), np.random.default_rng(0)
+    values = rng.standard_normal(100_000)
+    histogram.add(np.concatenate([np.where(values < 0, values / 4, values), [60.0]]).astype(np.float32))
+    low, high = histogram.entropy(symmetric=symmetric)
+    assert low == pytest.approx(values.min() / 4, rel=0.01)
+    assert 2.5 < high < 15
+
+
+def test_the_entropy_range_ignores_how_many_zeros_there_are() -> None:
+    few, many, rng = Histogram(), Histogram(), np.random.default_rng(0)
+    values = np.abs(rng.standard_normal(100_000)).astype(np.float32)
+    few.add(values)
+    many.add(np.concatenate([values, np.zeros(1_000_000, np.float32)]))
+    assert many.entropy()[1] == pytest.approx(few.entropy()[1], rel=0.05)
 
 
 def test_noise_agrees_with_rounding_the_elements() -> None:

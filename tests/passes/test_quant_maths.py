@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from typing import Literal
+
 import numpy as np
 import onnx_ir as ir
 import pytest
@@ -69,7 +71,7 @@ def test_weights_err_by_half_a_step_of_their_channel(weight: np.ndarray, axis: i
     used = None if whole else axis % weight.ndim
     scales = weight_scales(weight, used, bits)
     integers = quantize_weight(weight, scales, used, bits)
-    assert np.abs(integers.astype(int)).max() <= (127 if bits == 8 else 63)
+    assert np.abs(integers.astype(int)).max() <= (63 if bits == 7 and whole else 127)
     shape = [1] * weight.ndim
     if used is not None:
         shape[used] = -1
@@ -77,6 +79,38 @@ def test_weights_err_by_half_a_step_of_their_channel(weight: np.ndarray, axis: i
     error = np.abs(integers * scales.reshape(shape) - weight)
     assert (error <= scales.reshape(shape) * 0.501).all()
     assert (integers[weight == 0] == 0).all()
+
+
+@settings(deadline=None)
+@given(st.integers(0, 10_000), st.sampled_from([(4, 6), (4, 3, 3, 3), (2, 5, 1, 1), (3, 4, 7)]))
+def test_two_neighbouring_products_fit_16_bits(seed: int, shape: tuple[int, ...]) -> None:
+    weight = np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
+    integers = quantize_weight(weight, weight_scales(weight, 0, 7), 0, 7).astype(int)
+    for order in (integers, np.moveaxis(integers, 1, -1)):
+        rows = order.reshape(shape[0], -1)
+        for sign in (1, -1):
+            ends = np.maximum(sign * rows, 0) * 255
+            assert (ends[:, 1:] + ends[:, :-1]).max() < 2**15
+
+
+def test_a_great_weight_beside_small_ones_keeps_its_bits() -> None:
+    weight = np.array([[1.0, 0.1, -1.0, 0.2, -0.9], [1.0, 1.0, 0.1, 0.1, 0.1]], np.float32)
+    integers = quantize_weight(weight, weight_scales(weight, 0, 7), 0, 7)
+    assert np.abs(integers).max(axis=1).tolist() == [115, 64]
+
+
+@pytest.mark.parametrize("dtype", ["uint8", "int8"])
+def test_a_power_of_two_covers_the_range(dtype: Literal["uint8", "int8"]) -> None:
+    for high in (0.3, 1.0, 1.0001, 255.0):
+        for symmetric in (False, True):
+            grid = activation_grid(-0.1, high, dtype, symmetric=symmetric, power_of_two=True)
+            assert np.log2(grid.scale).is_integer()
+            assert grid.bounds[1] >= high - grid.scale
+            assert grid.bounds[0] <= -0.1 + grid.scale
+    weight = np.random.default_rng(0).standard_normal((4, 9)).astype(np.float32)
+    scales = weight_scales(weight, 0, power_of_two=True)
+    assert (np.log2(scales) == np.rint(np.log2(scales))).all()
+    assert np.abs(quantize_weight(weight, scales, 0) * scales[:, None] - weight).max() <= scales.max() / 2
 
 
 def test_a_channel_of_zeros_has_a_scale() -> None:

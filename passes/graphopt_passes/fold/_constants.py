@@ -26,6 +26,8 @@ __all__ = ["fold_constants"]
 _AT_ONCE = 1 << 28
 _AT_MOST = 1 << 30
 _QUANTIZATION = frozenset({"QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear"})
+_NARROW = frozenset({ir.DataType.INT8, ir.DataType.UINT8})
+_WEIGHT_SIZE = 64
 _LEFT = RANDOM | {"Constant", "Identity", "If", "Loop", "Scan"}
 _SIZE_MAKERS = frozenset({"ConstantOfShape", "Expand", "OneHot", "Pad", "Range", "Resize", "Tile", "Upsample"})
 
@@ -99,6 +101,8 @@ def _reason(node: ir.Node, shapes: Shapes, limit: int) -> str | None:
     """Why a node with constant inputs is left alone."""
     if node.op_type in _QUANTIZATION:
         return "it is quantization, which runtimes fuse"
+    if node.op_type == "Cast" and _is_stored_weight(node.inputs[0]):
+        return "it is a weight kept in 8 bits, which runtimes compute when they load the model"
     if node.domain not in DETERMINISTIC_DOMAINS:
         return f"its domain {node.domain!r} may not repeat its results"
     if node.op_type == "Dropout" and len(node.inputs) > 2:
@@ -114,6 +118,12 @@ def _reason(node: ir.Node, shapes: Shapes, limit: int) -> str | None:
         return "the size of its result is unknown"
     grown = sum(size or 0 for size in sizes) - sum(_bytes(value, shapes) or 0 for value in node.inputs if value)
     return f"its result is {grown} bytes larger than its inputs; limit={limit}" if grown > limit else None
+
+
+def _is_stored_weight(value: ir.Value | None) -> bool:
+    """A matrix, or more, of 8-bit integers."""
+    tensor = constant(value) if value is not None else None
+    return tensor is not None and tensor.dtype in _NARROW and len(tensor.shape) > 1 and tensor.size >= _WEIGHT_SIZE
 
 
 def _kind(value: ir.Value | None, shapes: Shapes) -> ir.DataType | None:

@@ -49,17 +49,25 @@ class Grid:
         return self.scale * (int(info.min) - self.zero_point), self.scale * (int(info.max) - self.zero_point)
 
 
-def activation_grid(low: float, high: float, dtype: Literal["uint8", "int8"], *, symmetric: bool = False) -> Grid:
+def activation_grid(
+    low: float,
+    high: float,
+    dtype: Literal["uint8", "int8"],
+    *,
+    symmetric: bool = False,
+    power_of_two: bool = False,
+) -> Grid:
     """Fit a grid to the range [low, high], widened to hold zero.
 
-    A symmetric grid has its zero point in the middle: 128 for uint8, 0 for int8.
+    A symmetric grid has its zero point in the middle: 128 for uint8, 0 for int8. A power of two as scale is the next
+    greater one.
     """
     low, high = min(low, 0.0), max(high, 0.0)
     info = np.iinfo(dtype)
     if symmetric:
-        scale = _float32(max(-low, high) / 127)
+        scale = _float32(max(-low, high) / 127, power_of_two)
         return Grid(scale, 128 if dtype == "uint8" else 0, dtype)
-    scale = _float32((high - low) / 255)
+    scale = _float32((high - low) / 255, power_of_two)
     zero_point = round(int(info.min) - low / scale)
     return Grid(scale, min(max(zero_point, int(info.min)), int(info.max)), dtype)
 
@@ -76,18 +84,39 @@ def dequantize(integers: Array, grid: Grid) -> Array:
     return (integers.astype(np.float32) - np.float32(grid.zero_point)) * np.float32(grid.scale)
 
 
-def weight_scales(weight: Array, axis: int | None, bits: int = 8) -> Array:
+def weight_scales(weight: Array, axis: int | None, bits: int = 8, *, power_of_two: bool = False) -> Array:
     """Scales that let the greatest magnitude reach the end of a symmetric grid, [channels] or a scalar, float32.
 
     Args:
         weight: The weight, any rank.
         axis: Axis with a scale for each index; None: one scale for all.
-        bits: 8 for -127..127; 7 for -63..63, whose products with uint8 cannot saturate 16-bit pair sums.
+        bits: 8 for -127..127; 7 where a kernel adds the products of two neighbouring weights with uint8 in 16 bits,
+            which two weights of -63..63 cannot saturate. With an axis known, only the sum of each two neighbours has
+            to stay within 128 then, so that a weight beside a small one keeps its bits.
+        power_of_two: Take the next greater powers of two.
     """
     others = None if axis is None else tuple(i for i in range(weight.ndim) if i != axis % weight.ndim)
     reach = np.max(np.abs(weight), axis=others, initial=0.0).astype(np.float64)
-    scales = np.where(reach > 0, np.maximum(reach / _top(bits), _LEAST_SCALE), 1.0)
+    if axis is not None and bits < 8:
+        reach = np.maximum(reach, _pair_reach(np.moveaxis(weight, axis, 0)))
+    scales = np.where(reach > 0, np.maximum(reach / _top(8 if axis is not None else bits), _LEAST_SCALE), 1.0)
+    if power_of_two:
+        scales = np.exp2(np.ceil(np.log2(scales)))
     return scales.astype(np.float32)
+
+
+def _pair_reach(rows: Array) -> Array:
+    """Greatest magnitude of the sum of two neighbours in each row, float64[channels].
+
+    Kernels read a row [channel, ...] as it stands or with the first of the other axes innermost; the opposite signs
+    of two neighbours cancel and need no care.
+    """
+    found = np.zeros(len(rows))
+    for order in (rows, np.moveaxis(rows, 1, -1)) if rows.ndim > 2 else (rows,):
+        flat = order.reshape(len(rows), -1)
+        if flat.shape[1] > 1:
+            found = np.maximum(found, np.abs(flat[:, 1:] + flat[:, :-1]).max(axis=1))
+    return found
 
 
 def quantize_weight(weight: Array, scales: Array, axis: int | None, bits: int = 8) -> Array:
@@ -95,7 +124,7 @@ def quantize_weight(weight: Array, scales: Array, axis: int | None, bits: int = 
     shape = [1] * weight.ndim
     if axis is not None:
         shape[axis % weight.ndim] = -1
-    top = _top(bits)
+    top = _top(8 if axis is not None else bits)
     return np.clip(np.rint(weight / scales.reshape(shape)), -top, top).astype(np.int8)
 
 
@@ -116,5 +145,8 @@ def _top(bits: int) -> int:
     return 2 ** (bits - 1) - 1
 
 
-def _float32(scale: float) -> float:
-    return float(np.float32(max(scale, _LEAST_SCALE))) if scale > 0 else 1.0
+def _float32(scale: float, power_of_two: bool) -> float:
+    if scale <= 0:
+        return 1.0
+    scale = max(scale, _LEAST_SCALE)
+    return 2.0 ** math.ceil(math.log2(scale)) if power_of_two else float(np.float32(scale))

@@ -46,6 +46,7 @@ def layer_quality(
     *,
     bits: int,
     per_channel: bool,
+    power_of_two: bool = False,
 ) -> dict[str, float]:
     """Signal to noise in dB of every linear layer computed on integers while all others stay float, by site.
 
@@ -53,7 +54,7 @@ def layer_quality(
     """
     if not sites:
         return {}
-    shadowed, probes = _shadow(model, plan, grids, sites, bits=bits, per_channel=per_channel)
+    shadowed, probes = _shadow(model, plan, grids, sites, bits=bits, per_channel=per_channel, power_of_two=power_of_two)
     session = Reference(shadowed, threads=ctx.threads, extensions=ctx.extensions)
     found: dict[str, list[float]] = {key: [] for key in probes}
     wanted = [name for pair in probes.values() for name in pair]
@@ -83,10 +84,11 @@ def _shadow(
     *,
     bits: int,
     per_channel: bool,
+    power_of_two: bool = False,
 ) -> tuple[ir.Model, dict[str, tuple[str, str]]]:
     """Build the copy; returns it and the names of (signal, noise) by site."""
     copy = model.clone()
-    builder, by_key = Builder(copy, bits), {site.key: site for site in sites}
+    builder, by_key = Builder(copy, bits, power_of_two=power_of_two), {site.key: site for site in sites}
     probes: dict[str, tuple[str, str]] = {}
     copy.graph.outputs.clear()
     for node in list(copy.graph):

@@ -10,6 +10,8 @@ import numpy as np
 import onnx_ir as ir
 
 from graphopt_passes.quant._maths import Grid, decibel, quantize_weight, weight_scales
+from graphopt_passes.quant.adjust.prepared import prepared_weight
+from graphopt_passes.quant.borders import existing_pair
 
 __all__ = ["NAME_LENGTH", "Builder", "Integers"]
 
@@ -39,16 +41,20 @@ class Builder:
     Args:
         model: The model to edit.
         bits: Bits of weights, 7 or 8.
+        power_of_two: Scales of weights are powers of two.
     """
 
-    def __init__(self, model: ir.Model, bits: int = 8) -> None:
+    def __init__(self, model: ir.Model, bits: int = 8, *, power_of_two: bool = False) -> None:
         self.model = model
         self.bits = bits
+        self.power_of_two = power_of_two
         self._taken: set[str] = set()
         self._owners: dict[int, ir.Node] = {}
         self._scalars: dict[tuple[str, bytes], ir.Value] = {}
-        self._integers: dict[tuple[ir.Value, int | None, bool, float], Integers] = {}
-        self._dequantized: dict[tuple[ir.Value, int | None], ir.Value] = {}
+        self._integers: dict[tuple[ir.Value, int | None, bool, float, int], Integers] = {}
+        self._dequantized: dict[ir.Value, ir.Value] = {}  # integers -> their real numbers
+        self._multiplied: dict[ir.Value, ir.Value] = {}
+        self._spare: list[ir.Value] = []
         self._places: dict[ir.Value, ir.Graph] = {}
         self._pairs: dict[str, ir.Value] = {}
         for graph in model.graphs():
@@ -94,8 +100,13 @@ class Builder:
         return ir.node(kind, inputs, dict(attributes or {}), outputs=[ir.Value(name=name)], name=name)
 
     def pair(self, value: ir.Value, grid: Grid) -> ir.Value:
-        """Round an activation of the main graph to a grid and back: QuantizeLinear and DequantizeLinear, made once."""
+        """Round an activation of the main graph to a grid and back: QuantizeLinear and DequantizeLinear, made once.
+
+        A pair that the model came with serves, if it is on that grid.
+        """
         name = value.name or ""
+        if name not in self._pairs and (old := existing_pair(value)) is not None and old[1] == grid:
+            self._pairs[name] = old[0]
         if name not in self._pairs:
             scale = self.scalar(f"{name}_scale", np.array(grid.scale, np.float32))
             zero = self.scalar(f"{name}_zero", np.array(grid.zero_point, grid.dtype))
@@ -123,6 +134,7 @@ class Builder:
         *,
         transposed: bool = False,
         factor: float = 1.0,
+        paired: bool = True,
     ) -> Integers:
         """The int8 copy of a weight and its scales, made once for every layout.
 
@@ -132,12 +144,17 @@ class Builder:
             axis: Axis of the scales; None: one for all.
             transposed: Store a matrix transposed.
             factor: Put into the scales.
+            paired: Its products with integers may be added in pairs, so the target's limit on bits holds; False: they
+                are not, or arithmetic is in float. What was made for a layer with the limit serves one without.
         """
-        key = (value, axis, transposed, factor)
+        bits = self.bits if paired or (value, axis, transposed, factor, self.bits) in self._integers else 8
+        key = (value, axis, transposed, factor, bits)
         if key not in self._integers:
-            weight, graph = tensor.numpy(), self._place(value)
-            scales = weight_scales(weight, axis, self.bits)
-            rounded = quantize_weight(weight, scales, axis, self.bits)
+            weight, graph = tensor.numpy(), self.place(value)
+            scales = weight_scales(weight, axis, bits, power_of_two=self.power_of_two)
+            rounded = None if self.power_of_two else prepared_weight(value, axis, bits)
+            if rounded is None:
+                rounded = quantize_weight(weight, scales, axis, bits)
             error = weight - rounded * (scales if axis is None else np.expand_dims(scales, _others(weight.ndim, axis)))
             sqnr = decibel(float(np.vdot(weight, weight)), float(np.vdot(error, error)))
             name = value.name or "weight"
@@ -148,20 +165,45 @@ class Builder:
             )
         return self._integers[key]
 
-    def dequantized(self, value: ir.Value, tensor: ir.TensorProtocol, axis: int | None) -> tuple[ir.Value, float]:
-        """A weight behind DequantizeLinear, made once.
+    def dequantized(
+        self, value: ir.Value, tensor: ir.TensorProtocol, axis: int | None, *, paired: bool = True
+    ) -> tuple[ir.Value, float]:
+        """A weight behind DequantizeLinear, made once; `paired` as in `integers`.
 
         Returns:
             The value, and the signal to noise of the rounding in dB.
         """
-        key, graph = (value, axis), self._place(value)
-        integers = self.integers(value, tensor, axis)
+        graph, integers = self.place(value), self.integers(value, tensor, axis, paired=paired)
+        key = integers.value
         if key not in self._dequantized:
             inputs, attributes = [integers.value, integers.scale], {} if axis is None else {"axis": axis}
             up = self.node("DequantizeLinear", inputs, f"{value.name}_dq", attributes)
-            graph.insert_before(self._first_user(value, graph), up)
+            graph.insert_before(self.first_user(value, graph), up)
             self._dequantized[key] = up.outputs[0]
         return self._dequantized[key], integers.sqnr_db
+
+    def multiplied(
+        self, value: ir.Value, tensor: ir.TensorProtocol, axis: int | None, *, paired: bool = True
+    ) -> tuple[ir.Value, float]:
+        """Like `dequantized`, by Cast and Mul, which runtimes compute when they load the model."""
+        graph, integers = self.place(value), self.integers(value, tensor, axis, paired=paired)
+        key, scale = integers.value, integers.scale
+        if key not in self._multiplied:
+            rank, scales = len(tensor.shape), scale.const_value
+            if axis is not None and axis != rank - 1 and scales is not None:
+                shape = [-1 if i == axis else 1 for i in range(rank)]
+                self._spare.append(scale)
+                scale = self.constant(f"{value.name}_factor", scales.numpy().reshape(shape), graph)
+            cast = self.node("Cast", [integers.value], f"{value.name}_cast", {"to": int(ir.DataType.FLOAT)})
+            up = self.node("Mul", [cast.outputs[0], scale], f"{value.name}_dq")
+            graph.insert_before(self.first_user(value, graph), [cast, up])
+            self._multiplied[key] = up.outputs[0]
+        return self._multiplied[key], integers.sqnr_db
+
+    def discard_spare(self) -> None:
+        """Remove scales that nothing reads in the shape that they were made in."""
+        for scale in self._spare:
+            self.discard(scale)
 
     def discard(self, value: ir.Value) -> None:
         """Remove a weight that nothing reads any more."""
@@ -178,7 +220,7 @@ class Builder:
         graphs = (graph for graph in self.model.graphs() if graph.initializers.get(value.name or "") is value)
         return next(graphs, None)
 
-    def _place(self, value: ir.Value) -> ir.Graph:
+    def place(self, value: ir.Value) -> ir.Graph:
         """The innermost graph around all readers of a weight, but outside of loops, which would repeat its work.
 
         Integers and DequantizeLinear stand there together: ONNX Runtime cannot load a model where a branch
@@ -205,7 +247,7 @@ class Builder:
                 path.clear()
             graph = _graph_of(owner)
 
-    def _first_user(self, value: ir.Value, graph: ir.Graph) -> ir.Node:
+    def first_user(self, value: ir.Value, graph: ir.Graph) -> ir.Node:
         """The earliest node of `graph` that reads a value, itself or in its subgraphs."""
         inside: set[int] = set()
         for node in value.consumers():

@@ -3,6 +3,7 @@
     role        operators                                        on integers if
     linear      Conv, Gemm, MatMul with a constant weight         chosen
     join        Add, Mul, Concat, GlobalAveragePool, AveragePool  all its inputs come from integer operators
+    curve       Softmax, LayerNormalization, Gelu, Sigmoid, ...   asked for, and its input does
     move        MaxPool, Reshape, Transpose, Slice, ...           its input comes from an integer operator; same grid
 
 A Relu or Clip that alone reads a result belongs to its producer. Integers that only float operators would read are
@@ -21,9 +22,15 @@ from graphopt.analyses import Shapes
 from graphopt.targets import IntegerRules
 from graphopt_passes.quant.sites import Site, key_of, tensor_of
 
-__all__ = ["Plan", "make_plan", "result_of"]
+__all__ = ["CURVES", "Plan", "make_plan", "result_of"]
 
 _JOINS = frozenset({"Add", "AveragePool", "Concat", "GlobalAveragePool", "Mul", "Sub"})
+CURVES = frozenset(
+    {"Elu", "Erf", "Gelu", "HardSigmoid", "HardSwish", "InstanceNormalization", "LayerNormalization", "LeakyRelu",
+     "ReduceMean", "Sigmoid", "Softmax", "Tanh"}
+)  # fmt: skip
+"""Operators that compute on integers only where a target lists them or the user asks for it."""
+
 _MOVES = frozenset(
     {"Flatten", "Identity", "MaxPool", "Pad", "Relu", "Reshape", "Resize", "Slice", "Split", "Squeeze", "Transpose",
      "Unsqueeze", "DepthToSpace", "SpaceToDepth", "Clip"}
@@ -37,7 +44,7 @@ class Plan:
     """What becomes integer.
 
     Attributes:
-        nodes: Keys of the nodes computed on integers, with their role: linear, join or move.
+        nodes: Keys of the nodes computed on integers, with their role: linear, join, curve or move.
         inputs: For each of them, the indices of its inputs that are integer activations.
         results: Values rounded where they are made; every reader gets the rounded ones.
         like: Value -> the value whose grid it shares.
@@ -149,6 +156,8 @@ def _role(node: ir.Node, facts: _Facts) -> str | None:
         return None  # runtimes have no integer form that also returns indices
     if node.op_type in _JOINS:
         return "join"
+    if node.op_type in CURVES:
+        return "curve"
     return "move" if node.op_type in _MOVES and _keeps_range(node) else None
 
 
@@ -169,7 +178,7 @@ def _activations(node: ir.Node, role: str, facts: _Facts) -> tuple[int, ...]:
     """Indices of the inputs that are float activations."""
     if role == "linear":
         return tuple(i for i in (0, 1) if i != facts.linear[key_of(node)].weights[0].index)
-    if role == "move" or node.op_type in ("AveragePool", "GlobalAveragePool"):
+    if role in ("curve", "move") or node.op_type in ("AveragePool", "GlobalAveragePool"):
         return (0,)
     return tuple(i for i, value in enumerate(node.inputs) if value is not None and tensor_of(value) is None)
 

@@ -8,12 +8,20 @@ import numpy as np
 import onnx_ir as ir
 
 from graphopt.errors import ModelError, UsageError
-from graphopt.model_io import input_specs
+from graphopt.model_io import input_specs, model_bytes, weight_bytes
 from graphopt.opset import opset_version, raise_opset
 from graphopt.pass_base import Context
 from graphopt.reference import Feed, Reference, random_feed
 
-__all__ = ["DYNAMIC_SINCE", "PER_CHANNEL_SINCE", "QUANTIZE_SINCE", "drop_unread", "lift_opset", "needed_opset"]
+__all__ = [
+    "DYNAMIC_SINCE",
+    "PER_CHANNEL_SINCE",
+    "QUANTIZE_SINCE",
+    "drop_unread",
+    "grown_file",
+    "lift_opset",
+    "needed_opset",
+]
 
 QUANTIZE_SINCE = 10
 DYNAMIC_SINCE = 11
@@ -21,6 +29,7 @@ PER_CHANNEL_SINCE = 13
 
 _FEEDS = 2
 _TOLERANCE = 1e-4
+_COMPARE_BYTES = 256 << 20  # smaller models are written out to compare sizes
 
 
 def needed_opset(mode: Literal["auto", "static", "dynamic", "weight"], *, per_channel: bool) -> int:
@@ -59,6 +68,14 @@ def drop_unread(model: ir.Model) -> None:
         for name, value in list(graph.initializers.items()):
             if not value.uses() and not value.is_graph_output() and not value.is_graph_input():
                 graph.initializers.pop(name)
+
+
+def grown_file(before: ir.Model, after: ir.Model) -> str:
+    """Says so if the file would not become smaller; large models always do."""
+    if weight_bytes(before) > _COMPARE_BYTES:
+        return ""
+    old, new = len(model_bytes(before)), len(model_bytes(after))
+    return f"the file would grow from {old} to {new} bytes" if new >= old else ""
 
 
 def _difference(before: ir.Model, after: ir.Model, ctx: Context) -> str:

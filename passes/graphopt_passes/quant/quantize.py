@@ -2,28 +2,40 @@
 
 from __future__ import annotations
 
+import glob
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, Self
 
 import onnx_ir as ir
 
 from graphopt.analyses import SHAPES, RangesAnalysis
-from graphopt.errors import OptionError
-from graphopt.model_io import model_bytes, weight_bytes
+from graphopt.errors import OptionError, nearest
 from graphopt.opset import opset_version
 from graphopt.options import opt
 from graphopt.pass_base import Change, Context, Pass, PassResult
+from graphopt.reference import Feed
 from graphopt_passes.fold.affine import fold_affine
 from graphopt_passes.fold.rewiring import FreshNames
+from graphopt_passes.quant.adjust.steps import Help, adjust_floats, adjust_integers
 from graphopt_passes.quant.audit import sample_feeds
-from graphopt_passes.quant.decide import Decision, Settings, Workbench, first_choice, guard_layers, guard_outputs
-from graphopt_passes.quant.plan import make_plan
+from graphopt_passes.quant.blockwise import Method, needs_data, quantize_blocks
+from graphopt_passes.quant.blockwise.store import BLOCKWISE_SINCE
+from graphopt_passes.quant.decide import Decision, Settings, Workbench, first_choice
+from graphopt_passes.quant.dynamic import note_ranks
+from graphopt_passes.quant.existing import as_floats
+from graphopt_passes.quant.floats import Choice, FloatSettings, check_patterns, convert
+from graphopt_passes.quant.guards import fit_ranges, guard_layers, guard_outputs
+from graphopt_passes.quant.mixed.auto import Aim, Mixed, mix
+from graphopt_passes.quant.mixed.forms import current_forms, switchboard
+from graphopt_passes.quant.mixed.ranking import rank_alone, rank_by_leaving_out
+from graphopt_passes.quant.plan import CURVES, make_plan
 from graphopt_passes.quant.prepare import (
     DYNAMIC_SINCE,
     PER_CHANNEL_SINCE,
     QUANTIZE_SINCE,
     drop_unread,
+    grown_file,
     lift_opset,
     needed_opset,
 )
@@ -32,7 +44,8 @@ from graphopt_passes.quant.sites import Site, choose, find_sites, unshared
 __all__ = ["Quant"]
 
 _FEEDS = 8
-_COMPARE_BYTES = 256 << 20  # smaller models are written out to compare sizes
+_SIZE = 0.2  # between 8 bits and 4 in blocks of 32
+_LEAST_GROUP = 8
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,13 +57,24 @@ class Quant(Pass):
     bits. Without data, MatMul and Gemm find the range of their input on every run, and all other layers store int8
     weights and compute in float. The result is plain ONNX: QuantizeLinear, DequantizeLinear and MatMulInteger.
 
-    Batch norms are folded into the layers before them. Outputs of the model, Softmax, normalizations and everything
-    else stay float. A layer whose result 8 bits would drown in noise, measured on the calibration data, takes the
-    next weaker form. The opset is raised to what the form needs: 10, dynamic 11, one scale a channel 13.
+    Before that, channels whose ranges differ are scaled in one layer and scaled back in the next (`equalize`,
+    `smooth`); afterwards biases take up what rounding adds to the mean of a result (`bias_correction`).
 
-    Leaves alone, with the reason: layers that are quantized already, weights that are computed, shared with other
-    operators or replaceable by the caller, other types than float32, and tensors so small that scales would cost
-    more than they save.
+    Batch norms are folded into the layers before them. Outputs of the model and everything else stay float, Softmax
+    and normalizations unless `also` names them. A layer whose result 8 bits would drown in noise, measured on the
+    calibration data, takes the next weaker form, and so do the layers that make most of the noise at an output. The
+    opset is raised to what the form needs: 10, dynamic 11, one scale a channel 13.
+
+    With `bits=auto` each layer stays float, takes 8 bits or, where runtimes compute on them, blocks of 4: whatever
+    makes least noise at the outputs within `size`, by a table of every layer and form measured on calibration data.
+
+    With `dtype=fp16` the whole model computes in fp16 between casts at its inputs and outputs, except where constants,
+    ranges on the calibration data or the operator's definition forbid it, or where an output would suffer. bf16 and
+    fp8 (E4M3, one scale a channel) store weights only. `keep` names what stays float32.
+
+    Leaves alone, with the reason: layers that are quantized already, by whomever (with `requantize` they become floats
+    first), weights that are computed, shared with other operators or replaceable by the caller, other types than
+    float32, and tensors so small that scales would cost more than they save.
     """
 
     name: ClassVar[str] = "quant"
@@ -64,13 +88,46 @@ class Quant(Pass):
         help="static: calibrated ranges; dynamic: ranges found on every run; weight: float arithmetic; "
         "auto: the first of these that the data and the layer allow",
     )
-    bits: Literal[8] = opt(8, help="bits of weights and activations")
-    calibrator: Literal["minmax", "percentile", "mse"] = opt("minmax", help="how activation ranges are cut")
+    bits: Literal[8, 4, 2, "auto"] = opt(8, help="8; 4 or 2: weights only; auto: float, 8 or 4, chosen layer by layer")
+    size: float | None = opt(
+        _SIZE, help="bits=auto: bytes of weights, as a fraction of float's; none: the least that keeps min_output_sqnr",
+        gt=0, le=1,
+    )  # fmt: skip
+    dtype: Literal["int", "fp16", "bf16", "fp8"] = opt("int", help="integers, or a narrower float type")
+    calibrator: Literal["auto", "minmax", "percentile", "mse", "entropy"] = opt(
+        "minmax", help="how activation ranges are cut; auto: for each the way that leaves its layers least noise"
+    )
+    also: tuple[str, ...] = opt(
+        (), help="operators to compute on static int8 that stay float otherwise: Softmax, LayerNormalization, Gelu, ..."
+    )
+    dynamic_convs: bool = opt(False, help="ranges found on every run for Conv too; ONNX Runtime is slower that way")
     per_channel: bool = opt(True, help="one weight scale for each output channel instead of one for the tensor")
     min_sqnr: float = opt(22.0, help="signal to noise in dB below which a layer leaves static int8")
-    min_output_sqnr: float = opt(15.0, help="signal to noise in dB below which the noisiest layers step back")
+    min_output_sqnr: float = opt(
+        16.0, help="signal to noise of outputs in dB below which the noisiest layers step back; class scores: 8 less"
+    )
+    equalize: bool = opt(True, help="move ranges of channels between layers, so that 8 bits fit them all")
+    smooth: bool = opt(True, help="move outliers of activations into weights, by data, normalizations included")
+    requantize: bool = opt(False, help="make floats of layers that are quantized already, and quantize them anew")
+    rounding: Literal["nearest", "gptq", "adaround"] = opt(
+        "nearest", help="how weights are rounded: each by itself, or by what the layer makes of the errors on the data"
+    )
+    group_size: int | None = opt(
+        None, help="weights in blocks: inputs with a scale of their own; 0: all of an output, none: 32", ge=0
+    )
+    symmetric: bool = opt(False, help="weights in blocks: no zero points")
+    algorithm: Literal["auto", "rtn", "gptq", "awq", "hqq"] = opt(
+        "auto", help="weights in blocks: how they are rounded; auto: gptq with data, else least squares"
+    )
+    damping: float = opt(0.05, help="gptq: share of the mean moment added to all moments", gt=0, le=1)
+    act_order: bool = opt(True, help="gptq: round the weights of the strongest inputs first")
+    bias_correction: bool = opt(True, help="take out of biases what rounding adds to the mean of a layer's result")
+    outliers: float = opt(
+        0.0, help="part of a MatMul's input channels that may stay float where they dominate its range", ge=0, le=0.5
+    )
     only: tuple[str, ...] = opt((), help="only layers whose name matches one of these patterns")
     skip: tuple[str, ...] = opt((), help="leave layers alone whose name matches one of these patterns")
+    keep: tuple[str, ...] = opt((), help="with dtype: nodes that stay float32, patterns of names or operator types")
 
     def requires(self, model: ir.Model, ctx: Context) -> None:
         """Check that data is there for static ranges, and that the patterns match something.
@@ -78,23 +135,136 @@ class Quant(Pass):
         Raises:
             OptionError: They are not, or do not.
         """
+        self._check_combination()
+        if self.dtype != "int":
+            if ctx.target.integers.static_only:
+                fact = f"{self.dtype!r} does not run on {ctx.target}, which computes on static int8 only"
+                raise OptionError("quant.dtype", fact, "leave dtype out")
+            check_patterns(model, self._float_choice())
+            return
+        if ctx.calibration is None and needs_data(self.algorithm):
+            fact = f"{self.algorithm!r} needs calibration data"
+            raise OptionError("quant.algorithm", fact, "give --calibration, or algorithm=hqq, which does without")
         if ctx.calibration is None and self.mode == "static":
             raise OptionError("quant.mode", "'static' needs calibration data", "give --calibration, or mode=auto")
         if ctx.target.integers.static_only:
+            if self.bits != 8:
+                fact = f"{self.bits!r} does not run on {ctx.target}, which computes on static int8 only"
+                raise OptionError("quant.bits", fact, "use bits=8 with --calibration")
             if self.mode in ("dynamic", "weight"):
                 fact = f"{self.mode!r} does not run on {ctx.target}, which computes on static int8 only"
                 raise OptionError("quant.mode", fact, "use mode=static with --calibration")
             if ctx.calibration is None:
                 fact = f"{ctx.target} computes on static int8 only, which needs calibration data"
                 raise OptionError("quant", fact, "give --calibration")
-        choose(find_sites(model)[0], self.only, self.skip)
+        source = as_floats(model)[0] if self.requantize else model
+        if self._blocks() is None:  # blocks see layers behind a Transpose as well, and check by themselves
+            choose(find_sites(source)[0], self.only, self.skip)
+
+    def _check_combination(self) -> None:
+        if self.dtype != "int":
+            taken = (("mode", self.mode != "auto"), ("bits", self.bits != 8), ("requantize", self.requantize))
+            for option, value in taken:
+                if value:
+                    fact = f"belongs to integers, and dtype={self.dtype} stores floats"
+                    raise OptionError(f"quant.{option}", fact, f"leave {option} or dtype out")
+        elif self.keep:
+            raise OptionError("quant.keep", "belongs to narrow floats, and dtype=int stores integers", "use skip")
+        for name in self.also:
+            if name not in CURVES:
+                raise OptionError("quant.also", f"{name!r} has no int8 form", nearest(name, CURVES))
+        if self.bits in (4, 2) and self.mode in ("static", "dynamic"):
+            fact = f"{self.mode!r} computes on 8-bit integers, {self.bits} bits store weights only"
+            raise OptionError("quant.mode", fact, "leave mode out, or use bits=8")
+        if self.bits == 8 and (self.mode != "weight" or self.dtype != "int"):
+            asked = (("group_size", self.group_size is not None), ("symmetric", self.symmetric))
+            for option, value in (*asked, ("algorithm", self.algorithm != "auto")):
+                if value:
+                    hint = "add bits=4, or mode=weight"
+                    raise OptionError(f"quant.{option}", "belongs to weights stored in blocks", hint)
+        if self.size != _SIZE and self.bits != "auto":
+            raise OptionError("quant.size", "belongs to bits chosen layer by layer", "add bits=auto")
+        if self.group_size is not None and 0 < self.group_size < _LEAST_GROUP:
+            fact = f"{self.group_size} weights would share a scale as large as they are"
+            raise OptionError("quant.group_size", fact, f"use {_LEAST_GROUP} at least, or 0 for one group")
 
     def run(self, model: ir.Model, ctx: Context) -> PassResult:
+        """Quantize what is float, which with `requantize` is everything."""
+        if self.dtype != "int":
+            return self._narrow(model, ctx, self.dtype)
+        if not self.requantize:
+            return self._quantize(model, ctx)
+        floats, undone = as_floats(model)
+        result = self._quantize(floats, replace(ctx, model=floats, _facts={}))
+        if result.modified:
+            model.graph, model.ir_version = floats.graph, floats.ir_version
+        return replace(result, changes=undone.told(result.changes))
+
+    def _narrow(self, model: ir.Model, ctx: Context, dtype: Literal["fp16", "bf16", "fp8"]) -> PassResult:
+        """Convert a copy to narrower floats and, if that saves something, let its graph replace the model's."""
+        found = convert(model, ctx, FloatSettings(dtype, self._float_choice(), self.min_output_sqnr))
+        if found.model is None:
+            return PassResult(False, found.changes)
+        grown = grown_file(model, found.model)
+        if grown:
+            return PassResult(False, tuple(Change.skipped(c.site, grown) if c.done else c for c in found.changes))
+        model.graph, model.ir_version = found.model.graph, found.model.ir_version
+        return PassResult(True, found.changes, metrics=found.metrics)
+
+    def _blocks(self) -> Method | None:
+        """How weights are stored in blocks; None where they are not."""
+        asked = self.group_size is not None or self.symmetric or self.algorithm != "auto"
+        if self.bits == "auto" or (self.bits == 8 and not (self.mode == "weight" and asked)):
+            return None
+        group = 32 if self.group_size is None else self.group_size
+        return Method(self.bits, group, self.symmetric, self.algorithm, self.damping, self.act_order)
+
+    def _float_choice(self) -> Choice:
+        return Choice(only=self.only, skip=self.skip, keep=self.keep)
+
+    def _quantize(self, model: ir.Model, ctx: Context) -> PassResult:
         """Quantize a copy and, if it is better, let its graph replace the model's."""
+        method = self._blocks()
+        if method is not None:
+            return quantize_blocks(model, ctx, method, only=self.only, skip=self.skip)
         sites, skipped = self._sites(model)
         if not sites:
             return PassResult(False, skipped)
-        work = model.clone()
+        bench, decisions, told = self._prepare(model.clone(), ctx)
+        settings = bench.settings
+        if self.bits == "auto":
+            return self._take_mixed(model, mix(bench, decisions, self._aim(bench)), told)
+        result, made, decisions, quality = guard_outputs(bench, decisions)
+        changes = (*told, *made)
+        if all(d.kind == "float" for d in decisions):
+            return PassResult(False, changes)
+        grown = "" if settings.rules.static_only else grown_file(model, result)
+        if grown:
+            return PassResult(False, tuple(Change.skipped(c.site, grown) if c.done else c for c in changes))
+        model.graph, model.ir_version = result.graph, result.ir_version
+        return PassResult(True, changes, metrics=_metrics(decisions, quality))
+
+    def _aim(self, bench: Workbench) -> Aim:
+        """What `bits=auto` is to reach."""
+        group = 32 if self.group_size is None else self.group_size
+        method = Method(4, group, self.symmetric, self.algorithm, self.damping, self.act_order)
+        opset = opset_version(bench.model)
+        few = "" if opset >= BLOCKWISE_SINCE else f"blocks of 4 bits need opset {BLOCKWISE_SINCE}, this is {opset}"
+        return Aim(self.size, self.min_output_sqnr, method, few)
+
+    def _take_mixed(self, model: ir.Model, mixed: Mixed, told: tuple[Change, ...]) -> PassResult:
+        """Let the mixed model replace the model, if it is smaller."""
+        changes = (*told, *mixed.changes)
+        if not any(change.done for change in mixed.changes):
+            return PassResult(False, changes, notes=mixed.notes)
+        grown = grown_file(model, mixed.model)
+        if grown:
+            return PassResult(False, tuple(Change.skipped(c.site, grown) if c.done else c for c in changes))
+        model.graph, model.ir_version = mixed.model.graph, mixed.model.ir_version
+        return PassResult(True, changes, metrics=mixed.metrics, notes=mixed.notes)
+
+    def _prepare(self, work: ir.Model, ctx: Context) -> tuple[Workbench, list[Decision], tuple[Change, ...]]:
+        """Bring a copy into the form to quantize, in place; returns it with the form that each site allows."""
         settings = self._settings(work, ctx)
         static = ctx.calibration is not None and self.mode in ("auto", "static")
         inner = replace(ctx, model=work, _facts={})
@@ -102,19 +272,44 @@ class Quant(Pass):
             fold_affine(work, inner.fact(SHAPES), FreshNames(work), 0)
             drop_unread(work)
             inner.drop_facts()
-            sites, skipped = self._sites(work)
+        sites, skipped = self._sites(work)
+        asked = Help(self.equalize, self.smooth, self.bias_correction, self.rounding, self.outliers)
+        adjusted = adjust_floats(work, inner, sites, settings, self.mode, asked)
+        sites, skipped = self._sites(work)
         why = "no calibration data" if ctx.calibration is None and self.mode == "auto" else ""
+        if settings.dynamic:
+            note_ranks(work, sites, inner.fact(SHAPES))
         decisions = first_choice(work, sites, settings, static=static, why=why)
-        bench = _bench(work, inner, settings, decisions)
-        result, made, decisions, quality = guard_outputs(bench, guard_layers(bench, decisions))
-        changes = (*skipped, *made)
-        if all(d.kind == "float" for d in decisions):
-            return PassResult(False, changes)
-        grown = "" if settings.rules.static_only else _grown(model, result)
-        if grown:
-            return PassResult(False, tuple(Change.skipped(c.site, grown) if c.done else c for c in changes))
-        model.graph, model.ir_version = result.graph, result.ir_version
-        return PassResult(True, changes, metrics=_metrics(decisions, quality))
+        bench = fit_ranges(_bench(work, inner, settings, decisions), decisions)
+        decisions = guard_layers(bench, decisions)
+        adjusted += adjust_integers(bench, decisions, asked)
+        return bench, decisions, (*adjusted, *skipped)
+
+    def revertible(self, model: ir.Model, sites: Sequence[str]) -> tuple[str, ...]:
+        """Layers whose weights are stored in integers."""
+        known = {site.name for site in find_sites(model)[0]} if self.dtype == "int" and not self.requantize else set()
+        return tuple(site for site in sites if site in known)
+
+    def worst_first(
+        self, model: ir.Model, ctx: Context, sites: Sequence[str], reverted: Sequence[str], feeds: Sequence[Feed]
+    ) -> tuple[str, ...]:
+        """Order layers by the noise that they make at the outputs; see `mixed.ranking`."""
+        method, step = self._blocks(), self
+        if method is not None:  # weights alone are rounded, and nothing is adjusted before
+            step = Quant(mode="weight", equalize=False, smooth=False, only=self.only, skip=self.skip)
+        bench, decisions, _ = step._prepare(model.clone(), ctx)
+        forms = current_forms(bench, [d for d in decisions if d.site.name in {*sites, *reverted}], method)
+        board = switchboard(bench, decisions)
+        if reverted:
+            ranked = rank_by_leaving_out(bench.model, forms, reverted, feeds, board)
+        else:
+            ranked = rank_alone(bench.model, forms, feeds, bench.context, board)
+        ranked = tuple(name for name in ranked if name in sites)
+        return (*ranked, *(name for name in sites if name not in ranked))
+
+    def without(self, sites: Sequence[str]) -> Self:
+        """The same with these layers among `skip`."""
+        return replace(self, skip=(*self.skip, *map(glob.escape, sites)))
 
     def _sites(self, model: ir.Model) -> tuple[tuple[Site, ...], tuple[Change, ...]]:
         sites, skipped = find_sites(model)
@@ -124,9 +319,12 @@ class Quant(Pass):
 
     def _settings(self, work: ir.Model, ctx: Context) -> Settings:
         """Raise the opset of the copy as far as needed, and settle for less where that cannot be done."""
-        rules = ctx.target.integers
+        rules = replace(ctx.target.integers, operators=ctx.target.integers.operators | frozenset(self.also))
         per_channel = self.per_channel and rules.per_channel
-        refusal = lift_opset(work, needed_opset(self.mode, per_channel=per_channel), ctx)
+        needed = needed_opset(self.mode, per_channel=per_channel)
+        if self.bits == "auto" and lift_opset(work, BLOCKWISE_SINCE, ctx):
+            ctx.log.warning("quant: opset %d has no blocks of 4 bits", opset_version(work))
+        refusal = lift_opset(work, needed, ctx)
         opset = opset_version(work)
         if refusal and opset < QUANTIZE_SINCE:
             raise self.fail(refusal, f"integers need opset {QUANTIZE_SINCE} at least")
@@ -135,12 +333,13 @@ class Quant(Pass):
         return Settings(
             calibrator=self.calibrator,
             per_channel=per_channel and opset >= PER_CHANNEL_SINCE,
-            bits=min(self.bits, rules.weight_bits),
+            bits=rules.weight_bits,
             min_sqnr=self.min_sqnr,
             min_output_sqnr=self.min_output_sqnr,
             dynamic=self.mode in ("auto", "dynamic") and opset >= DYNAMIC_SINCE and not rules.static_only,
             weight_only=not rules.static_only,
             rules=rules,
+            dynamic_convs=self.dynamic_convs,
         )
 
 
@@ -152,14 +351,6 @@ def _bench(work: ir.Model, inner: Context, settings: Settings, decisions: Sequen
         touched = make_plan(work, static, shapes, settings.rules).touched(work)
         ranges = inner.fact(RangesAnalysis(values=touched))
     return Workbench(work, inner, shapes, ranges, sample_feeds(inner, _FEEDS), settings)
-
-
-def _grown(before: ir.Model, after: ir.Model) -> str:
-    """Says so if the file would not become smaller; large models always do."""
-    if weight_bytes(before) > _COMPARE_BYTES:
-        return ""
-    old, new = len(model_bytes(before)), len(model_bytes(after))
-    return f"the file would grow from {old} to {new} bytes" if new >= old else ""
 
 
 def _metrics(decisions: Sequence[Decision], quality: dict[str, float]) -> dict[str, int | float | str | bool]:

@@ -9,10 +9,12 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
+from graphopt.analyses.quantized import find_quantized
 from graphopt.errors import OptionError
 from graphopt.pass_base import Change
 
 __all__ = [
+    "KEPT",
     "QUANTIZED_OPERATORS",
     "RECURRENT",
     "Site",
@@ -25,6 +27,8 @@ __all__ = [
     "unshared",
 ]
 
+KEPT = "graphopt.quant.kept"
+"""Key in the `meta` of a node that stays float; holds the reason."""
 RECURRENT = frozenset({"GRU", "LSTM", "RNN"})
 QUANTIZED_OPERATORS = frozenset(
     {
@@ -110,9 +114,10 @@ def find_sites(model: ir.Model) -> tuple[tuple[Site, ...], tuple[Change, ...]]:
     """Find all sites, subgraphs included, and say of the other nodes with weights why they are none."""
     sites: list[Site] = []
     skipped: list[Change] = []
-    main = set(model.graph)
+    main, quantized = set(model.graph), find_quantized(model)
     for key, node in keyed_nodes(model).items():
-        found = _site(key, node, main=node in main)
+        layer = quantized.get(node)
+        found = f"already quantized ({layer})" if layer else _site(key, node, main=node in main)
         if isinstance(found, Site):
             sites.append(found)
         elif found:
@@ -172,6 +177,8 @@ def choose(
 def _site(key: str, node: ir.Node, *, main: bool) -> Site | str | None:
     """The site at a node, the reason why it is none, or None if it holds no weights worth a line."""
     kind = node.op_type
+    if KEPT in node.meta:
+        return str(node.meta[KEPT])
     if node.domain not in ("", "ai.onnx"):
         return f"{node.domain}::{kind} is not a standard operator" if _holds_weights(node) else None
     if kind in QUANTIZED_OPERATORS:
@@ -240,6 +247,8 @@ def _is_table(node: ir.Node) -> bool:
     """An embedding: rows of a constant float matrix, looked up by number."""
     tensor = tensor_of(node.inputs[0])
     axis = node.attributes.get_int("axis", 0)
+    if any(use.node.op_type == "DequantizeLinear" and use.idx == 1 for use in node.outputs[0].uses()):
+        return False  # scales of rows that are looked up beside them
     return tensor is not None and tensor.dtype == ir.DataType.FLOAT and len(tensor.shape) == 2 and axis == 0
 
 

@@ -11,12 +11,15 @@ from graphopt.analyses import Ranges
 from graphopt.analyses.ranges import Method
 from graphopt.targets import IntegerRules
 from graphopt_passes.quant._maths import Grid, activation_grid, quantize_bias
+from graphopt_passes.quant.adjust.bias import shift_bias
+from graphopt_passes.quant.adjust.prepared import prepared_bias
+from graphopt_passes.quant.borders import existing_grid
 from graphopt_passes.quant.builder import Builder
 from graphopt_passes.quant.plan import Plan
 from graphopt_passes.quant.sites import Site, key_of, tensor_of
 from graphopt_passes.quant.weight import saved_bytes
 
-__all__ = ["apply_plan", "integer_inputs", "make_grids", "why_not_static"]
+__all__ = ["adds_pairs", "apply_plan", "integer_inputs", "make_grids", "scale_axis", "why_not_static"]
 
 _SHARE = 0.5  # a pool keeps its input's grid if its own range is at least this part of it
 
@@ -28,8 +31,6 @@ def why_not_static(site: Site, node: ir.Node, rules: IntegerRules, per_channel: 
         return "inside a subgraph, where activations are not calibrated"
     if site.operator not in rules.operators or site.operator == "Gather" or len(site.weights) > 1:
         return f"{site.operator} has no integer form on the target"
-    if site.operator == "MatMul" and (weight.index == 0 or len(weight.shape) > 2):
-        return "its weight is no matrix on the right"
     bias = _bias(node, site)
     if (
         saved_bytes(weight, per_channel=per_channel, bias=bias.size if bias is not None else 0) <= 0
@@ -39,15 +40,28 @@ def why_not_static(site: Site, node: ir.Node, rules: IntegerRules, per_channel: 
     return ""
 
 
-def make_grids(model: ir.Model, plan: Plan, ranges: Ranges, calibrator: Method, rules: IntegerRules) -> dict[str, Grid]:
-    """Grid of every integer activation by value name."""
+def make_grids(
+    model: ir.Model,
+    plan: Plan,
+    ranges: Ranges,
+    calibrator: Method,
+    rules: IntegerRules,
+    methods: Mapping[str, Method] | None = None,
+) -> dict[str, Grid]:
+    """Grid of every integer activation by value name; `methods` cuts some of them otherwise."""
     _share_pools(model, plan, ranges)
     grids: dict[str, Grid] = {}
     symmetric = rules.symmetric_activations
+    values = {value.name: value for value in (*model.graph.inputs, *(o for node in model.graph for o in node.outputs))}
     for name in plan.values(model):
+        old = existing_grid(values.get(name))
+        fits = old is not None and old.dtype == rules.activation and (not symmetric or old.zero_point in (0, 128))
+        if old is not None and fits and not rules.power_of_two:
+            grids[name] = old
+            continue
         histogram = ranges.histograms[name]
-        low, high = histogram.range(calibrator, symmetric=symmetric)
-        grids[name] = activation_grid(low, high, rules.activation, symmetric=symmetric)
+        low, high = histogram.range((methods or {}).get(name, calibrator), symmetric=symmetric)
+        grids[name] = activation_grid(low, high, rules.activation, symmetric=symmetric, power_of_two=rules.power_of_two)
     return grids
 
 
@@ -115,16 +129,37 @@ def integer_inputs(
     tensor = tensor_of(value)
     if value is None or tensor is None:
         raise TypeError(f"{site.name!r} has lost its weight")
-    axis = weight.axis if per_channel else None
-    dequantized, quality = builder.dequantized(value, tensor, axis)
+    axis = scale_axis(site, per_channel=per_channel)
+    paired = adds_pairs(site, node)
+    dequantized, quality = builder.dequantized(value, tensor, axis, paired=paired)
     node.replace_input_with(weight.index, dequantized)
     builder.discard(value)
+    shift = prepared_bias(node)
+    if shift is not None:
+        shift_bias(builder, node, shift)
     bias = _bias(node, site)
     if bias is not None:
         source = node.inputs[plan.inputs[site.key][0]]
         grid = grids[plan.grid_of(source.name or "" if source is not None else "")]
-        _round_bias(builder, node, bias, grid, builder.integers(value, tensor, axis).scale)
+        _round_bias(builder, node, bias, grid, builder.integers(value, tensor, axis, paired=paired).scale)
     return quality
+
+
+def scale_axis(site: Site, *, per_channel: bool) -> int | None:
+    """Axis of the scales of a weight that is multiplied as integers; None: one for all.
+
+    Integer products take a scale a column of a matrix on the right, and one for all of any other factor.
+    """
+    weight = site.weights[0]
+    plain = site.operator != "MatMul" or (weight.index == 1 and len(weight.shape) == 2)
+    return weight.axis if per_channel and plain else None
+
+
+def adds_pairs(site: Site, node: ir.Node) -> bool:
+    """Kernels of this layer may add two products in 16 bits; those of a depthwise Conv take one at a time."""
+    shape = site.weights[0].shape
+    depthwise = site.operator == "Conv" and shape[1] == 1 and node.attributes.get_int("group", 1) == shape[0] > 1
+    return site.operator in ("Conv", "Gemm", "MatMul") and not depthwise
 
 
 def _bias(node: ir.Node, site: Site) -> ir.TensorProtocol | None:
@@ -145,6 +180,8 @@ def _round_bias(builder: Builder, node: ir.Node, bias: ir.TensorProtocol, grid: 
     if value is None or weight_scale.const_value is None:
         return
     scale = (weight_scale.const_value.numpy().astype(np.float64) * grid.scale).astype(np.float32)
+    if scale.ndim and bias.size != scale.size:  # the groups of a ConvTranspose share their scales
+        scale = np.tile(scale, bias.size // scale.size)
     integers = quantize_bias(bias.numpy(), scale)
     if integers is None:  # a channel with tiny weights: its bias stays float, which runtimes also take
         return

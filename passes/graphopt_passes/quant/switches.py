@@ -19,6 +19,7 @@ from graphopt_passes.quant.audit import powers
 from graphopt_passes.quant.builder import Builder
 from graphopt_passes.quant.plan import Plan, result_of
 from graphopt_passes.quant.sites import Site, keyed_nodes, tensor_of
+from graphopt_passes.quant.static import adds_pairs, scale_axis
 
 __all__ = ["output_noise"]
 
@@ -36,10 +37,11 @@ def output_noise(
     *,
     bits: int,
     per_channel: bool,
+    power_of_two: bool = False,
 ) -> dict[str, float]:
     """Noise power over signal power at the worst output, the mean over feeds, for every site by key."""
     copy = model.clone()
-    board = _Board(copy, plan, grids, bits, per_channel)
+    board = _Board(Builder(copy, bits, power_of_two=power_of_two), plan, grids, per_channel)
     for site in static:
         board.add(site, activations=True)
     for site in weight_only:
@@ -58,9 +60,9 @@ def output_noise(
 class _Board:
     """Builds the switches into a copy of the model."""
 
-    def __init__(self, copy: ir.Model, plan: Plan, grids: Mapping[str, Grid], bits: int, per_channel: bool) -> None:
-        self.builder = Builder(copy, bits)
-        self.nodes = keyed_nodes(copy)
+    def __init__(self, builder: Builder, plan: Plan, grids: Mapping[str, Grid], per_channel: bool) -> None:
+        self.builder = builder
+        self.nodes = keyed_nodes(builder.model)
         self.plan = plan
         self.grids = grids
         self.per_channel = per_channel
@@ -78,7 +80,10 @@ class _Board:
             tensor = tensor_of(value)
             if value is not None and tensor is not None:
                 axis = weight.axis if self.per_channel else None
-                rounded, _ = self.builder.dequantized(value, tensor, axis)
+                if activations:
+                    axis = scale_axis(site, per_channel=self.per_channel)
+                paired = activations and adds_pairs(site, node)
+                rounded, _ = self.builder.dequantized(value, tensor, axis, paired=paired)
                 self._choose(flag, rounded, value, node, weight.index)
         if activations:
             for index in self.plan.inputs[site.key]:

@@ -1,0 +1,222 @@
+"""Measure what the chosen forms cost, on each layer and at the outputs, and take back what costs too much."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+import onnx_ir as ir
+
+from graphopt.analyses.ranges import Method
+from graphopt.model_io import weight_bytes
+from graphopt.pass_base import Change
+from graphopt.reference import Reference
+from graphopt_passes.quant.audit import layer_quality, output_quality
+from graphopt_passes.quant.decide import Decision, Workbench, assemble, fall_back
+from graphopt_passes.quant.plan import Plan
+from graphopt_passes.quant.sites import key_of, keyed_nodes
+from graphopt_passes.quant.switches import output_noise
+
+__all__ = ["fit_ranges", "floors_of", "guard_layers", "guard_outputs"]
+
+_METHODS: tuple[Method, ...] = ("minmax", "mse", "percentile", "entropy")
+_WORTH = 0.1  # dB that another way must gain
+_ROUNDS = 4
+_COMFORT = 14.0  # dB above the limit, where single layers need no care any more
+_OUTLIER = 0.2  # share of all noise that one layer may make below that,
+_EVEN = 3.0  # or so many times the share of each if all made as much
+_SCORES = 8.0  # dB that class scores may be noisier than other outputs
+_LARGE = 1 << 30  # bytes of weights above which only a missed limit is worth the many runs
+_CARRIERS = frozenset({"Cast", "Flatten", "Identity", "Reshape", "Squeeze"})
+_NOISE_FEEDS = 4
+_NOISE_RUNS = 64
+
+
+def fit_ranges(bench: Workbench, decisions: Sequence[Decision]) -> Workbench:
+    """With `calibrator=auto`, cut the range of each value in the way that leaves its readers the least noise.
+
+    All layers that read it are judged, each alone, with the range cut in each way; the mean of their decibels decides,
+    and a value that only other operators read keeps its least and greatest element.
+    """
+    static, settings = [d.site for d in decisions if d.kind == "static"], bench.settings
+    if settings.calibrator != "auto" or not static or bench.ranges is None:
+        return bench
+    best: dict[str, tuple[float, Method]] = {}
+    for method in _METHODS:
+        trial = replace(bench, settings=replace(settings, calibrator=method))
+        plan, grids = trial.plan(decisions)
+        alone = replace(plan, results=set())  # the rounding of results is another value's affair
+        quality = layer_quality(
+            bench.model, alone, grids, static, bench.ranges, bench.feeds, bench.context,
+            bits=settings.bits, per_channel=settings.per_channel, power_of_two=settings.rules.power_of_two,
+        )  # fmt: skip
+        for name, level in _levels_of_inputs(bench.model, plan, quality).items():
+            if name not in best or level > best[name][0] + _WORTH:
+                best[name] = level, method
+    return replace(bench, methods={name: method for name, (_, method) in best.items()})
+
+
+def _levels_of_inputs(model: ir.Model, plan: Plan, quality: Mapping[str, float]) -> dict[str, float]:
+    """Mean decibels of the layers that read a value, by the value whose grid it has."""
+    found: dict[str, list[float]] = {}
+    for node in model.graph:
+        key = key_of(node)
+        if key in quality:
+            for index in plan.inputs[key]:
+                value = node.inputs[index]
+                found.setdefault(plan.grid_of(value.name or "" if value is not None else ""), []).append(quality[key])
+    return {name: sum(levels) / len(levels) for name, levels in found.items()}
+
+
+def guard_layers(bench: Workbench, decisions: Sequence[Decision]) -> list[Decision]:
+    """Take layers off static integers whose own result would be too noisy."""
+    static, settings = [d.site for d in decisions if d.kind == "static"], bench.settings
+    if not static or bench.ranges is None:
+        return list(decisions)
+    plan, grids = bench.plan(decisions)
+    quality = layer_quality(
+        bench.model, plan, grids, static, bench.ranges, bench.feeds, bench.context,
+        bits=settings.bits, per_channel=settings.per_channel, power_of_two=settings.rules.power_of_two,
+    )  # fmt: skip
+    judged, nodes = list[Decision](), keyed_nodes(bench.model)
+    for decision in decisions:
+        level = quality.get(decision.site.key)
+        if level is None:
+            judged.append(decision)
+        elif level < settings.min_sqnr and not settings.rules.static_only:
+            why = f"8-bit activations would leave {level:.1f} dB of signal to noise"
+            judged.append(fall_back(decision, nodes[decision.site.key], settings, why, level))
+        else:
+            judged.append(replace(decision, sqnr=level))
+    return judged
+
+
+def guard_outputs(
+    bench: Workbench, decisions: Sequence[Decision]
+) -> tuple[ir.Model, list[Change], list[Decision], dict[str, float]]:
+    """Build the model; where an output is too noisy, step back with the layers that make most of the noise.
+
+    A few layers that make nearly all of it step back as well where the outputs are good enough but not very good:
+    that costs little and gains much.
+
+    Returns:
+        The model, what happened at each site, the decisions, and the signal to noise of each output in dB.
+    """
+    settings, current, round_ = bench.settings, list(decisions), 0
+    shares, floors = _Shares(), floors_of(bench)
+    comfort = _COMFORT if weight_bytes(bench.model) <= _LARGE else 0.0
+    original = Reference(bench.model, threads=bench.context.threads, extensions=bench.context.extensions)
+    while True:
+        model, changes = assemble(bench, current)
+        result = Reference(model, threads=bench.context.threads, extensions=bench.context.extensions)
+        quality = output_quality(original, result, bench.feeds, bench.context)
+        margin = min((level - floors[name] for name, level in quality.items()), default=comfort)
+        if margin >= comfort or settings.rules.static_only or all(d.kind == "float" for d in current):
+            return model, changes, current, quality
+        shares.measure(bench, current)
+        stepped = _step_back(bench, current, round_, margin, shares)
+        if stepped == current:
+            return model, changes, current, quality
+        bench.context.log.info("quant: %.1f dB at an output, stepping back", min(quality.values()))
+        current, round_ = stepped, round_ + 1
+
+
+def floors_of(bench: Workbench) -> dict[str, float]:
+    """Least signal to noise of each output in dB; of class scores only the greatest matters."""
+    floors: dict[str, float] = {}
+    for output in bench.model.graph.outputs:
+        value: ir.Value | None = output
+        while value is not None and (node := value.producer()) is not None and node.op_type in _CARRIERS:
+            value = node.inputs[0]
+        maker = value.producer() if value is not None else None
+        scores = maker is not None and maker.op_type in ("LogSoftmax", "Softmax")
+        floors[output.name or ""] = bench.settings.min_output_sqnr - (_SCORES if scores else 0.0)
+    return floors
+
+
+@dataclass
+class _Shares:
+    """Noise over signal at the worst output that each site makes alone.
+
+    Attributes:
+        static: With its input, weights and result rounded, by key; no entry where it never was static.
+        weights: With its weights rounded only.
+    """
+
+    static: dict[str, float] = field(default_factory=dict[str, float])
+    weights: dict[str, float] = field(default_factory=dict[str, float])
+
+    def of(self, decision: Decision) -> float:
+        """The share of a site in the form that was chosen.
+
+        Ranges found on every run fit better than calibrated ones; how much is not measured, half of the noise of the
+        activations is what counts.
+        """
+        key, kind = decision.site.key, decision.kind
+        if kind == "float":
+            return 0.0
+        weights = self.weights[key]
+        whole = self.static.get(key, weights)
+        return {"static": whole, "dynamic": (whole + weights) / 2, "weight": weights}[kind]
+
+    def measure(self, bench: Workbench, decisions: Sequence[Decision]) -> None:
+        """Measure what was not before."""
+        static = [d.site for d in decisions if d.kind == "static" and d.site.key not in self.static]
+        weights = [d.site for d in decisions if d.kind != "float" and d.site.key not in self.weights]
+        plan, grids = bench.plan(decisions)
+        for integers, stored, found in ((static, [], self.static), ([], weights, self.weights)):
+            count = len(integers) + len(stored)
+            if count:
+                feeds = bench.feeds[: max(1, min(_NOISE_FEEDS, _NOISE_RUNS // count))]
+                found |= output_noise(
+                    bench.model, plan, grids, integers, stored, feeds, bench.context,
+                    bits=bench.settings.bits,
+                    power_of_two=bench.settings.rules.power_of_two, per_channel=bench.settings.per_channel,
+                )  # fmt: skip
+
+
+def _step_back(
+    bench: Workbench, decisions: Sequence[Decision], round_: int, margin: float, shares: _Shares
+) -> list[Decision]:
+    """Step back with the noisiest layers until what remains fits the limit, which each round makes tighter.
+
+    Noises of layers do not quite add up; what the outputs show now over the sum of all shares says how far off.
+    After `_ROUNDS` rounds all that compute on integers store them only, so that the number of rounds is bounded.
+
+    Args:
+        bench: The model.
+        decisions: How each site is computed now.
+        round_: Number of rounds before.
+        margin: What the worst output has above the signal to noise that it needs, in dB.
+        shares: What each site contributes.
+    """
+    settings, nodes = bench.settings, keyed_nodes(bench.model)
+    current = {d.site.key: d for d in decisions}
+    noise = {key: shares.of(d) for key, d in current.items()}
+    before = sum(noise.values())
+    limit = before * 10 ** (margin / 10) / 2 ** (round_ + 1)
+
+    def noisiest() -> str:
+        return min(noise, key=lambda key: (-noise[key], key))
+
+    def step(key: str) -> None:
+        share = 100 * noise[key]
+        why = f"its int8 noise would be {share:.2g} % of the signal at an output"
+        if noise[key] < limit:  # it went with the others
+            why = "with it and others in int8 an output would be too noisy"
+        old = current[key].why
+        why = old if why in old else "; ".join(filter(None, (old, why)))
+        current[key] = fall_back(current[key], nodes[key], settings, why, current[key].sqnr)
+        noise[key] = shares.of(current[key])
+
+    if round_ >= _ROUNDS:
+        for key in [key for key, d in current.items() if margin < 0 and d.kind in ("static", "dynamic")]:
+            step(key)
+    else:
+        while (left := sum(noise.values())) > before * 10 ** ((margin - _COMFORT) / 10):
+            if noise[noisiest()] < max(_OUTLIER, _EVEN / len(noise)) * left:
+                break
+            step(noisiest())
+    while margin < 0 and any(d.kind != "float" for d in current.values()) and sum(noise.values()) > limit:
+        step(noisiest())
+    return [current[d.site.key] for d in decisions]
