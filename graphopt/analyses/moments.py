@@ -215,7 +215,7 @@ class _Sums:
         groups, inputs = self.layer.groups, self.layer.inputs
         quick = _ELEMENTS / (groups * inputs)
         if self.xx is not None:
-            quick = max(4 * inputs, min(quick, _PRODUCTS / (groups * inputs**2)))
+            quick = max(3 * inputs, min(quick, _PRODUCTS / (groups * inputs**2)))
         return min(_ROWS, quick)
 
 

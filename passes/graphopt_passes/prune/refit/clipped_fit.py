@@ -13,7 +13,7 @@ from functools import cached_property, partial
 
 import numpy as np
 
-from graphopt_passes.prune.refit.least_squares import Correction, Moments, System, choose_ridge
+from graphopt_passes.prune.refit.least_squares import NARROW, Correction, Moments, System, choose_ridge
 
 __all__ = ["Rows", "fit"]
 
@@ -172,9 +172,10 @@ def _steps(rows: Rows, moments: Moments, ridge: float, start: Change, *, offset:
     if not rows.bounded or rows.x.shape[2] > _WIDEST:
         return
     system = moments.system(ridge, offset=offset)
-    inverse = np.linalg.inv(system.matrix)
+    dtype = np.float64 if rows.x.shape[2] <= NARROW else np.float32
+    inverse = np.linalg.inv(system.matrix.astype(dtype))
     for _ in range(_STEPS):
-        start = _step(rows, system, start, partial(np.matmul, inverse), offset=offset)
+        start = _step(rows, system, start, lambda wanted: inverse @ wanted.astype(dtype), offset=offset)
         yield start
 
 

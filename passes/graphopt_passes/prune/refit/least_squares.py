@@ -139,16 +139,19 @@ class Moments:
         matrix[:, diagonal, diagonal] += np.where(power > 0, level, 1.0)[:, None]
         return System(matrix, mean)
 
-    def solve(self, ridge: float, *, offset: bool) -> tuple[np.ndarray, np.ndarray]:
+    def solve(self, ridge: float, *, offset: bool, roughly: bool = False) -> tuple[np.ndarray, np.ndarray]:
         """The correction of weight `[groups, inputs, outputs]` and bias `[groups, outputs]`.
 
         Args:
             ridge: Relative to the mean square of the inputs.
             offset: The bias may change; it is not penalised.
+            roughly: In float32.
         """
         system = self.system(ridge, offset=offset)
         mean = offset * self.r / max(1, self.rows)
-        weight = np.linalg.solve(system.matrix, self.xr - self.rows * system.mean[:, :, None] * mean[:, None, :])
+        wanted = self.xr - self.rows * system.mean[:, :, None] * mean[:, None, :]
+        dtype = np.float32 if roughly else np.float64
+        weight = np.linalg.solve(system.matrix.astype(dtype, copy=False), wanted.astype(dtype, copy=False))
         return weight, mean - (system.mean[:, None] @ weight)[:, 0]
 
 
@@ -203,7 +206,9 @@ def choose_ridge(
     some, judges = seen.few(_JUDGED), held_out.few(_JUDGED)
     while True:
         near = (best, best - 1, best + 1)
-        errors |= {i: judges.error(*some.solve(ridges[i], offset=offset)) for i in near if i not in errors}
+        errors |= {
+            i: judges.error(*some.solve(ridges[i], offset=offset, roughly=True)) for i in near if i not in errors
+        }
         better = min(near, key=errors.__getitem__)
         if better == best:
             return ridges[best], seen.solve(ridges[best], offset=offset)

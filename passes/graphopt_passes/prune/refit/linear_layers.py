@@ -24,7 +24,7 @@ WIDEST = 4608
 
 _ROWS = 30_000
 _ELEMENTS = 2e7
-_PRODUCTS = 1.5e10
+_PRODUCTS = 1e10
 _FLOATS = (ir.DataType.FLOAT, ir.DataType.DOUBLE, ir.DataType.FLOAT16)
 
 
@@ -219,7 +219,7 @@ def rows_worth_reading(groups: int, inputs: int, outputs: int = 0) -> int:
         outputs: Of all parts, where they are read as well.
     """
     quick = min(_PRODUCTS / (groups * inputs**2), _ELEMENTS / (groups * inputs + 2 * outputs))
-    return int(min(_ROWS, max(4 * inputs, quick)))
+    return int(min(_ROWS, max(3 * inputs, quick)))
 
 
 def _output_axis(node: ir.Node) -> int:
