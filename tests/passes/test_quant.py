@@ -174,12 +174,25 @@ def test_scales_of_a_bias_are_input_times_weight() -> None:
     np.testing.assert_allclose(held["b1_scale"], held["x_scale"] * held["w1_scale"], rtol=1e-6)
 
 
-def test_a_bias_beyond_32_bits_stays_float() -> None:
-    model = cnn(w1=np.full((16, 3, 3, 3), 1e-12, np.float32), b1=np.full(16, 1e3, np.float32))
-    original = cnn(w1=np.full((16, 3, 3, 3), 1e-12, np.float32), b1=np.full(16, 1e3, np.float32))
+def test_a_bias_of_tiny_weights_becomes_an_integer_and_only_their_channel_is_coarser() -> None:
+    weight, bias = RNG.standard_normal((16, 3, 3, 3)).astype(np.float32), np.full(16, 1e3, np.float32)
+    weight[3] *= 1e-12
+    model, original = cnn(w1=weight, b1=bias), cnn(w1=weight, b1=bias)
+    quantize(model, min_sqnr=-100.0, min_output_sqnr=-100.0, bias_correction=False, equalize=False)
+    held = {name: value.const_value.numpy() for name, value in model.graph.initializers.items() if value.const_value}
+    assert held["b1_q"].dtype == np.int32
+    np.testing.assert_allclose(held["b1_q"] * held["b1_scale"].astype(np.float64), bias, rtol=1e-6)
+    assert held["b1_q"][3] > 2**31 - 2**13
+    np.testing.assert_allclose(np.delete(np.abs(held["w1_q"]).max(axis=(1, 2, 3)), 3), 127)
+    assert sqnr(original, model) > 20
+
+
+def test_a_bias_that_is_not_finite_stays_float() -> None:
+    bias = np.zeros(10, np.float32)
+    bias[4] = -np.inf
+    model = cnn(b4=bias)
     quantize(model, min_sqnr=-100.0, min_output_sqnr=-100.0, bias_correction=False)
-    assert "b1" in model.graph.initializers
-    assert np.isfinite(sqnr(original, model))
+    assert "b4" in model.graph.initializers
 
 
 def test_an_add_with_a_float_operand_stays_float() -> None:

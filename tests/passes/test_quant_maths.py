@@ -13,11 +13,13 @@ from graphopt.reference import Reference
 from graphopt_passes.quant._maths import (
     Grid,
     activation_grid,
+    bias_floor,
     decibel,
     dequantize,
     quantize,
     quantize_bias,
     quantize_weight,
+    raise_scales,
     weight_scales,
 )
 
@@ -124,6 +126,26 @@ def test_a_bias_that_does_not_fit_is_refused() -> None:
     scale = np.array([1e-3, 1e-3], np.float32)
     np.testing.assert_array_equal(quantize_bias(np.array([1, -0.5], np.float32), scale), [1000, -500])  # type: ignore[arg-type]
     assert quantize_bias(np.array([1, 1e7], np.float32), scale) is None
+
+
+@given(st.integers(0, 10_000), st.sampled_from([1, 2, 6]), st.booleans())
+def test_raised_scales_make_every_bias_fit(seed: int, channels: int, whole: bool) -> None:
+    rng = np.random.default_rng(seed)
+    bias = (rng.standard_normal(6) * 10.0 ** rng.integers(-6, 9, 6)).astype(np.float32)
+    usual = (10.0 ** rng.integers(-14, 0, channels)).astype(np.float32)
+    usual = np.exp2(np.rint(np.log2(usual))) if whole else usual
+    least = bias_floor(bias, 0.02, channels)
+    scales = raise_scales(usual, least, power_of_two=whole)
+    np.testing.assert_array_equal(scales[least < usual], usual[least < usual])
+    assert not whole or not (np.log2(scales) % 1).any()
+    steps = np.tile((scales.astype(np.float64) * 0.02).astype(np.float32), 6 // channels)
+    integers = quantize_bias(bias, steps)
+    assert integers is not None
+    np.testing.assert_array_less(np.abs(integers * steps.astype(np.float64) - bias), steps * 0.5001)
+
+
+def test_a_bias_that_is_not_finite_raises_no_scale() -> None:
+    assert not bias_floor(np.array([1, np.inf], np.float32), 1e-3, 2).any()
 
 
 @pytest.mark.parametrize(("signal", "noise", "level"), [(100, 1, 20), (1, 0, np.inf), (0, 1, -np.inf)])

@@ -15,11 +15,13 @@ import numpy as np
 __all__ = [
     "Grid",
     "activation_grid",
+    "bias_floor",
     "decibel",
     "dequantize",
     "quantize",
     "quantize_bias",
     "quantize_weight",
+    "raise_scales",
     "weight_scales",
 ]
 
@@ -132,6 +134,31 @@ def quantize_bias(bias: Array, scale: Array) -> Array | None:
     """Round a bias [C] to int32 with scale [C] or a scalar; None where it does not fit 32 bits."""
     steps = np.rint(bias.astype(np.float64) / scale.astype(np.float64))
     return steps.astype(np.int32) if np.abs(steps).max(initial=0.0) <= _BIAS_LIMIT else None
+
+
+def bias_floor(bias: Array, input_scale: float, channels: int) -> Array:
+    """Least scales of a weight with which a bias fits 32 bits in steps of input times weight scale, float32[channels].
+
+    Where they are above what the weight wants, its products are so small beside the bias that the coarser steps are
+    below the resolution of float32.
+
+    Args:
+        bias: [groups * channels]; zeros are returned if not all of it is finite, for then no scale helps.
+        input_scale: Scale of the activations.
+        channels: Number of scales; groups share them, and all of the bias shares a single one.
+    """
+    reach = np.abs(bias.astype(np.float64)).reshape(-1, channels).max(axis=0, initial=0.0)
+    least = reach / (_BIAS_LIMIT * (1 - 2.0**-20) * input_scale)
+    fits = np.isfinite(least).all() and least.max(initial=0.0) < np.finfo(np.float32).max
+    return (least if fits else np.zeros(channels)).astype(np.float32)
+
+
+def raise_scales(scales: Array, least: Array, *, power_of_two: bool = False) -> Array:
+    """Scales of at least `least`, [channels] or a scalar, float32; powers of two stay such."""
+    least = least.reshape(scales.shape)
+    if power_of_two:
+        least = np.exp2(np.ceil(np.log2(np.maximum(least, _LEAST_SCALE))))
+    return np.maximum(scales, least).astype(np.float32)
 
 
 def decibel(signal: float, noise: float) -> float:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from graphopt_passes.quant._maths import Grid, decibel, quantize_weight, weight_scales
+from graphopt_passes.quant._maths import Grid, decibel, quantize_weight, raise_scales, weight_scales
 from graphopt_passes.quant.adjust.prepared import prepared_weight
 from graphopt_passes.quant.borders import existing_pair
 
@@ -50,8 +50,9 @@ class Builder:
         self.power_of_two = power_of_two
         self._taken: set[str] = set()
         self._owners: dict[int, ir.Node] = {}
-        self._scalars: dict[tuple[str, bytes], ir.Value] = {}
-        self._integers: dict[tuple[ir.Value, int | None, bool, float, int], Integers] = {}
+        self._scalars: dict[tuple[str, tuple[int, ...], bytes], ir.Value] = {}
+        self._integers: dict[tuple[ir.Value, int | None, bool, float, int, bytes], Integers] = {}
+        self._scales: dict[tuple[ir.Value, int | None, int], Array] = {}
         self._dequantized: dict[ir.Value, ir.Value] = {}  # integers -> their real numbers
         self._multiplied: dict[ir.Value, ir.Value] = {}
         self._spare: list[ir.Value] = []
@@ -83,8 +84,8 @@ class Builder:
         return value
 
     def scalar(self, wish: str, array: Array) -> ir.Value:
-        """Add a scalar initializer to the main graph, once for every type and value."""
-        key = (str(array.dtype), array.tobytes())
+        """Add a scalar or other small initializer to the main graph, once for every type, shape and value."""
+        key = (str(array.dtype), array.shape, array.tobytes())
         if key not in self._scalars:
             self._scalars[key] = self.constant(wish, array)
         return self._scalars[key]
@@ -135,6 +136,7 @@ class Builder:
         transposed: bool = False,
         factor: float = 1.0,
         paired: bool = True,
+        least: Array | None = None,
     ) -> Integers:
         """The int8 copy of a weight and its scales, made once for every layout.
 
@@ -146,14 +148,20 @@ class Builder:
             factor: Put into the scales.
             paired: Its products with integers may be added in pairs, so the target's limit on bits holds; False: they
                 are not, or arithmetic is in float. What was made for a layer with the limit serves one without.
+            least: What no scale may be below, [channels] or a scalar, so that a bias fits; None: no such limit.
         """
-        bits = self.bits if paired or (value, axis, transposed, factor, self.bits) in self._integers else 8
-        key = (value, axis, transposed, factor, bits)
+        raised = self._raised(value, tensor, axis, self.bits if paired else 8, least)
+        mark = b"" if raised is None else raised.tobytes()
+        bits = self.bits if paired or (value, axis, transposed, factor, self.bits, mark) in self._integers else 8
+        key = (value, axis, transposed, factor, bits, mark)
         if key not in self._integers:
             weight, graph = tensor.numpy(), self.place(value)
-            scales = weight_scales(weight, axis, bits, power_of_two=self.power_of_two)
+            scales = usual = self._usual(value, tensor, axis, bits)
             rounded = None if self.power_of_two else prepared_weight(value, axis, bits)
-            if rounded is None:
+            if raised is not None:
+                scales = raised
+                rounded = _with_raised(rounded, quantize_weight(weight, scales, axis, bits), scales == usual, axis)
+            elif rounded is None:
                 rounded = quantize_weight(weight, scales, axis, bits)
             error = weight - rounded * (scales if axis is None else np.expand_dims(scales, _others(weight.ndim, axis)))
             sqnr = decibel(float(np.vdot(weight, weight)), float(np.vdot(error, error)))
@@ -165,21 +173,53 @@ class Builder:
             )
         return self._integers[key]
 
+    def _usual(self, value: ir.Value, tensor: ir.TensorProtocol, axis: int | None, bits: int) -> Array:
+        """The scales that a weight wants, found once."""
+        key = (value, axis, bits)
+        if key not in self._scales:
+            self._scales[key] = weight_scales(tensor.numpy(), axis, bits, power_of_two=self.power_of_two)
+        return self._scales[key]
+
+    def _raised(
+        self, value: ir.Value, tensor: ir.TensorProtocol, axis: int | None, bits: int, least: Array | None
+    ) -> Array | None:
+        """Scales of a weight of which some had to be raised; None where all are great enough."""
+        if least is None:
+            return None
+        usual = self._usual(value, tensor, axis, bits)
+        raised = raise_scales(usual, least, power_of_two=self.power_of_two)
+        return raised if (raised > usual).any() else None
+
     def dequantized(
-        self, value: ir.Value, tensor: ir.TensorProtocol, axis: int | None, *, paired: bool = True
+        self,
+        value: ir.Value,
+        tensor: ir.TensorProtocol,
+        axis: int | None,
+        *,
+        paired: bool = True,
+        least: Array | None = None,
+        zero_point: bool = False,
     ) -> tuple[ir.Value, float]:
-        """A weight behind DequantizeLinear, made once; `paired` as in `integers`.
+        """A weight behind DequantizeLinear, made once; `paired` and `least` as in `integers`.
+
+        With `zero_point` it carries its zeros, which it needs for ONNX Runtime to compute a Gemm on integers. Layers
+        share them.
 
         Returns:
             The value, and the signal to noise of the rounding in dB.
         """
-        graph, integers = self.place(value), self.integers(value, tensor, axis, paired=paired)
+        graph, integers = self.place(value), self.integers(value, tensor, axis, paired=paired, least=least)
         key = integers.value
         if key not in self._dequantized:
             inputs, attributes = [integers.value, integers.scale], {} if axis is None else {"axis": axis}
             up = self.node("DequantizeLinear", inputs, f"{value.name}_dq", attributes)
             graph.insert_before(self.first_user(value, graph), up)
             self._dequantized[key] = up.outputs[0]
+        up = self._dequantized[key].producer()
+        if zero_point and up is not None and len(up.inputs) == 2 and integers.scale.shape is not None:
+            up.resize_inputs(3)
+            zeros = np.zeros(integers.scale.shape.numpy(), np.int8)
+            up.replace_input_with(2, self.scalar("weight_zeros", zeros))
         return self._dequantized[key], integers.sqnr_db
 
     def multiplied(
@@ -257,6 +297,13 @@ class Builder:
             if here is graph:
                 inside.add(id(holder))
         return next(node for node in graph if id(node) in inside)
+
+
+def _with_raised(prepared: Array | None, rounded: Array, usual: Array, axis: int | None) -> Array:
+    """Prepared integers where a channel has its usual scale, and those rounded anew where it was raised."""
+    if prepared is None or axis is None:
+        return rounded
+    return np.where(np.expand_dims(usual, _others(rounded.ndim, axis)), prepared, rounded)
 
 
 def _others(rank: int, axis: int) -> tuple[int, ...]:

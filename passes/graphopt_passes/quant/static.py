@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
+from dataclasses import dataclass
 
 import numpy as np
 import onnx_ir as ir
@@ -10,8 +11,8 @@ import onnx_ir as ir
 from graphopt.analyses import Ranges
 from graphopt.analyses.ranges import Method
 from graphopt.targets import IntegerRules
-from graphopt_passes.quant._maths import Grid, activation_grid, quantize_bias
-from graphopt_passes.quant.adjust.bias import shift_bias
+from graphopt_passes.quant._maths import Grid, activation_grid, bias_floor, quantize_bias
+from graphopt_passes.quant.adjust.bias import bias_place, shift_bias
 from graphopt_passes.quant.adjust.prepared import prepared_bias
 from graphopt_passes.quant.borders import existing_grid
 from graphopt_passes.quant.builder import Builder
@@ -33,7 +34,7 @@ def why_not_static(site: Site, node: ir.Node, rules: IntegerRules, per_channel: 
         return f"{site.operator} has no integer form on the target"
     bias = _bias(node, site)
     if (
-        saved_bytes(weight, per_channel=per_channel, bias=bias.size if bias is not None else 0) <= 0
+        saved_bytes(weight, per_channel=per_channel, bias=bias.tensor.size if bias is not None else 0) <= 0
         and not rules.static_only
     ):
         return f"{weight.size} weights, so few that scales would cost more than int8 saves"
@@ -131,17 +132,21 @@ def integer_inputs(
         raise TypeError(f"{site.name!r} has lost its weight")
     axis = scale_axis(site, per_channel=per_channel)
     paired = adds_pairs(site, node)
-    dequantized, quality = builder.dequantized(value, tensor, axis, paired=paired)
-    node.replace_input_with(weight.index, dequantized)
-    builder.discard(value)
     shift = prepared_bias(node)
     if shift is not None:
         shift_bias(builder, node, shift)
-    bias = _bias(node, site)
+    source = node.inputs[plan.inputs[site.key][0]]
+    grid = grids[plan.grid_of(source.name or "" if source is not None else "")]
+    bias, least = _bias(node, site), None
     if bias is not None:
-        source = node.inputs[plan.inputs[site.key][0]]
-        grid = grids[plan.grid_of(source.name or "" if source is not None else "")]
-        _round_bias(builder, node, bias, grid, builder.integers(value, tensor, axis, paired=paired).scale)
+        least = bias_floor(bias.tensor.numpy(), grid.scale, weight.channels if axis is not None else 1)
+    product = site.operator == "Gemm" or (site.operator == "MatMul" and bias is not None)  # a Gemm to ONNX Runtime
+    dequantized, quality = builder.dequantized(value, tensor, axis, paired=paired, least=least, zero_point=product)
+    scale = builder.integers(value, tensor, axis, paired=paired, least=least).scale
+    node.replace_input_with(weight.index, dequantized)
+    builder.discard(value)
+    if bias is not None:
+        _round_bias(builder, bias, grid, scale)
     return quality
 
 
@@ -162,32 +167,49 @@ def adds_pairs(site: Site, node: ir.Node) -> bool:
     return site.operator in ("Conv", "Gemm", "MatMul") and not depthwise
 
 
-def _bias(node: ir.Node, site: Site) -> ir.TensorProtocol | None:
-    """Constant bias [C] of a Conv, or of a Gemm that adds it unscaled."""
-    if site.operator not in ("Conv", "ConvTranspose", "Gemm") or len(node.inputs) < 3:
-        return None
-    tensor = tensor_of(node.inputs[2])
+@dataclass(frozen=True)
+class _Bias:
+    """A constant bias, [channels], and the input of a node that it is."""
+
+    node: ir.Node
+    index: int
+    tensor: ir.TensorProtocol
+
+
+def _bias(node: ir.Node, site: Site) -> _Bias | None:
+    """Constant bias of a convolution, of a Gemm that adds it unscaled, or in an Add behind a MatMul.
+
+    ONNX Runtime makes a Gemm of MatMul and Add, and computes a Gemm on integers only if its bias is integer too.
+    """
+    holder, index = node, 2
+    if site.operator == "MatMul":
+        place = bias_place(node) if site.weights[0].index == 1 and len(site.weights[0].shape) == 2 else None
+        if place is None or place[0].graph is not node.graph:
+            return None
+        holder, index = place
+    tensor = tensor_of(holder.inputs[index]) if index < len(holder.inputs) else None
     if tensor is None or tensor.dtype != ir.DataType.FLOAT or len(tensor.shape) != 1:
         return None
-    factors = (node.attributes.get_float(name, 1.0) for name in ("alpha", "beta"))
-    if site.operator == "Gemm" and (any(f != 1.0 for f in factors) or tensor.size != site.weights[0].channels):
+    if site.operator in ("Gemm", "MatMul") and tensor.size != site.weights[0].channels:
         return None
-    return tensor
+    if site.operator == "Gemm" and any(node.attributes.get_float(name, 1.0) != 1.0 for name in ("alpha", "beta")):
+        return None
+    return _Bias(holder, index, tensor)
 
 
-def _round_bias(builder: Builder, node: ir.Node, bias: ir.TensorProtocol, grid: Grid, weight_scale: ir.Value) -> None:
-    value = node.inputs[2]
+def _round_bias(builder: Builder, bias: _Bias, grid: Grid, weight_scale: ir.Value) -> None:
+    value = bias.node.inputs[bias.index]
     if value is None or weight_scale.const_value is None:
         return
     scale = (weight_scale.const_value.numpy().astype(np.float64) * grid.scale).astype(np.float32)
-    if scale.ndim and bias.size != scale.size:  # the groups of a ConvTranspose share their scales
-        scale = np.tile(scale, bias.size // scale.size)
-    integers = quantize_bias(bias.numpy(), scale)
-    if integers is None:  # a channel with tiny weights: its bias stays float, which runtimes also take
+    if scale.ndim and bias.tensor.size != scale.size:  # the groups of a ConvTranspose share their scales
+        scale = np.tile(scale, bias.tensor.size // scale.size)
+    integers = quantize_bias(bias.tensor.numpy(), scale)
+    if integers is None:  # not finite
         return
     name = value.name or "bias"
     inputs = [builder.constant(f"{name}_q", integers), builder.constant(f"{name}_scale", scale)]
     up = builder.node("DequantizeLinear", inputs, f"{name}_dq", {"axis": 0} if scale.ndim else {})
-    builder.model.graph.insert_before(node, up)
-    node.replace_input_with(2, up.outputs[0])
+    builder.model.graph.insert_before(bias.node, up)
+    bias.node.replace_input_with(bias.index, up.outputs[0])
     builder.discard(value)

@@ -18,7 +18,7 @@ from graphopt_passes.quant.adjust.layout import channel_axis, layout_of
 from graphopt_passes.quant.adjust.prepared import prepare_bias, prepared_weight
 from graphopt_passes.quant.sites import Site, keyed_nodes, tensor_of
 
-__all__ = ["correct_biases", "shift_bias"]
+__all__ = ["bias_place", "correct_biases", "shift_bias"]
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -80,7 +80,7 @@ def correct_biases(
 
 def shift_bias(constants: _Constants, node: ir.Node, shift: Array) -> None:
     """Add to the bias of a layer, or give it one; a MatMul has its bias in the Add behind it."""
-    holder, index = _place(node) or (node, 2)
+    holder, index = bias_place(node) or (node, 2)
     old = holder.inputs[index] if index < len(holder.inputs) else None
     tensor = tensor_of(old)
     array = shift if tensor is None else tensor.numpy() + shift.reshape(tensor.shape.numpy())
@@ -93,7 +93,7 @@ def shift_bias(constants: _Constants, node: ir.Node, shift: Array) -> None:
         constants.discard(old)
 
 
-def _place(node: ir.Node) -> tuple[ir.Node, int] | None:
+def bias_place(node: ir.Node) -> tuple[ir.Node, int] | None:
     """The node and input that hold the bias of a MatMul; None for other layers, and where there is none."""
     if node.op_type != "MatMul" or node.outputs[0].is_graph_output():
         return None
@@ -112,7 +112,7 @@ def _no_place(node: ir.Node, site: Site) -> str:
         node.attributes.get_int("group", 1) if site.operator == "ConvTranspose" else 1
     )
     if site.operator == "MatMul":
-        place = _place(node)
+        place = bias_place(node)
         if place is None:
             return "no Add with a constant follows, and one would cost a pass over the result"
         value = place[0].inputs[place[1]]
