@@ -7,19 +7,40 @@ from outside is tried again.
 
 from __future__ import annotations
 
+import argparse
 import json
 import re
 import subprocess
 import sys
+import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from quant_rivals import last_line
 
-__all__ = ["Figure", "kept", "opens", "speed"]
+__all__ = ["Figure", "arguments", "kept", "opens", "speed"]
 
 Figure = dict[str, Any]
+
+
+def arguments(text: str | None, name: str) -> argparse.ArgumentParser:
+    """The options that all these scripts have.
+
+    Args:
+        text: What the script does.
+        name: Of the table, and of the cache folder.
+    """
+    parser = argparse.ArgumentParser(description=text)
+    parser.add_argument("cases", nargs="*")
+    parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--samples", type=int, help="calibration samples")
+    parser.add_argument("--limit", type=int, help="score the first N samples only")
+    cache = Path(tempfile.gettempdir()) / f"graphopt-{name.replace('_', '-')}"
+    parser.add_argument("--cache", type=Path, default=cache)
+    parser.add_argument("--name", default=name)
+    parser.add_argument("--child", help=argparse.SUPPRESS)
+    return parser
 
 
 def kept(words: str, job: Mapping[str, Any], cache: Path, *, fresh: bool = False) -> Figure:

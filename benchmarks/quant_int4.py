@@ -24,7 +24,7 @@ from typing import Any
 import onnx
 import quant_rivals
 import tables
-from quant_figures import Figure, kept, opens
+from quant_figures import Figure, arguments, kept, opens
 from quant_rivals import Job
 from zoo_quant import load_zoo
 
@@ -78,19 +78,12 @@ def main() -> None:
 
 
 def _options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("cases", nargs="*")
-    parser.add_argument("--quick", action="store_true")
+    parser = arguments(__doc__, "quant_int4")
     parser.add_argument("--tools", nargs="*", choices=_ALGORITHMS, help="instead of all")
     parser.add_argument("--algorithms", nargs="*", help="instead of all")
     parser.add_argument("--groups", type=int, nargs="*")
-    parser.add_argument("--samples", type=int, help="calibration samples")
-    parser.add_argument("--limit", type=int, help="score the first N samples only")
     parser.add_argument("--environments", type=Path, default=quant_rivals.ENVIRONMENTS)
-    parser.add_argument("--cache", type=Path, default=Path(tempfile.gettempdir()) / "graphopt-quant-int4")
     parser.add_argument("--fresh", nargs="*", help="measure these tools again, or all if none is named")
-    parser.add_argument("--name", default="quant_int4")
-    parser.add_argument("--child", help=argparse.SUPPRESS)
     return parser.parse_args()
 
 

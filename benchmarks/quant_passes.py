@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import tables
-from quant_figures import Figure, kept, opens
+from quant_figures import Figure, arguments, kept, opens
 from zoo_quant import load_zoo
 
 import graphopt
@@ -48,17 +48,10 @@ def main() -> None:
 
 
 def _options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("cases", nargs="*")
-    parser.add_argument("--quick", action="store_true")
+    parser = arguments(__doc__, "quant_passes")
     parser.add_argument("--passes", nargs="*", help="instead of " + ", ".join(_PASSES))
-    parser.add_argument("--samples", type=int, help="calibration samples")
-    parser.add_argument("--limit", type=int, help="score the first N samples only")
     parser.add_argument("--target", default="ort")
-    parser.add_argument("--cache", type=Path, default=Path(tempfile.gettempdir()) / "graphopt-quant-passes")
     parser.add_argument("--fresh", action="store_true", help="measure again what the cache folder knows")
-    parser.add_argument("--name", default="quant_passes")
-    parser.add_argument("--child", help=argparse.SUPPRESS)
     return parser.parse_args()
 
 

@@ -25,7 +25,7 @@ from typing import Any
 
 import quant_rivals
 import tables
-from quant_figures import Figure, kept, opens, speed
+from quant_figures import Figure, arguments, kept, opens, speed
 from quant_rivals import Job
 from zoo_quant import load_zoo
 
@@ -38,6 +38,7 @@ _METHODS = (
     "graphopt dynamic", "onnxruntime dynamic", "neural-compressor dynamic", "onnxsim dynamic",
 )  # fmt: skip
 _TRANSFORMERS = ("minilm", "stories260k")
+_FEWER = {"minilm": (64, 1000)}  # calibration samples and scored ones of what takes long
 _LOWER_IS_BETTER = ("perplexity",)
 _THREADS = (1, 2)
 
@@ -49,37 +50,35 @@ def main() -> None:
         print(json.dumps(_measured(json.loads(options.child))))
         return
     zoo = load_zoo()
-    limit = options.limit or (500 if options.quick else None)
-    samples = options.samples or (32 if options.quick else 256)
     found: dict[tuple[str, str], Figure] = {}
     for case in options.cases or (_QUICK if options.quick else sorted(zoo.cases())):
         for method in (_FLOAT, *(m for m in options.methods or _METHODS if m != _FLOAT)):
-            found[case, method] = _figure(case, method, samples, limit, options)
+            found[case, method] = _figure(case, method, options)
             print(case, method, json.dumps(found[case, method]), flush=True)
         _add_speed(zoo, case, found, options)
-        _write(found, samples, limit, options, quiet=True)
-    _write(found, samples, limit, options)
+        _write(found, options, quiet=True)
+    _write(found, options)
 
 
 def _options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("cases", nargs="*")
-    parser.add_argument("--quick", action="store_true")
+    parser = arguments(__doc__, "quant_static")
     parser.add_argument("--methods", nargs="*", choices=_METHODS, help="instead of all")
-    parser.add_argument("--samples", type=int, help="calibration samples")
-    parser.add_argument("--limit", type=int, help="score the first N samples only")
     parser.add_argument("--target", default="ort", help="what graphopt makes the model for")
     parser.add_argument("--passes", default="fold,quant")
     parser.add_argument("--rounds", type=int, default=5, help="rounds of the timing; 0: no timing")
     parser.add_argument("--environments", type=Path, default=quant_rivals.ENVIRONMENTS)
-    parser.add_argument("--cache", type=Path, default=Path(tempfile.gettempdir()) / "graphopt-quant-static")
     parser.add_argument("--fresh", nargs="*", help="measure these methods again, or all if none is named")
-    parser.add_argument("--name", default="quant_static")
-    parser.add_argument("--child", help=argparse.SUPPRESS)
     return parser.parse_args()
 
 
-def _figure(case: str, method: str, samples: int, limit: int | None, options: argparse.Namespace) -> Figure:
+def _amounts(case: str, options: argparse.Namespace) -> tuple[int, int | None]:
+    """Calibration samples and scored ones; None: all."""
+    samples, limit = (32, 500) if options.quick else _FEWER.get(case, (256, None))
+    return options.samples or samples, options.limit or limit
+
+
+def _figure(case: str, method: str, options: argparse.Namespace) -> Figure:
+    samples, limit = _amounts(case, options)
     words = f"{case} {method} {samples} {limit or 'all'} {options.target} {options.passes}"
     fresh = options.fresh is not None and (not options.fresh or method in options.fresh)
     job = {
@@ -172,21 +171,17 @@ def _add_speed(zoo: ModuleType, case: str, found: dict[tuple[str, str], Figure],
         found[case, method]["times"] = times
 
 
-def _write(
-    found: Mapping[tuple[str, str], Figure],
-    samples: int,
-    limit: int | None,
-    options: argparse.Namespace,
-    *,
-    quiet: bool = False,
-) -> None:
+def _write(found: Mapping[tuple[str, str], Figure], options: argparse.Namespace, *, quiet: bool = False) -> None:
+    amounts = {case: _amounts(case, options) for case, _ in found}
+    usual = amounts[max(amounts, key=lambda case: amounts[case][0])]
+    apart = "".join(f", {case} {n} and {m or 'all'}" for case, (n, m) in amounts.items() if (n, m) != usual)
     rows = [_row(case, method, figure, found[case, _FLOAT]) for (case, method), figure in found.items()]
     ours = [row for row in found if row[1] == "graphopt" and "value" in found[row]]
     best = sum(_is_best(case, found) for case, _ in ours)
     rivals = sorted({method.partition(" ")[0] for _, method in found} - {_FLOAT, "graphopt"})
     tools = ", ".join(quant_rivals.version(rival, options.environments) for rival in rivals)
     notes = (
-        f"{samples} calibration samples at most, {limit or 'all'} scored; graphopt: `{options.passes}` for "
+        f"{usual[0]} calibration samples at most, {usual[1] or 'all'} scored{apart}; graphopt: `{options.passes}` for "
         f"`{options.target}`. `drop` is in the metric's unit, positive is worse. `faster`: the float model's time over "
         "the result's in ONNX Runtime, one sample, medians of interleaved rounds. `seconds` is the quantizer alone, "
         "without imports.\n\n"

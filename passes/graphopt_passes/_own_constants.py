@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
-__all__ = ["constant_tensor", "new_constant", "own_constant", "taken_names", "unused_name"]
+__all__ = ["constant_tensor", "new_constant", "own_constant", "put_tensor", "taken_names", "unused_name"]
 
 
 def constant_tensor(value: ir.Value | None) -> ir.TensorProtocol | None:
@@ -23,6 +23,16 @@ def constant_tensor(value: ir.Value | None) -> ir.TensorProtocol | None:
     kinds = {"value_float": np.float32, "value_floats": np.float32, "value_int": np.int64, "value_ints": np.int64}
     kind = kinds.get(attribute.name)
     return None if kind is None else ir.tensor(np.array(attribute.value, kind))
+
+
+def put_tensor(value: ir.Value, tensor: ir.TensorProtocol) -> None:
+    """Put another tensor behind an initializer or a Constant node."""
+    producer = value.producer()
+    if producer is not None:
+        producer.attributes.clear()
+        producer.attributes["value"] = ir.AttrTensor("value", tensor)
+    if producer is None or value.const_value is not None:
+        value.const_value = tensor
 
 
 def taken_names(graph: ir.Graph) -> set[str]:

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import onnx_ir as ir
 import pytest
+from text_models import build
 
 from graphopt.analyses import Histogram
 from graphopt.calibration import Dataset, open_calibration
@@ -42,28 +43,6 @@ CNN_WEIGHTS = {
     "w1": (16, 3, 3, 3), "b1": (16,), "w2": (16, 1, 3, 3), "b2": (16,), "w3": (16, 16, 1, 1),
     "w4": (10, 16), "b4": (10,),
 }  # fmt: skip
-
-
-def build(text: str, opset: int = 17, **weights: Array | tuple[int, ...]) -> ir.Model:
-    """A model from text; names it reads and nobody makes become initializers, normal where only a shape is given."""
-    names = "".join(f", {_type(array)} {name}" for name, array in weights.items())
-    head, _, tail = text.partition(") =>")
-    model = ir.from_onnx_text(f'<ir_version: 8, opset_import: ["" : {opset}]>{head}{names}) =>{tail}')
-    rng = np.random.default_rng(7)
-    for value in list(model.graph.inputs):
-        if value.name in weights:
-            given = weights[value.name]
-            array = rng.standard_normal(given).astype(np.float32) / 4 if isinstance(given, tuple) else given
-            model.graph.inputs.remove(value)
-            value.const_value = ir.tensor(array, name=value.name)
-            value.shape = ir.Shape(array.shape)
-            model.graph.register_initializer(value)
-    return model
-
-
-def _type(given: Array | tuple[int, ...]) -> str:
-    shape = given if isinstance(given, tuple) else given.shape
-    return f"float[{','.join(map(str, shape))}]" if shape else "float"
 
 
 def cnn(**replaced: Array | tuple[int, ...]) -> ir.Model:

@@ -12,6 +12,7 @@ import onnx_ir as ir
 from graphopt_passes.quant._maths import Grid, decibel, quantize_weight, raise_scales, weight_scales
 from graphopt_passes.quant.adjust.prepared import prepared_weight
 from graphopt_passes.quant.borders import existing_pair
+from graphopt_passes.quant.sites import graph_of
 
 __all__ = ["NAME_LENGTH", "Builder", "Integers"]
 
@@ -277,7 +278,7 @@ class Builder:
     def _path(self, user: ir.Node) -> list[ir.Graph]:
         """Graphs around a node from the main graph inwards, up to the first loop."""
         path: list[ir.Graph] = []
-        graph = _graph_of(user)
+        graph = graph_of(user)
         while True:
             path.insert(0, graph)
             owner = self._owners.get(id(graph))
@@ -285,15 +286,15 @@ class Builder:
                 return path
             if owner.op_type in _LOOPS:
                 path.clear()
-            graph = _graph_of(owner)
+            graph = graph_of(owner)
 
     def first_user(self, value: ir.Value, graph: ir.Graph) -> ir.Node:
         """The earliest node of `graph` that reads a value, itself or in its subgraphs."""
         inside: set[int] = set()
         for node in value.consumers():
-            here, holder = _graph_of(node), node
+            here, holder = graph_of(node), node
             while here is not graph and (owner := self._owners.get(id(here))) is not None:
-                here, holder = _graph_of(owner), owner
+                here, holder = graph_of(owner), owner
             if here is graph:
                 inside.add(id(holder))
         return next(node for node in graph if id(node) in inside)
@@ -308,13 +309,6 @@ def _with_raised(prepared: Array | None, rounded: Array, usual: Array, axis: int
 
 def _others(rank: int, axis: int) -> tuple[int, ...]:
     return tuple(i for i in range(rank) if i != axis)
-
-
-def _graph_of(node: ir.Node) -> ir.Graph:
-    graph = node.graph
-    if not isinstance(graph, ir.Graph):
-        raise TypeError(f"node {node.name!r} is in no graph")
-    return graph
 
 
 def _graphs_of(attribute: ir.Attr) -> Sequence[ir.Graph]:

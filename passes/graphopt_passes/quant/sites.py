@@ -21,6 +21,7 @@ __all__ = [
     "Weight",
     "choose",
     "find_sites",
+    "graph_of",
     "key_of",
     "keyed_nodes",
     "tensor_of",
@@ -91,6 +92,17 @@ class Site:
 def key_of(node: ir.Node) -> str:
     """Name of the first named output of a node; unlike node names these are unique within a graph."""
     return next((output.name for output in node.outputs if output.name), "")
+
+
+def graph_of(node: ir.Node) -> ir.Graph:
+    """The graph that a node stands in.
+
+    Raises:
+        TypeError: It stands in none, or in a function.
+    """
+    if not isinstance(node.graph, ir.Graph):
+        raise TypeError(f"node {node.name!r} is in no graph")
+    return node.graph
 
 
 def keyed_nodes(model: ir.Model) -> dict[str, ir.Node]:

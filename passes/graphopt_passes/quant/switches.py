@@ -18,10 +18,10 @@ from graphopt_passes.quant._maths import Grid
 from graphopt_passes.quant.audit import powers
 from graphopt_passes.quant.builder import Builder
 from graphopt_passes.quant.plan import Plan, result_of
-from graphopt_passes.quant.sites import Site, keyed_nodes, tensor_of
+from graphopt_passes.quant.sites import Site, graph_of, keyed_nodes, tensor_of
 from graphopt_passes.quant.static import adds_pairs, scale_axis
 
-__all__ = ["output_noise"]
+__all__ = ["Switches", "output_noise", "worst_noise"]
 
 _USELESS = 1e9  # a finite stand-in for infinite noise, so that shares can be added
 
@@ -41,11 +41,11 @@ def output_noise(
 ) -> dict[str, float]:
     """Noise power over signal power at the worst output, the mean over feeds, for every site by key."""
     copy = model.clone()
-    board = _Board(Builder(copy, bits, power_of_two=power_of_two), plan, grids, per_channel)
+    board = _Board(Builder(copy, bits, power_of_two=power_of_two), plan, grids)
     for site in static:
-        board.add(site, activations=True)
+        board.add(site, activations=True, per_channel=per_channel)
     for site in weight_only:
-        board.add(site, activations=False)
+        board.add(site, activations=False, per_channel=per_channel)
     flags = board.flags
     session = Reference(copy, threads=ctx.threads, extensions=ctx.extensions)
     off = {name: np.array(False) for name in flags.values()}
@@ -53,62 +53,84 @@ def output_noise(
     for feed in ctx.progress(feeds, "finding sensitive layers"):
         exact = session.run({**feed, **off})
         for key, flag in flags.items():
-            found[key].append(_worst(exact, session.run({**feed, **off, flag: np.array(True)})))
+            found[key].append(worst_noise(exact, session.run({**feed, **off, flag: np.array(True)})))
     return {key: float(np.mean(ratios)) for key, ratios in found.items()}
 
 
-class _Board:
-    """Builds the switches into a copy of the model."""
+class Switches:
+    """Builds boolean inputs into a copy of a model; true, and a site reads rounded activations.
 
-    def __init__(self, builder: Builder, plan: Plan, grids: Mapping[str, Grid], per_channel: bool) -> None:
+    Args:
+        builder: Edits the copy.
+        plan: Which activations are rounded.
+        grids: Their grids.
+    """
+
+    def __init__(self, builder: Builder, plan: Plan, grids: Mapping[str, Grid]) -> None:
         self.builder = builder
         self.nodes = keyed_nodes(builder.model)
         self.plan = plan
         self.grids = grids
-        self.per_channel = per_channel
         self.flags: dict[str, str] = {}
         self._exact: dict[ir.Value, ir.Value] = {}  # choice -> the value before any rounding
 
-    def add(self, site: Site, *, activations: bool) -> None:
-        """Give a site its switch."""
-        node, name = self.nodes[site.key], self.builder.name(f"switch_{len(self.flags)}")
+    def flag(self, site: Site) -> ir.Value:
+        """A switch for a site."""
+        name = self.builder.name(f"switch_{len(self.flags)}")
         flag = ir.Value(name=name, type=ir.TensorType(ir.DataType.BOOL), shape=ir.Shape([]))
         self.builder.model.graph.inputs.append(flag)
         self.flags[site.key] = name
-        for weight in site.weights:
-            value = node.inputs[weight.index]
-            tensor = tensor_of(value)
-            if value is not None and tensor is not None:
-                axis = weight.axis if self.per_channel else None
-                if activations:
-                    axis = scale_axis(site, per_channel=self.per_channel)
-                paired = activations and adds_pairs(site, node)
-                rounded, _ = self.builder.dequantized(value, tensor, axis, paired=paired)
-                self._choose(flag, rounded, value, node, weight.index)
-        if activations:
-            for index in self.plan.inputs[site.key]:
-                value = node.inputs[index]
-                if value is not None:
-                    self._choose(flag, self._rounded(self._exact.get(value, value)), value, node, index)
-            result = result_of(node)
-            if result.name in self.plan.results:
-                for user, index in tuple(result.uses()):
-                    self._choose(flag, self._rounded(result), result, user, index)
+        return flag
+
+    def round_activations(self, site: Site, flag: ir.Value) -> None:
+        """Let a switch round a site's activations as the plan says."""
+        node = self.nodes[site.key]
+        for index in self.plan.inputs[site.key]:
+            value = node.inputs[index]
+            if value is not None:
+                self.choose(flag, self._rounded(self.exact(value)), value, node, index)
+        result = result_of(node)
+        if result.name in self.plan.results:
+            for user, index in tuple(result.uses()):
+                self.choose(flag, self._rounded(result), result, user, index)
+
+    def exact(self, value: ir.Value) -> ir.Value:
+        """What a value was before any switch stood in front of it."""
+        return self._exact.get(value, value)
+
+    def choose(self, flag: ir.Value, rounded: ir.Value, exact: ir.Value, user: ir.Node, index: int) -> None:
+        """Let a node read one of two values."""
+        node = self.builder.node("Where", [flag, rounded, exact], f"{exact.name}_choice")
+        graph_of(user).insert_before(user, node)
+        user.replace_input_with(index, node.outputs[0])
+        self._exact[node.outputs[0]] = self.exact(exact)
 
     def _rounded(self, value: ir.Value) -> ir.Value:
         return self.builder.pair(value, self.grids[self.plan.grid_of(value.name or "")])
 
-    def _choose(self, flag: ir.Value, rounded: ir.Value, exact: ir.Value, user: ir.Node, index: int) -> None:
-        node = self.builder.node("Where", [flag, rounded, exact], f"{exact.name}_choice")
-        graph = user.graph
-        if not isinstance(graph, ir.Graph):
-            raise TypeError(f"node {user.name!r} is in no graph")
-        graph.insert_before(user, node)
-        user.replace_input_with(index, node.outputs[0])
-        self._exact[node.outputs[0]] = self._exact.get(exact, exact)
+
+class _Board(Switches):
+    """Switches that round weights as well."""
+
+    def add(self, site: Site, *, activations: bool, per_channel: bool) -> None:
+        """Give a site its switch."""
+        node, flag = self.nodes[site.key], self.flag(site)
+        for weight in site.weights:
+            value = node.inputs[weight.index]
+            tensor = tensor_of(value)
+            if value is not None and tensor is not None:
+                axis = weight.axis if per_channel else None
+                if activations:
+                    axis = scale_axis(site, per_channel=per_channel)
+                paired = activations and adds_pairs(site, node)
+                rounded, _ = self.builder.dequantized(value, tensor, axis, paired=paired)
+                self.choose(flag, rounded, value, node, weight.index)
+        if activations:
+            self.round_activations(site, flag)
 
 
-def _worst(exact: Feed, rounded: Feed) -> float:
+def worst_noise(exact: Feed, rounded: Feed) -> float:
+    """Power of the noise over that of the signal at the worst float output."""
     ratios: list[float] = []
     for name, reference in exact.items():
         if not np.issubdtype(reference.dtype, np.floating):

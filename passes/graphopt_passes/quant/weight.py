@@ -9,7 +9,7 @@ import onnx_ir as ir
 
 from graphopt.pass_base import Change
 from graphopt_passes.quant.builder import NAME_LENGTH, Builder
-from graphopt_passes.quant.sites import Site, Weight, keyed_nodes, tensor_of
+from graphopt_passes.quant.sites import Site, Weight, graph_of, keyed_nodes, tensor_of
 
 __all__ = ["quantize_weights", "saved_bytes", "why_not_weight"]
 
@@ -83,9 +83,7 @@ def _in_float(site: Site, weight: Weight) -> bool:
 
 def _look_up(builder: Builder, node: ir.Node, value: ir.Value, tensor: ir.TensorProtocol, axis: int | None) -> float:
     """Look integers up and make floats of the rows found only, instead of the whole table on every run."""
-    graph, found = node.graph, node.outputs[0]
-    if not isinstance(graph, ir.Graph):
-        raise TypeError(f"node {node.name!r} is in no graph")
+    graph, found = graph_of(node), node.outputs[0]
     integers = builder.integers(value, tensor, axis, paired=False)
     node.replace_input_with(0, integers.value)
     name = found.name or ""

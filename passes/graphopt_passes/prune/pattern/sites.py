@@ -20,6 +20,7 @@ import onnx_ir as ir
 
 from graphopt.analyses import CONSTANTS, Constants
 from graphopt.pass_base import Change, Context
+from graphopt_passes._own_constants import put_tensor
 
 __all__ = ["RECURRENT", "Layout", "Site", "find_sites", "write"]
 
@@ -148,12 +149,7 @@ def write(site: Site, matrix: np.ndarray | Callable[[ir.TensorProtocol], np.ndar
         )
     else:
         tensor = made()
-    producer = value.producer()
-    if producer is not None:
-        producer.attributes.clear()
-        producer.attributes["value"] = ir.AttrTensor("value", tensor)
-    if producer is None or value.const_value is not None:
-        value.const_value = tensor
+    put_tensor(value, tensor)
 
 
 def _weights(node: ir.Node) -> Iterator[tuple[str, int]]:

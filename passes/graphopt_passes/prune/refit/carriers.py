@@ -8,6 +8,7 @@ import numpy as np
 import onnx_ir as ir
 
 from graphopt.analyses import Constants
+from graphopt_passes._own_constants import put_tensor
 
 __all__ = ["Carried", "constant_behind", "set_constant"]
 
@@ -101,9 +102,4 @@ def set_constant(value: ir.Value, array: np.ndarray) -> None:
         doc_string=old.doc_string,
         metadata_props=dict(old.metadata_props),
     )
-    producer = value.producer()
-    if producer is not None:
-        producer.attributes.clear()
-        producer.attributes["value"] = ir.AttrTensor("value", tensor)
-    if producer is None or value.const_value is not None:
-        value.const_value = tensor
+    put_tensor(value, tensor)

@@ -9,7 +9,7 @@ import numpy as np
 import onnx_ir as ir
 
 from graphopt_passes.fold.rewiring import LARGE, FreshNames
-from graphopt_passes.quant.sites import tensor_of
+from graphopt_passes.quant.sites import graph_of, tensor_of
 
 __all__ = ["replace_constant", "scale_constant"]
 
@@ -41,9 +41,7 @@ def replace_constant(
         names: Names taken.
     """
     old = node.inputs[index] if index < len(node.inputs) else None
-    graph = node.graph
-    if not isinstance(graph, ir.Graph):
-        raise TypeError(f"{node.name!r} is in no graph")
+    graph = graph_of(node)
     own = old is not None and old.is_initializer() and len(tuple(old.uses())) == 1 and not old.is_graph_output()
     if own and old is not None:
         old.const_value, old.shape = _tensor(shape, compute, old.name or ""), ir.Shape(shape)

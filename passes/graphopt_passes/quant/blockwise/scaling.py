@@ -9,7 +9,7 @@ import numpy as np
 import onnx_ir as ir
 
 from graphopt_passes.quant.builder import Builder
-from graphopt_passes.quant.sites import tensor_of
+from graphopt_passes.quant.sites import graph_of, tensor_of
 
 __all__ = ["divide_input"]
 
@@ -37,9 +37,7 @@ def divide_input(builder: Builder, value: ir.Value, readers: Collection[ir.Node]
     name = value.name or "input"
     factors = builder.constant(f"{name}_by", (1 / scales).astype(np.float32), first.graph)
     divide = builder.node("Mul", [value, factors], f"{name}_scaled")
-    if not isinstance(first.graph, ir.Graph):
-        raise TypeError(f"node {first.name!r} is in no graph")
-    first.graph.insert_before(first, divide)
+    graph_of(first).insert_before(first, divide)
     for reader in readers:
         reader.replace_input_with(0, divide.outputs[0])
     return "scales in a Mul of its own"

@@ -22,6 +22,7 @@ from graphopt_passes.quant.blockwise._grids import Blocks, GridRule
 from graphopt_passes.quant.blockwise._packing import pack, pack_rows, row_bytes
 from graphopt_passes.quant.blockwise.layout import Layout
 from graphopt_passes.quant.builder import Builder
+from graphopt_passes.quant.sites import graph_of
 
 __all__ = ["BLOCKWISE_SINCE", "FUSED_GROUPS", "BlockStore", "is_fusable", "needed_opset"]
 
@@ -87,7 +88,7 @@ class BlockStore:
 
     def linear(self, node: ir.Node, index: int, blocks: Blocks) -> None:
         """Give a MatMul or Gemm integers of its own, `[inputs, outputs]` in its own graph."""
-        graph, value = _graph(node), node.inputs[index]
+        graph, value = graph_of(node), node.inputs[index]
         name = (value.name if value is not None else None) or "weight"
         factor = 1.0
         if node.op_type == "Gemm":
@@ -136,7 +137,7 @@ class BlockStore:
                 raise ValueError(f"{value.name!r} was not stored before")
             self._tables[value] = self._store_rows(value, blocks)
         table = self._tables[value]
-        graph, found, make = _graph(node), node.outputs[0], self._builder
+        graph, found, make = graph_of(node), node.outputs[0], self._builder
         name, ids = found.name or "row", node.inputs[1]
         chain = [
             make.node("Gather", [table.rows, ids], f"{name}_bytes"),
@@ -239,9 +240,3 @@ class BlockStore:
 def _is_plain(layout: Layout, blocks: Blocks) -> bool:
     """One group for each index of the one other axis: ONNX's older form, which a kernel needs no Reshape for."""
     return len(blocks.scales) == 1 and len(layout.stored) == 2
-
-
-def _graph(node: ir.Node) -> ir.Graph:
-    if not isinstance(node.graph, ir.Graph):
-        raise TypeError(f"node {node.name!r} is in no graph")
-    return node.graph

@@ -16,7 +16,7 @@ import onnx_ir as ir
 from graphopt.pass_base import Change
 from graphopt_passes.quant.builder import Integers
 from graphopt_passes.quant.dynamic.rounding import Rounding
-from graphopt_passes.quant.sites import Site, tensor_of
+from graphopt_passes.quant.sites import Site, graph_of, tensor_of
 
 __all__ = ["quantize_dynamic"]
 
@@ -56,10 +56,8 @@ class _Edit:
     """The nodes that replace one layer, in the order in which they run; the last one makes `result`."""
 
     def __init__(self, rounding: Rounding, node: ir.Node, site: Site) -> None:
-        if not isinstance(node.graph, ir.Graph):
-            raise TypeError(f"node {node.name!r} is in no graph")
         self.rounding, self.builder = rounding, rounding.builder
-        self.node, self.site, self.graph = node, site, node.graph
+        self.node, self.site, self.graph = node, site, graph_of(node)
         self.name = node.outputs[0].name or ""
         self.result = node.outputs[0]
 

@@ -11,7 +11,7 @@ import onnx_ir as ir
 
 from graphopt_passes.quant.builder import Builder
 from graphopt_passes.quant.existing._maths import real_numbers
-from graphopt_passes.quant.sites import tensor_of
+from graphopt_passes.quant.sites import graph_of, tensor_of
 
 __all__ = ["Floats", "Numbers"]
 
@@ -95,12 +95,12 @@ class Floats:
         tensors = [tensor_of(v) for v in (value, scale, zero)]
         if value is None or tensors[0] is None or tensors[1] is None or (zero is not None and tensors[2] is None):
             return None
-        key = (value, self.graph(node), _key(scale), _key(zero), axis)
+        key = (value, graph_of(node), _key(scale), _key(zero), axis)
         if key not in self._weights:
             block = node.attributes.get_int("block_size", 0)
             make = _maker(tensors[0], tensors[1], tensors[2], axis, block)
             shape, dtype = tensors[0].shape.numpy(), tensors[1].dtype
-            self._weights[key] = self.weight(_stem(value.name or "weight"), make, shape, self.graph(node), dtype)
+            self._weights[key] = self.weight(_stem(value.name or "weight"), make, shape, graph_of(node), dtype)
         return self._weights[key]
 
     def weight(
@@ -147,7 +147,7 @@ class Floats:
         node = ir.node(kind, inputs, dict(attributes or {}), outputs=made, name=name or old.name)
         node.metadata_props.update(old.metadata_props)
         node.doc_string = old.doc_string
-        self.graph(old).insert_before(old, node)
+        graph_of(old).insert_before(old, node)
         return tuple(made)
 
     def replace(self, node: ir.Node, output: ir.Value, real: ir.Value) -> None:
@@ -174,7 +174,7 @@ class Floats:
         high = _one_sided(scale, zero)
         if high is None or value.producer() is None or never_negative(value):
             return value
-        key = (value, self.graph(node), float(high))
+        key = (value, graph_of(node), float(high))
         if key not in self._clips:
             name = self.builder.name(f"{value.name}_clip")
             if self.opset < _CLIP_INPUTS_SINCE:
@@ -184,13 +184,6 @@ class Floats:
                 limits, inputs = {}, [self.builder.scalar(f"clip_{word}", array) for word, array in ends]
             (self._clips[key],) = self.emit(node, "Clip", [value, *inputs], limits, name=name)
         return self._clips[key]
-
-    def graph(self, node: ir.Node) -> ir.Graph:
-        """The graph that a node stands in."""
-        graph = node.graph
-        if not isinstance(graph, ir.Graph):
-            raise TypeError(f"node {node.name!r} is in no graph")
-        return graph
 
 
 def _one_sided(scale: ir.Value | None, zero: ir.Value | None) -> Array | None:

@@ -9,7 +9,7 @@ import onnx_ir as ir
 
 from graphopt_passes.quant.existing.floats import Floats, Numbers
 from graphopt_passes.quant.existing.tables import look_up_floats
-from graphopt_passes.quant.sites import tensor_of
+from graphopt_passes.quant.sites import graph_of, tensor_of
 
 __all__ = ["MOVES"]
 
@@ -89,7 +89,7 @@ def _multiply(floats: Floats, node: ir.Node) -> str:
             continue
         name = (maker.inputs[0].name or "weight") if maker is not None and maker.inputs[0] is not None else "weight"
         make = _product(integers, scale, zero)
-        weight = floats.weight(name.removesuffix("_q"), make, integers.shape.numpy(), floats.graph(node), scale.dtype)
+        weight = floats.weight(name.removesuffix("_q"), make, integers.shape.numpy(), graph_of(node), scale.dtype)
         floats.replace(node, node.outputs[0], weight)
     return ""
 

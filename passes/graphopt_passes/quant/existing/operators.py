@@ -14,7 +14,7 @@ import onnx_ir as ir
 
 from graphopt_passes.quant.existing._maths import real_numbers
 from graphopt_passes.quant.existing.floats import Floats
-from graphopt_passes.quant.sites import tensor_of
+from graphopt_passes.quant.sites import graph_of, tensor_of
 
 __all__ = ["OPERATORS"]
 
@@ -112,7 +112,7 @@ def _bias(
         return "its bias is computed"
     scale = left.numpy().astype(np.float64) * right.numpy().astype(np.float64) * factor
     real = real_numbers(integers.numpy(), scale.astype(np.float32), None, -1)
-    return floats.weight(_plain_name(value), lambda: real, real.shape, floats.graph(node))
+    return floats.weight(_plain_name(value), lambda: real, real.shape, graph_of(node))
 
 
 def _plain_name(value: ir.Value) -> str:

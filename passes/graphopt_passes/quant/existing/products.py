@@ -10,7 +10,7 @@ import onnx_ir as ir
 
 from graphopt_passes.quant.existing._maths import blocks_to_matrix, real_numbers, unpack
 from graphopt_passes.quant.existing.floats import Floats
-from graphopt_passes.quant.sites import tensor_of
+from graphopt_passes.quant.sites import graph_of, tensor_of
 
 __all__ = ["PRODUCTS"]
 
@@ -54,7 +54,7 @@ def _sum(floats: Floats, node: ir.Node) -> str:
             scale = scale.reshape(-1, *(1,) * (len(integers.shape) - 1)) if scale.size > 1 else scale.reshape(())
         return real_numbers(integers.numpy(), scale, zero.numpy() if zero is not None else None, 0 if kernel else -1)
 
-    weight = floats.weight(_name(value, "_quantized", "_q"), make, integers.shape.numpy(), floats.graph(node))
+    weight = floats.weight(_name(value, "_quantized", "_q"), make, integers.shape.numpy(), graph_of(node))
     inputs = [known.real, weight] if moved == 0 else [weight, known.real]
     kind = "Conv" if kernel else "MatMul"
     (made,) = floats.emit(last, kind, inputs, node.attributes, name=_plain(node))
@@ -171,7 +171,7 @@ def _packed(floats: Floats, node: ir.Node) -> str:
             packed.numpy(), scales.numpy(), offset, rows=rows, columns=columns, bits=bits, block=block
         )
 
-    weight = floats.weight(_name(node.inputs[1], f"_Q{bits}"), make, (rows, columns), floats.graph(node))
+    weight = floats.weight(_name(node.inputs[1], f"_Q{bits}"), make, (rows, columns), graph_of(node))
     _product(floats, node, source, weight, _at(node, 5))
     return ""
 
@@ -206,7 +206,7 @@ def _rows(floats: Floats, node: ir.Node) -> str:
             offset = np.full((1,), 2 ** (bits - 1)) if offset is None else unpack(offset, bits, int(blocks))
         return real_numbers(numbers, scales.numpy(), offset, axis, block)
 
-    table = floats.weight(_name(node.inputs[0], f"_Q{bits}"), make, shape, floats.graph(node))
+    table = floats.weight(_name(node.inputs[0], f"_Q{bits}"), make, shape, graph_of(node))
     attributes = {"axis": node.attributes.get_int("gather_axis", 0)}
     label = (node.name or "").removesuffix(f"_Q{bits}")
     (made,) = floats.emit(node, "Gather", [table, node.inputs[1]], attributes, name=label)
@@ -223,7 +223,7 @@ def _recurrent(floats: Floats, node: ir.Node) -> str:
             return _COMPUTED
         directions, rows, columns = integers.shape.numpy()
         name, make = _name(node.inputs[index], "_quantized"), _turned(integers, factor, zero)
-        inputs[index] = floats.weight(name, make, (directions, columns, rows), floats.graph(node))
+        inputs[index] = floats.weight(name, make, (directions, columns, rows), graph_of(node))
     made = floats.emit(
         node, "LSTM", inputs, node.attributes, name=(node.name or "").removesuffix("_quant"), outputs=len(node.outputs)
     )

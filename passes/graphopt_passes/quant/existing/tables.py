@@ -10,7 +10,7 @@ import onnx_ir as ir
 
 from graphopt.reference import Reference
 from graphopt_passes.quant.existing.floats import Floats
-from graphopt_passes.quant.sites import tensor_of
+from graphopt_passes.quant.sites import graph_of, tensor_of
 
 __all__ = ["look_up_floats"]
 
@@ -44,7 +44,7 @@ def look_up_floats(floats: Floats, node: ir.Node) -> bool:
         return np.concatenate([make(np.arange(i, min(i + _ROWS_AT_ONCE, rows))) for i in starts])
 
     name = next(look.inputs[0].name for look in nodes if look.op_type == "Gather" and look.inputs[0] is not None)
-    weight = floats.weight((name or "table").removesuffix("_rows"), table, (rows, width), floats.graph(node))
+    weight = floats.weight((name or "table").removesuffix("_rows"), table, (rows, width), graph_of(node))
     (found,) = floats.emit(node, "Gather", [weight, index], name=node.name or "")
     floats.replace(node, node.outputs[0], found)
     return True

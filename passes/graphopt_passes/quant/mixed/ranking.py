@@ -9,9 +9,10 @@ import onnx_ir as ir
 
 from graphopt.pass_base import Context
 from graphopt.reference import Feed
-from graphopt_passes.quant.mixed.switchboard import Switchboard, Trial, worst_noise
+from graphopt_passes.quant.mixed.switchboard import Switchboard, Trial
 from graphopt_passes.quant.mixed.table import Setting, measure
 from graphopt_passes.quant.sites import Site, keyed_nodes, tensor_of
+from graphopt_passes.quant.switches import worst_noise
 
 __all__ = ["rank_alone", "rank_by_leaving_out"]
 

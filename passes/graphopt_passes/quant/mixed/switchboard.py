@@ -17,16 +17,15 @@ import onnx_ir as ir
 from graphopt.pass_base import Context
 from graphopt.reference import Feed, Reference
 from graphopt_passes.quant._maths import Grid
-from graphopt_passes.quant.audit import powers
 from graphopt_passes.quant.builder import Builder
 from graphopt_passes.quant.dynamic.rounding import insert_after_value
-from graphopt_passes.quant.plan import Plan, result_of
-from graphopt_passes.quant.sites import Site, keyed_nodes, tensor_of
+from graphopt_passes.quant.plan import Plan
+from graphopt_passes.quant.sites import Site, graph_of, tensor_of
+from graphopt_passes.quant.switches import Switches
 
-__all__ = ["Switchboard", "Trial", "worst_noise"]
+__all__ = ["Switchboard", "Trial"]
 
 Array = np.ndarray[Any, np.dtype[Any]]
-_USELESS = 1e9  # a finite stand-in for infinite noise, so that shares can be added
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,7 +70,7 @@ class Switchboard:
             if site.key in dynamic:
                 board.add_dynamic(site)
             elif site.key in board.plan.nodes:
-                board.add_static(site)
+                board.round_activations(site, board.flag(site))
         self._flags, self._inputs, self._weights = board.flags, board.inputs, board.weights
         self._session = Reference(board.builder.model, threads=ctx.threads, extensions=ctx.extensions)
 
@@ -90,18 +89,13 @@ class Switchboard:
         return self._session.run(inputs)
 
 
-class _Board:
-    """Builds inputs and switches into a copy of the model."""
+class _Board(Switches):
+    """Switches of activations, and weights that are inputs."""
 
     def __init__(self, copy: ir.Model, plan: Plan, grids: Mapping[str, Grid]) -> None:
-        self.builder = Builder(copy)
-        self.nodes = keyed_nodes(copy)
-        self.plan = plan
-        self.grids = grids
-        self.flags: dict[str, str] = {}
+        super().__init__(Builder(copy), plan, grids)
         self.inputs: dict[tuple[str, int], str] = {}  # site and place of a weight -> input of the model
         self.weights: dict[str, ir.TensorProtocol] = {}  # that input -> what it was
-        self._exact: dict[ir.Value, ir.Value] = {}  # choice -> the value before any rounding
         self._dynamic: dict[tuple[ir.Value, ir.Graph], ir.Value] = {}
 
     def free_weights(self, site: Site) -> None:
@@ -119,65 +113,18 @@ class _Board:
                 value = free
             self.inputs[site.key, place] = value.name or "" if value is not None else ""
 
-    def add_static(self, site: Site) -> None:
-        """A switch that rounds a site's activations as the plan says."""
-        node, flag = self.nodes[site.key], self._flag(site)
-        for index in self.plan.inputs[site.key]:
-            value = node.inputs[index]
-            if value is not None:
-                self._choose(flag, self._rounded(self._exact.get(value, value)), value, node, index)
-        result = result_of(node)
-        if result.name in self.plan.results:
-            for user, index in tuple(result.uses()):
-                self._choose(flag, self._rounded(result), result, user, index)
-
     def add_dynamic(self, site: Site) -> None:
         """A switch that rounds what a site reads to the range of each run."""
         node = self.nodes[site.key]
         index = next(i for i in (0, 1) if i not in {weight.index for weight in site.weights})
-        value, graph = node.inputs[index], _graph_of(node)
+        value, graph = node.inputs[index], graph_of(node)
         if value is None:
             return
-        exact = self._exact.get(value, value)
+        exact = self.exact(value)
         if (exact, graph) not in self._dynamic:
             outputs = [ir.Value(name=self.builder.name(f"{exact.name}_{word}")) for word in ("u8", "step", "zero")]
             down = ir.node("DynamicQuantizeLinear", [exact], outputs=outputs, name=outputs[0].name)
             up = self.builder.node("DequantizeLinear", outputs, f"{exact.name}_rounded")
             insert_after_value(exact, graph, [down, up])
             self._dynamic[exact, graph] = up.outputs[0]
-        self._choose(self._flag(site), self._dynamic[exact, graph], value, node, index)
-
-    def _flag(self, site: Site) -> ir.Value:
-        name = self.builder.name(f"switch_{len(self.flags)}")
-        flag = ir.Value(name=name, type=ir.TensorType(ir.DataType.BOOL), shape=ir.Shape([]))
-        self.builder.model.graph.inputs.append(flag)
-        self.flags[site.key] = name
-        return flag
-
-    def _rounded(self, value: ir.Value) -> ir.Value:
-        return self.builder.pair(value, self.grids[self.plan.grid_of(value.name or "")])
-
-    def _choose(self, flag: ir.Value, rounded: ir.Value, exact: ir.Value, user: ir.Node, index: int) -> None:
-        node = self.builder.node("Where", [flag, rounded, exact], f"{exact.name}_choice")
-        _graph_of(user).insert_before(user, node)
-        user.replace_input_with(index, node.outputs[0])
-        self._exact[node.outputs[0]] = self._exact.get(exact, exact)
-
-
-def _graph_of(node: ir.Node) -> ir.Graph:
-    graph = node.graph
-    if not isinstance(graph, ir.Graph):
-        raise TypeError(f"node {node.name!r} is in no graph")
-    return graph
-
-
-def worst_noise(exact: Feed, rounded: Feed) -> float:
-    """Power of the noise over that of the signal at the worst float output."""
-    ratios: list[float] = []
-    for name, reference in exact.items():
-        if not np.issubdtype(reference.dtype, np.floating):
-            continue
-        signal, noise = powers(reference, rounded[name])
-        if signal > 0:
-            ratios.append(min(noise / signal, _USELESS))
-    return max(ratios, default=0.0)
+        self.choose(self.flag(site), self._dynamic[exact, graph], value, node, index)

@@ -26,8 +26,9 @@ from graphopt.pass_base import Context
 from graphopt.reference import Feed
 from graphopt_passes.quant._maths import decibel
 from graphopt_passes.quant.mixed._matrices import as_matrix, power
-from graphopt_passes.quant.mixed.switchboard import Switchboard, Trial, worst_noise
+from graphopt_passes.quant.mixed.switchboard import Switchboard, Trial
 from graphopt_passes.quant.sites import Site, keyed_nodes, tensor_of
+from graphopt_passes.quant.switches import worst_noise
 
 __all__ = ["Option", "Setting", "Table", "Unit", "measure", "units_of"]
 

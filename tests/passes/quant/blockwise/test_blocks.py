@@ -8,7 +8,8 @@ from pathlib import Path
 import numpy as np
 import onnx_ir as ir
 import pytest
-from passes.quant.blockwise.block_models import ORT, actions, build, data, kinds, on_grid, optimized, quantize, sqnr
+from passes.quant.blockwise.block_models import ORT, actions, data, kinds, on_grid, optimized, quantize, sqnr
+from text_models import build
 
 from graphopt.calibration import open_calibration
 from graphopt.errors import ExitCode, GraphoptError, OptionError

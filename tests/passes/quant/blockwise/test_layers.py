@@ -6,7 +6,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from passes.quant.blockwise.block_models import assert_exact, build, kinds, on_grid, optimized, quantize, sqnr
+from passes.quant.blockwise.block_models import assert_exact, kinds, on_grid, optimized, quantize, sqnr
+from text_models import build
 
 
 @pytest.mark.parametrize("inputs", [64, 40, 33, 172])

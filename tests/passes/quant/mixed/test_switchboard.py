@@ -9,8 +9,9 @@ from passes.quant.mixed.models import WIDTH, bound, branches, samples
 from small_models import build
 
 from graphopt.reference import Feed, Reference
-from graphopt_passes.quant.mixed.switchboard import Switchboard, Trial, worst_noise
+from graphopt_passes.quant.mixed.switchboard import Switchboard, Trial
 from graphopt_passes.quant.sites import Site, find_sites
+from graphopt_passes.quant.switches import worst_noise
 
 
 def feeds() -> list[Feed]:
