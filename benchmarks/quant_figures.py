@@ -19,7 +19,7 @@ from typing import Any
 
 from quant_rivals import last_line
 
-__all__ = ["Figure", "arguments", "kept", "opens", "speed"]
+__all__ = ["Figure", "arguments", "kept", "opens", "speed", "stored"]
 
 Figure = dict[str, Any]
 
@@ -78,6 +78,16 @@ def opens(model: Path) -> str:
     except GraphoptError as e:
         return last_line(e.fact)
     return ""
+
+
+def stored(model: Path) -> int:
+    """Bytes of a model's file and of the files beside it that hold its weights."""
+    import onnx
+    from onnx.external_data_helper import ExternalDataInfo, uses_external_data
+
+    tensors = onnx.load(model, load_external_data=False).graph.initializer
+    beside = {ExternalDataInfo(tensor).location for tensor in tensors if uses_external_data(tensor)}
+    return sum((model.parent / name).stat().st_size for name in (model.name, *beside))
 
 
 def speed(

@@ -24,7 +24,7 @@ from typing import Any
 import onnx
 import quant_rivals
 import tables
-from quant_figures import Figure, arguments, kept, opens
+from quant_figures import Figure, arguments, kept, opens, stored
 from quant_rivals import Job
 from zoo_quant import load_zoo
 
@@ -43,6 +43,7 @@ _ALGORITHMS: Mapping[str, tuple[str, ...]] = {
 }
 _SYMMETRIC_ONLY = ("onnxsim rtn", "onnxsim gptq", "onnxsim awq")
 _ZERO_POINTS_ONLY = ("onnxruntime hqq", "onnxruntime k_quant", "onnxsim hqq")
+_ANY = -99  # dB: every layer stays in 4 bits, as those of the others do
 _NOTE = """{samples} calibration samples, {limit} scored in ONNX Runtime. `loss` is positive where the result is \
 worse, in points of Spearman or per cent of perplexity. Standard blockwise INT4, which graphopt writes, is computed \
 by ONNX Runtime on activations in 8 bits (accuracy level 4); MatMulNBits, as onnxruntime's quantizer writes it, on \
@@ -126,7 +127,7 @@ def _measured(job: Mapping[str, Any]) -> Figure:
             if made.path is None:
                 return {"fault": made.fault}
             seconds = made.seconds
-        figure: Figure = {"bytes": model.stat().st_size, "seconds": seconds}
+        figure: Figure = {"bytes": stored(model), "seconds": seconds}
         fault = opens(model)
         if fault:
             return {**figure, "fault": f"does not load: {fault}"}
@@ -140,7 +141,7 @@ def _by_graphopt(way: Way, folder: Path, model: Path) -> float:
     start = time.perf_counter()
     graphopt.optimize(
         folder / "model.onnx",
-        f"fold,quant{{bits=4 algorithm={way.algorithm} {grid}{skip}}}",
+        f"fold,quant{{bits=4 min_output_sqnr={_ANY} algorithm={way.algorithm} {grid}{skip}}}",
         calibration=folder / "calib.npz",
         out=folder / "out",
         check="none",

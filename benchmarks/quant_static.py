@@ -25,7 +25,7 @@ from typing import Any
 
 import quant_rivals
 import tables
-from quant_figures import Figure, arguments, kept, opens, speed
+from quant_figures import Figure, arguments, kept, opens, speed, stored
 from quant_rivals import Job
 from zoo_quant import load_zoo
 
@@ -114,8 +114,8 @@ def _measured(job: Mapping[str, Any]) -> Figure:
             if made.path is None:
                 return {"fault": made.fault}
             seconds, notes = made.seconds, made.notes
-        size = model.stat().st_size / source.stat().st_size
-        figure: Figure = {"size": size, "bytes": model.stat().st_size, "seconds": seconds, "notes": list(notes)}
+        size = stored(model)
+        figure: Figure = {"size": size / stored(source), "bytes": size, "seconds": seconds, "notes": list(notes)}
         fault = opens(model)
         if fault:
             return {**figure, "fault": f"does not load: {fault}"}

@@ -7,14 +7,17 @@ here say what one is, and the CPU descriptions (`Isa`) that several of them shar
 from __future__ import annotations
 
 import platform
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
 from graphopt.errors import PluginError, UsageError, nearest
 
-__all__ = ["INTEGER_OPERATORS", "IntegerRules", "Isa", "Target", "TargetTable", "host_features", "host_machine"]
+__all__ = [
+    "INTEGER_OPERATORS", "WEIGHT_AXES", "IntegerRules", "Isa", "Target", "TargetTable", "WeightAxis", "host_features",
+    "host_machine",
+]  # fmt: skip
 
 INTEGER_OPERATORS = frozenset(
     {
@@ -23,6 +26,41 @@ INTEGER_OPERATORS = frozenset(
     }
 )  # fmt: skip
 """Operators that runtimes with QDQ fusion execute on integers, or that move integers without arithmetic."""
+
+
+@dataclass(frozen=True)
+class WeightAxis:
+    """Where an operator has a weight, and which of its axes has a scale for each index.
+
+    Attributes:
+        input: Input of the node.
+        axis: That of the output channels; of a ConvTranspose its groups share them.
+        flipped_by: Attribute that, where it is 1, says that the two axes of the matrix are exchanged.
+    """
+
+    input: int
+    axis: int
+    flipped_by: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.axis} of input {self.input}" + (f", the other with {self.flipped_by}" if self.flipped_by else "")
+
+
+WEIGHT_AXES: Mapping[str, tuple[WeightAxis, ...]] = {
+    "Conv": (WeightAxis(1, 0),),
+    "ConvTranspose": (WeightAxis(1, 1),),
+    "Gather": (WeightAxis(0, -1),),
+    "Gemm": (WeightAxis(1, 1, "transB"),),
+    "GRU": (WeightAxis(1, 1), WeightAxis(2, 1)),
+    "LSTM": (WeightAxis(1, 1), WeightAxis(2, 1)),
+    "MatMul": (WeightAxis(1, -1), WeightAxis(0, -2)),
+    "RNN": (WeightAxis(1, 1), WeightAxis(2, 1)),
+}
+"""Operators with weights, and the axis with a scale for each index where a target has scales for each channel.
+
+Of a MatMul one factor is the weight. Its integer products take a scale a column of a matrix on the right, and one for
+all of any other factor.
+"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,6 +75,9 @@ class Isa:
         vector_bits: Width of a vector register.
         registers: Number of vector registers.
         dot: Integer dot-product instruction.
+        lane_operands: Multiplications take one lane of a vector register; else they repeat a number from memory.
+        level1_bytes: Data cache of a core.
+        level2_bytes: The next cache, or its part that one core can count on.
         cores: Cores that kernels are split for.
     """
 
@@ -47,6 +88,9 @@ class Isa:
     vector_bits: int = 128
     registers: int = 32
     dot: Literal["none", "sdot", "usdot", "vnni", "avx-vnni"] = "none"
+    lane_operands: bool = False
+    level1_bytes: int = 32 << 10
+    level2_bytes: int = 512 << 10
     cores: int = 1
 
     @property
@@ -64,7 +108,7 @@ class IntegerRules:
         activation: Element type of quantized activations.
         symmetric_activations: True: the zero point of activations is 0 (int8) or 128 (uint8).
         weight_bits: 7 where sums of two u8 x s8 products saturate for lack of a dot-product instruction, else 8.
-        per_channel: One scale per output channel of a weight.
+        per_channel: One scale per output channel of a weight, along the axis of `WEIGHT_AXES`.
         power_of_two: All scales are powers of two, as shifts want.
         static_only: Activation ranges must be known before; dynamic and weight-only forms do not run.
         weights_at_load: What depends on constants alone is computed once, when a model is loaded, except for

@@ -1,0 +1,388 @@
+"""Convolutions over images whose channels lie together (NHWC), as products without unfolding the image.
+
+A tile of a result is a rectangle of pixels times some vectors of filters. All its sums walk along the same rows of the
+kernel window at once; where neighbouring taps are neighbours in memory, along all of a row's taps in one go. Images
+with a border are copied into scratch memory band by band, so that the loops need no conditions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+
+from graphopt.targets import Isa
+from graphopt_backends.kernels.emit import (
+    Frame,
+    Pointer,
+    bind,
+    constant,
+    either,
+    load,
+    loop,
+    primitive,
+    share,
+    splits,
+    store,
+    tirx,
+    when,
+)  # fmt: skip
+from graphopt_backends.kernels.epilogue import PLAIN, Epilogue, Result, begin, finish
+from graphopt_backends.kernels.gemm import pack_columns, pack_matrix
+from graphopt_backends.kernels.multiply import Kind, Multiply
+from graphopt_backends.kernels.tile import Panel, Rows, Walk, accumulate, rectangle_of
+
+__all__ = ["Conv", "Window"]
+
+_SET_BYTES = 2048  # rows that lie a multiple of this apart share the few places that a cache has for them
+
+
+@dataclass(frozen=True)
+class Window:
+    """The taps of a convolution or pooling, height before width.
+
+    Attributes:
+        size: Taps.
+        strides: Pixels of the image from result to result.
+        dilations: Pixels from tap to tap.
+        pads: Border before and behind: top, left, bottom, right.
+    """
+
+    size: tuple[int, int]
+    strides: tuple[int, int] = (1, 1)
+    dilations: tuple[int, int] = (1, 1)
+    pads: tuple[int, int, int, int] = (0, 0, 0, 0)
+
+    def result(self, height: int, width: int) -> tuple[int, int]:
+        """Sizes of the result for an image."""
+        return tuple(
+            (size + self.pads[i] + self.pads[i + 2] - self.dilations[i] * (self.size[i] - 1) - 1) // self.strides[i] + 1
+            for i, size in enumerate((height, width))
+        )  # pyright: ignore[reportReturnType]
+
+
+@dataclass(frozen=True)
+class Conv:
+    """Y = epilogue(X convolved with W), for one or more groups of channels.
+
+    Attributes:
+        isa: The CPU.
+        kind: Element types.
+        batch: Images.
+        height: Of an image, in pixels.
+        width: Of an image, in pixels.
+        channels: Of the image.
+        filters: Channels of the result.
+        window: Taps.
+        groups: Parts of the channels that are convolved separately.
+        epilogue: What happens to the sums.
+        border: What the border is filled with: the zero point of integers.
+        source_pitch: Elements from pixel to pixel of the image; 0: `channels`.
+        result_pitch: Elements from pixel to pixel of the result; 0: `filters`.
+    """
+
+    isa: Isa
+    kind: Kind
+    batch: int
+    height: int
+    width: int
+    channels: int
+    filters: int
+    window: Window
+    groups: int = 1
+    epilogue: Epilogue = PLAIN
+    border: int = 0
+    source_pitch: int = 0
+    result_pitch: int = 0
+
+    @cached_property
+    def multiply(self) -> Multiply:
+        """Its inner loop."""
+        return Multiply(self.isa, self.kind)
+
+    @cached_property
+    def result_size(self) -> tuple[int, int]:
+        """Height and width of the result."""
+        return self.window.result(self.height, self.width)
+
+    @cached_property
+    def tile(self) -> tuple[int, int, int]:
+        """Rows and columns of pixels, and vectors, of a register tile."""
+        vectors = -(-self._group_filters // self.multiply.lanes)
+        return rectangle_of(self.multiply, *self.result_size, vectors)
+
+    @property
+    def _group_channels(self) -> int:
+        return self.channels // self.groups
+
+    @property
+    def _group_filters(self) -> int:
+        return self.filters // self.groups
+
+    @property
+    def _panel(self) -> int:
+        """Columns of a panel of the packed weight."""
+        return self.tile[2] * self.multiply.lanes
+
+    @property
+    def _group_panels(self) -> int:
+        return -(-self._group_filters // self._panel)
+
+    @property
+    def _element_bytes(self) -> int:
+        return 4 if self.kind == "f32" else 1
+
+    @property
+    def _copies(self) -> bool:
+        return any(self.window.pads)
+
+    @cached_property
+    def _pixel(self) -> int:
+        """Elements from pixel to pixel where the loops read."""
+        return self.channels if self._copies else self.source_pitch or self.channels
+
+    @cached_property
+    def _row(self) -> int:
+        """Elements from row to row where the loops read."""
+        if not self._copies:
+            return self.width * self._pixel
+        row = (self.window.pads[1] + self.width + self.window.pads[3]) * self.channels
+        vector = self.isa.vector_bits // (8 * self._element_bytes)
+        row = -(-row // vector) * vector
+        return row + vector if row * self._element_bytes % _SET_BYTES == 0 else row
+
+    @cached_property
+    def _run(self) -> int:
+        """Consecutive elements along k."""
+        merged = self.groups == 1 and self.window.dilations[1] == 1 and self._pixel == self.channels
+        return self.window.size[1] * self.channels if merged else self._group_channels
+
+    @cached_property
+    def _packed_run(self) -> int:
+        group = self.multiply.group
+        return -(-self._run // group) * group
+
+    @cached_property
+    def _runs(self) -> int:
+        """Runs that a row of the window consists of."""
+        return self.window.size[1] * self._group_channels // self._run
+
+    @property
+    def packed_depth(self) -> int:
+        """Rows of the packed weight."""
+        return self.window.size[0] * self._runs * self._packed_run
+
+    @cached_property
+    def _blocks(self) -> tuple[tuple[int, int, int], ...]:
+        """Blocks of rows of the result: start, number, height."""
+        return splits(self.result_size[0], self.tile[0])
+
+    @cached_property
+    def _band(self) -> int:
+        """Blocks of a band: what the loops read for it takes half of the cache, with the weight or without."""
+        count = sum(block[1] for block in self._blocks)
+        if not self._copies:
+            return count
+        row = self._row * self._element_bytes
+        rows = max(1, self.isa.level2_bytes // 2 // row - self._reach)
+        bands = -(-count // max(1, rows // (self.tile[0] * self.window.strides[0])))
+        return -(-count // bands)
+
+    @property
+    def _reach(self) -> int:
+        """Rows of the image below the first that a row of the result sees."""
+        return self.window.dilations[0] * (self.window.size[0] - 1)
+
+    @property
+    def _bands(self) -> int:
+        return -(-sum(block[1] for block in self._blocks) // self._band)
+
+    @property
+    def _band_rows(self) -> int:
+        """Rows of the image that a band needs at most."""
+        high = max(block[2] for block in self._blocks)
+        return (self._band * high - 1) * self.window.strides[0] + self._reach + 1
+
+    @property
+    def scratch(self) -> int:
+        """Bytes of memory that every task needs for itself."""
+        return self._band_rows * self._row * self._element_bytes if self._copies else 0
+
+    @property
+    def operations(self) -> int:
+        """Multiplications and additions."""
+        pixels = self.batch * self.result_size[0] * self.result_size[1]
+        return 2 * pixels * self.filters * self._group_channels * self.window.size[0] * self.window.size[1]
+
+    def pack(self, weight: np.ndarray) -> np.ndarray:
+        """Lay out a weight [filters, channels / groups, height, width] as this kernel reads it."""
+        parts: list[np.ndarray] = []
+        for part in np.split(weight, self.groups):
+            rows = part.transpose(2, 3, 1, 0).reshape(self.window.size[0] * self._runs, self._run, -1)
+            padded = np.zeros((rows.shape[0], self._packed_run, rows.shape[2]), weight.dtype)
+            padded[:, : self._run] = rows
+            matrix = padded.reshape(self.packed_depth, -1)
+            parts.append(pack_matrix(matrix, self._panel, self.multiply.group))
+        return np.concatenate(parts)
+
+    def pack_column(self, values: np.ndarray) -> np.ndarray:
+        """Lay out numbers for each filter."""
+        padded = self._group_panels * self._panel
+        return np.concatenate([pack_columns(part, padded) for part in np.split(values.reshape(-1), self.groups)])
+
+    def primitive(self, name: str) -> Any:
+        """The function: (source, weight, bias?, operands..., result, scratch?, task, tasks)."""
+        multiply, padded = self.multiply, self.groups * self._group_panels * self._panel
+        pixels, pitch = self.batch * self.result_size[0] * self.result_size[1], self.result_pitch or self.filters
+        source_pitch = self.source_pitch or self.channels
+        pointers = [
+            Pointer(
+                "source",
+                multiply.activation,
+                (self.batch * self.height * self.width - 1) * source_pitch + self.channels,
+            ),
+            Pointer("weight", multiply.weight, padded * self.packed_depth),
+            *self.epilogue.pointers(multiply, pixels, self.filters, padded, pitch),
+            Pointer("result", self.epilogue.dtype, (pixels - 1) * pitch + self.filters),
+        ]
+        if self._copies:
+            pointers.append(Pointer("scratch", multiply.activation, self.scratch // self._element_bytes))
+        return primitive(name, pointers, self._body)
+
+    def _body(self, frame: Frame) -> None:
+        panels = self.groups * self._group_panels
+        with share(frame, self.batch * self._bands * panels) as (unit, first):
+            panel = bind(tirx.truncmod(unit, panels))
+            band = bind(tirx.truncmod(tirx.truncdiv(unit, panels), self._bands))
+            image = bind(tirx.truncdiv(unit, panels * self._bands))
+            if self._copies:
+                when(tirx.any(panel == 0, unit == first), lambda: self._copy(frame, image, band))
+            count = sum(block[1] for block in self._blocks)
+            blocks = bind(tirx.min(self._band, count - band * self._band)) if self._bands > 1 else count
+            with loop(blocks) as i:
+                self._block(frame, image, band, bind(band * self._band + i), panel)
+
+    def _first_row(self, block: Any) -> Any:
+        """Row of the result that a block begins with."""
+        if len(self._blocks) == 1:
+            return block * self._blocks[0][2]
+        (_, count, high), (start, _, low) = self._blocks
+        return tirx.Select(block < count, block * high, start + (block - count) * low)
+
+    def _copy(self, frame: Frame, image: Any, band: Any) -> None:
+        """Copy the rows of the image that a band needs, with their border."""
+        top, left, _, _ = self.window.pads
+        first = bind(self._first_row(band * self._band) * self.window.strides[0] - top)
+        row = self.width * self.channels
+        source_pitch = self.source_pitch or self.channels
+        with loop(self._band_rows) as i:
+            y, to = bind(first + i), bind(i * self._row)
+
+            def inside(y: Any = y, to: Any = to) -> None:
+                at = bind((image * self.height + y) * (self.width * source_pitch))
+                self._fill(frame, to, left * self.channels)
+                if source_pitch == self.channels:
+                    self._move(frame, to + left * self.channels, at, row)
+                else:
+                    with loop(self.width) as x:
+                        self._move(frame, to + (left + x) * self.channels, at + x * source_pitch, self.channels)
+                self._fill(frame, to + left * self.channels + row, self._row - left * self.channels - row)
+
+            either(tirx.all(y >= 0, y < self.height), inside, lambda to=to: self._fill(frame, to, self._row))
+
+    def _vector(self) -> int:
+        return self.isa.vector_bits // (8 * self._element_bytes)
+
+    def _fill(self, frame: Frame, at: Any, count: int) -> None:
+        lanes, dtype = self._vector(), self.multiply.activation
+        whole, rest = divmod(count, lanes)
+        if whole:
+            with loop(whole) as i:
+                store(frame["scratch"], constant(self.border, dtype, lanes), at + i * lanes, lanes)
+        if rest:
+            with loop(rest) as i:
+                store(frame["scratch"], constant(self.border, dtype), at + whole * lanes + i, 1)
+
+    def _move(self, frame: Frame, to: Any, at: Any, count: int) -> None:
+        lanes = self._vector()
+        whole, rest = divmod(count, lanes)
+        if whole:
+            with loop(whole) as i:
+                store(frame["scratch"], load(frame["source"], at + i * lanes, lanes), to + i * lanes, lanes)
+        if rest:
+            with loop(rest) as i:
+                k = whole * lanes + i
+                store(frame["scratch"], load(frame["source"], at + k, 1), to + k, 1)
+
+    def _block(self, frame: Frame, image: Any, band: Any, block: Any, panel: Any) -> None:
+        row = bind(self._first_row(block))
+        if self._copies:
+            start = bind((row - self._first_row(band * self._band)) * (self.window.strides[0] * self._row))
+        else:
+            start = bind((image * self.height + row * self.window.strides[0]) * self._row)
+        place = _Place(image, row, start, panel)
+        if len(self._blocks) == 1:
+            self._columns(frame, place, self._blocks[0][2])
+        else:
+            (_, count, high), (_, _, low) = self._blocks
+            either(block < count, lambda: self._columns(frame, place, high), lambda: self._columns(frame, place, low))
+
+    def _columns(self, frame: Frame, place: _Place, high: int) -> None:
+        for first, count, wide in splits(self.result_size[1], self.tile[1]):
+            with loop(count) as i:
+                self._panels(frame, place, high, wide, first + i * wide)
+
+    def _panels(self, frame: Frame, place: _Place, high: int, wide: int, column: Any) -> None:
+        """The last panel of a group may have fewer filters."""
+        whole, rest = divmod(self._group_filters, self._panel)
+        if not rest or not whole:
+            self._tile(frame, place, high, wide, column, rest or self._panel)
+        else:
+            either(
+                tirx.truncmod(place.panel, self._group_panels) < whole,
+                lambda: self._tile(frame, place, high, wide, column, self._panel),
+                lambda: self._tile(frame, place, high, wide, column, rest),
+            )
+
+    def _tile(self, frame: Frame, place: _Place, high: int, wide: int, column: Any, filters: int) -> None:
+        multiply, strides = self.multiply, self.window.strides
+        vectors = -(-filters // multiply.lanes)
+        totals = begin(frame, multiply, self.epilogue, high * wide, vectors, place.panel * self._panel)
+        pixels = [(i // wide, i % wide) for i in range(high * wide)]
+        offsets = [y * strides[0] * self._row + x * strides[1] * self._pixel for y, x in pixels]
+        start = place.start + column * (strides[1] * self._pixel)
+        group: Any = 0
+        if self.groups > 1:
+            group = bind(tirx.truncdiv(place.panel, self._group_panels))
+            start = start + group * self._group_channels
+        weight = place.panel * (self.packed_depth * self._panel)
+        source = frame["scratch"] if self._copies else frame["source"]
+        panel = Panel(frame["weight"], bind(weight), self._panel)
+        accumulate(multiply, totals, Rows(source, bind(start), offsets), panel, self._walks())
+        first_filter = place.panel * self._panel
+        if self.groups > 1:
+            first_filter = group * self._group_filters + (place.panel - group * self._group_panels) * self._panel
+        size, pitch = self.result_size, self.result_pitch or self.filters
+        rows = [(place.image * size[0] + place.row + y) * size[1] + column + x for y, x in pixels]
+        at = [row * pitch + first_filter for row in rows]
+        finish(frame, multiply, self.epilogue, totals, Result("result", at, rows, place.panel * self._panel, filters))
+
+    def _walks(self) -> Sequence[Walk]:
+        size, dilations = self.window.size, self.window.dilations
+        walks = [(size[0], dilations[0] * self._row, self._runs * self._packed_run)] if size[0] > 1 else []
+        if self._runs > 1:
+            walks.append((self._runs, dilations[1] * self._pixel, self._packed_run))
+        return [*walks, (self._run, 1, 1)]
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where a block of rows lies: its image, first row of the result, where that begins in memory, and the panel."""
+
+    image: Any
+    row: Any
+    start: Any
+    panel: Any

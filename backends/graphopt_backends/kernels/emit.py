@@ -1,0 +1,237 @@
+"""A thin layer over TVM's IR builder: functions on plain pointers, vectors, and loops over a task's share.
+
+A kernel is a function of pointers that computes the share of one of `tasks` tasks. It allocates nothing and calls
+nothing, so that a whole network can run in one parallel region with a barrier between two kernels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import tvm
+from tvm.script.ir_builder import IRBuilder
+from tvm.script.ir_builder import tirx as statements
+
+__all__ = [
+    "Frame",
+    "Pointer",
+    "T",
+    "bind",
+    "cast",
+    "constant",
+    "either",
+    "intrinsic",
+    "lane",
+    "load",
+    "load_first",
+    "local",
+    "loop",
+    "primitive",
+    "reinterpret",
+    "share",
+    "splits",
+    "spread",
+    "store",
+    "store_first",
+    "tirx",
+    "when",
+]
+
+tirx: Any = tvm.tirx
+"""TVM's expressions; their annotations ask for what they convert by themselves."""
+
+T: Any = statements
+"""TVM's statements, added to the function that is being built."""
+
+Expr = Any
+"""An expression of TVM's, a vector or a scalar."""
+
+Buffer = Any
+"""Elements behind a pointer, indexed by one number."""
+
+
+@dataclass(frozen=True)
+class Pointer:
+    """A parameter of a kernel.
+
+    Attributes:
+        name: Name in the code.
+        dtype: Element type.
+        size: Elements behind it; only what is read or written must be there.
+    """
+
+    name: str
+    dtype: str
+    size: int
+
+
+@dataclass(frozen=True)
+class Frame:
+    """What the body of a kernel sees.
+
+    Attributes:
+        buffers: Elements by parameter.
+        numbers: Sizes that are known when the kernel runs.
+        task: Number of this task.
+        tasks: Number of tasks.
+    """
+
+    buffers: Mapping[str, Buffer]
+    numbers: Mapping[str, Expr]
+    task: Expr
+    tasks: Expr
+
+    def __getitem__(self, name: str) -> Buffer:
+        """The elements behind a pointer."""
+        return self.buffers[name]
+
+
+def primitive(
+    name: str, pointers: Sequence[Pointer], body: Callable[[Frame], None], numbers: Sequence[str] = ()
+) -> Any:
+    """A private PrimFunc `name(pointers..., numbers..., task, tasks)`.
+
+    Args:
+        name: Its name; the same code always has the same.
+        pointers: Memory that it reads and writes; none of it overlaps.
+        body: Emits the code.
+        numbers: Further parameters, int32.
+    """
+    builder = IRBuilder()
+    with builder, T.prim_func(is_private=True):
+        T.func_name(name)
+        T.func_attr({"tirx.noalias": True, "tirx.is_scheduled": True})
+        handles = [T.arg(p.name, T.handle(p.dtype)) for p in pointers]
+        sizes = {number: T.arg(number, T.int32()) for number in numbers}
+        task, tasks = T.arg("task", T.int32()), T.arg("tasks", T.int32())
+        buffers = {
+            p.name: T.decl_buffer((p.size,), p.dtype, data=handle) for p, handle in zip(pointers, handles, strict=True)
+        }
+        body(Frame(buffers, sizes, task, tasks))
+    return builder.get()
+
+
+def load(buffer: Buffer, index: Expr, lanes: int) -> Expr:
+    """Consecutive elements."""
+    return buffer[(tirx.Ramp(index, 1, lanes),)] if lanes > 1 else buffer[(index,)]
+
+
+def store(buffer: Buffer, value: Expr, index: Expr, lanes: int) -> None:
+    """Write consecutive elements."""
+    T.buffer_store(buffer, value, [tirx.Ramp(index, 1, lanes) if lanes > 1 else index])
+
+
+def load_first(buffer: Buffer, index: Expr, lanes: int, count: int, dtype: str) -> Expr:
+    """The first `count` of `lanes` elements, zeros behind them; nothing behind them is read."""
+    if count >= lanes:
+        return load(buffer, index, lanes)
+    zero = constant(0, dtype, lanes)
+    return tirx.call_llvm_pure_intrin(
+        f"{dtype}x{lanes}", "llvm.masked.load", tirx.address_of(buffer[(index,)]), _mask(lanes, count), zero
+    )
+
+
+def store_first(buffer: Buffer, value: Expr, index: Expr, lanes: int, count: int) -> None:
+    """Write the first `count` of `lanes` elements; nothing behind them is touched."""
+    if count >= lanes:
+        store(buffer, value, index, lanes)
+        return
+    address = tirx.address_of(buffer[(index,)])
+    T.evaluate(tirx.call_llvm_intrin("void", "llvm.masked.store", value, address, _mask(lanes, count)))
+
+
+def _mask(lanes: int, count: int) -> Expr:
+    return tirx.Shuffle([tirx.const(i < count, "bool") for i in range(lanes)], list(range(lanes)))
+
+
+def bind(value: Expr) -> Expr:
+    """Name a value, so that it is computed once."""
+    return T.bind(value)
+
+
+def constant(value: float, dtype: str, lanes: int = 1) -> Expr:
+    """A number in all lanes."""
+    return spread(tirx.const(int(value) if "float" not in dtype else float(value), dtype), lanes)
+
+
+def spread(value: Expr, lanes: int) -> Expr:
+    """A scalar in all lanes."""
+    return tirx.Broadcast(value, lanes) if lanes > 1 else value
+
+
+def lane(vector: Expr, index: int) -> Expr:
+    """One element of a vector."""
+    return tirx.Shuffle([vector], [index])
+
+
+def cast(value: Expr, dtype: str, lanes: int) -> Expr:
+    """Convert elements; floats lose their fraction."""
+    return tirx.Cast(_vector(dtype, lanes), value)
+
+
+def reinterpret(value: Expr, dtype: str, lanes: int) -> Expr:
+    """The same bits as elements of another type."""
+    return T.reinterpret(_vector(dtype, lanes), value)
+
+
+def intrinsic(name: str, dtype: str, lanes: int, *values: Expr) -> Expr:
+    """Call an intrinsic of LLVM without side effects."""
+    return tirx.call_llvm_pure_intrin(_vector(dtype, lanes), name, *values)
+
+
+def _vector(dtype: str, lanes: int) -> str:
+    return f"{dtype}x{lanes}" if lanes > 1 else dtype
+
+
+def local(size: int, dtype: str) -> Buffer:
+    """Elements in registers, or on the stack: what is in registers is indexed by constants only."""
+    return T.alloc_buffer((size,), dtype, scope="local", annotations={"disable_lower_builtin": True})
+
+
+@contextmanager
+def loop(count: Expr, first: Expr = 0) -> Iterator[Expr]:
+    """Count from `first`; a loop of one turn is none."""
+    if isinstance(count, int) and count == 1:
+        yield first
+        return
+    with T.serial(0, count) as index:
+        yield index if isinstance(first, int) and first == 0 else first + index
+
+
+@contextmanager
+def share(frame: Frame, units: Expr) -> Iterator[tuple[Expr, Expr]]:
+    """Count over this task's part of `units` units of work, as large as that of every other; also gives the first."""
+    first = bind(tirx.truncdiv(frame.task * units, frame.tasks))
+    last = bind(tirx.truncdiv((frame.task + 1) * units, frame.tasks))
+    with T.serial(first, last) as index:
+        yield index, first
+
+
+def when(condition: Expr, then: Callable[[], None]) -> None:
+    """Emit code for a condition."""
+    with T.If(condition), T.Then():
+        then()
+
+
+def either(condition: Expr, then: Callable[[], None], otherwise: Callable[[], None]) -> None:
+    """Emit both branches of a condition."""
+    with T.If(condition):
+        with T.Then():
+            then()
+        with T.Else():
+            otherwise()
+
+
+def splits(total: int, most: int) -> tuple[tuple[int, int, int], ...]:
+    """Cover `total` by blocks of at most `most`, as even as possible: (start, number of blocks, size), one or two."""
+    blocks = -(-total // most)
+    size, larger = divmod(total, blocks)
+    found: list[tuple[int, int, int]] = []
+    if larger:
+        found.append((0, larger, size + 1))
+    if blocks > larger:
+        found.append((larger * (size + 1), blocks - larger, size))
+    return tuple(found)

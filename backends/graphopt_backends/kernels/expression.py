@@ -1,0 +1,184 @@
+"""What is computed element by element: epilogues of products and convolutions, and loops of their own.
+
+An expression is a tree of operators over numbered operands. It is built from the graph, compared and printed as a
+value, and evaluated on vectors of any width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from graphopt_backends.kernels import functions
+from graphopt_backends.kernels.emit import bind, cast, constant, tirx
+
+__all__ = ["BINARY", "UNARY", "Expression", "call", "clip", "evaluate", "number", "operand", "operands", "quantized"]
+
+Vector = Any
+
+
+@dataclass(frozen=True)
+class Expression:
+    """A node of the tree.
+
+    Attributes:
+        op: `operand`, `number`, `cast`, or a name in `UNARY`, `BINARY`, or `where`.
+        dtype: Element type of the result.
+        args: What it is computed from.
+        value: Of a number.
+        index: Of an operand.
+    """
+
+    op: str
+    dtype: str
+    args: tuple[Expression, ...] = ()
+    value: float = 0.0
+    index: int = 0
+
+    def __post_init__(self) -> None:
+        # trees share branches, so that hashing one from its leaves would take exponential time
+        object.__setattr__(self, "_hash", hash((self.op, self.dtype, self.args, self.value, self.index)))
+
+    def __hash__(self) -> int:
+        """Known since the node was made."""
+        return self._hash  # pyright: ignore[reportAttributeAccessIssue]
+
+    def __str__(self) -> str:
+        """The tree as text, short enough for a comment in a listing."""
+        if self.op == "operand":
+            return f"%{self.index}"
+        if self.op == "number":
+            return f"{self.value:g}"
+        name = self.dtype if self.op == "cast" else self.op
+        return f"{name}({', '.join(map(str, self.args))})"
+
+
+def operand(index: int, dtype: str = "float32") -> Expression:
+    """The operand with a number."""
+    return Expression("operand", dtype, index=index)
+
+
+def number(value: float, dtype: str = "float32") -> Expression:
+    """A constant."""
+    return Expression("number", dtype, value=float(value))
+
+
+def call(op: str, *args: Expression) -> Expression:
+    """An operator on expressions of one type; comparisons make booleans."""
+    dtype = "bool" if op in _COMPARISONS else args[-1].dtype
+    return Expression(op, dtype, args)
+
+
+def as_type(value: Expression, dtype: str) -> Expression:
+    """Convert elements."""
+    return value if value.dtype == dtype else Expression("cast", dtype, (value,))
+
+
+def clip(value: Expression, least: float | None, most: float | None) -> Expression:
+    """Limit to a range; None leaves a side open."""
+    if least is not None:
+        value = call("max", value, number(least, value.dtype))
+    return value if most is None else call("min", value, number(most, value.dtype))
+
+
+def quantized(value: Expression, scale: Expression, zero_point: float, dtype: str) -> Expression:
+    """QuantizeLinear: divided by the scale, rounded half to even, shifted, limited to the type."""
+    least, most = (0, 255) if dtype == "uint8" else (-128, 127)
+    steps = call("add", call("round", call("div", value, scale)), number(zero_point))
+    return as_type(as_type(clip(steps, least, most), "int32"), dtype)
+
+
+def operands(expression: Expression) -> dict[int, str]:
+    """Element types of the operands of an expression, by number."""
+    if expression.op == "operand":
+        return {expression.index: expression.dtype}
+    found: dict[int, str] = {}
+    for arg in expression.args:
+        found |= operands(arg)
+    return dict(sorted(found.items()))
+
+
+def evaluate(expression: Expression, values: Mapping[int, Vector] | Sequence[Vector], lanes: int) -> Vector:
+    """Emit the code of an expression.
+
+    Args:
+        expression: What to compute.
+        values: Vectors of the operands.
+        lanes: Elements of a vector; 1: scalars.
+    """
+    known: dict[Expression, Vector] = {}
+
+    def value_of(e: Expression) -> Vector:
+        if e not in known:
+            known[e] = _emit(e, [value_of(arg) for arg in e.args], values, lanes)
+        return known[e]
+
+    return value_of(expression)
+
+
+def _emit(e: Expression, args: list[Vector], values: Mapping[int, Vector] | Sequence[Vector], lanes: int) -> Vector:
+    if e.op == "operand":
+        return values[e.index]
+    if e.op == "number":
+        return constant(e.value, e.dtype, lanes)
+    if e.op == "cast":
+        return bind(cast(args[0], e.dtype, lanes))
+    if e.op == "where":
+        return bind(tirx.Select(*args))
+    value = BINARY[e.op](*args) if e.op in BINARY else UNARY[e.op](args[0], lanes, e.dtype)
+    return value if e.dtype == "bool" else bind(value)  # TVM's simplifier fails on a named vector of booleans
+
+
+def _plain(function: Callable[[Vector], Vector]) -> Callable[[Vector, int, str], Vector]:
+    return lambda x, _lanes, _dtype: function(x)
+
+
+def _of_floats(function: Callable[[Vector, int], Vector]) -> Callable[[Vector, int, str], Vector]:
+    return lambda x, lanes, _dtype: function(x, lanes)
+
+
+def _sign(x: Vector, lanes: int, dtype: str) -> Vector:
+    zero = constant(0, dtype, lanes)
+    up, down = tirx.Select(x > zero, constant(1, dtype, lanes), zero), constant(-1, dtype, lanes)
+    return tirx.Select(x < zero, down, up)
+
+
+UNARY: Mapping[str, Callable[[Vector, int, str], Vector]] = {
+    "abs": _plain(tirx.abs),
+    "ceil": _plain(tirx.ceil),
+    "erf": _of_floats(functions.erf),
+    "exp": _of_floats(functions.exp),
+    "floor": _plain(tirx.floor),
+    "log": _of_floats(functions.log),
+    "neg": lambda x, lanes, dtype: constant(0, dtype, lanes) - x,
+    "not": _plain(tirx.Not),
+    "reciprocal": lambda x, lanes, dtype: constant(1, dtype, lanes) / x,
+    "round": _plain(tirx.nearbyint),
+    "sigmoid": _of_floats(functions.sigmoid),
+    "sign": _sign,
+    "sqrt": _plain(tirx.sqrt),
+    "tanh": _of_floats(functions.tanh),
+}
+"""Operators of one operand."""
+
+_COMPARISONS: Mapping[str, Callable[[Vector, Vector], Vector]] = {
+    "equal": lambda a, b: a == b,
+    "greater": lambda a, b: a > b,
+    "greater_or_equal": lambda a, b: a >= b,
+    "less": lambda a, b: a < b,
+    "less_or_equal": lambda a, b: a <= b,
+}
+
+BINARY: Mapping[str, Callable[[Vector, Vector], Vector]] = {
+    "add": lambda a, b: a + b,
+    "and": tirx.And,
+    "div": lambda a, b: a / b,
+    "max": tirx.max,
+    "min": tirx.min,
+    "mul": lambda a, b: a * b,
+    "or": tirx.Or,
+    "sub": lambda a, b: a - b,
+    **_COMPARISONS,
+}
+"""Operators of two operands."""

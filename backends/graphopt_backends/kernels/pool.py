@@ -1,0 +1,144 @@
+"""Pooling over images whose channels lie together (NHWC): a vector of channels at a time."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Literal
+
+import numpy as np
+
+from graphopt.targets import Isa
+from graphopt_backends.kernels.conv import Window
+from graphopt_backends.kernels.emit import (
+    Frame,
+    Pointer,
+    bind,
+    cast,
+    constant,
+    load,
+    load_first,
+    local,
+    loop,
+    primitive,
+    share,
+    spread,
+    store,
+    store_first,
+    tirx,
+)  # fmt: skip
+
+__all__ = ["Pool"]
+
+
+@dataclass(frozen=True)
+class Pool:
+    """Y = the greatest element, or the mean, under a window.
+
+    Attributes:
+        isa: The CPU.
+        kind: What is taken.
+        dtype: Element type; the mean wants floats.
+        batch: Images.
+        height: Of an image, in pixels.
+        width: Of an image, in pixels.
+        channels: Of the image.
+        window: Taps.
+        counts_border: The mean counts the border.
+        result_size: Height and width of the result.
+        source_pitch: Elements from pixel to pixel of the image; 0: `channels`.
+        result_pitch: Elements from pixel to pixel of the result; 0: `channels`.
+    """
+
+    isa: Isa
+    kind: Literal["max", "mean"]
+    dtype: str
+    batch: int
+    height: int
+    width: int
+    channels: int
+    window: Window
+    result_size: tuple[int, int]
+    counts_border: bool = False
+    source_pitch: int = 0
+    result_pitch: int = 0
+
+    @property
+    def scratch(self) -> int:
+        """It needs none."""
+        return 0
+
+    @property
+    def operations(self) -> int:
+        """Comparisons or additions."""
+        pixels = self.batch * self.result_size[0] * self.result_size[1]
+        return pixels * self.channels * self.window.size[0] * self.window.size[1]
+
+    @cached_property
+    def _lanes(self) -> int:
+        return self.isa.vector_bits // (8 * np.dtype(self.dtype).itemsize)
+
+    def primitive(self, name: str) -> Any:
+        """The function: (source, result, task, tasks)."""
+        pixels, results = (
+            self.batch * height * width for height, width in ((self.height, self.width), self.result_size)
+        )
+        pointers = [
+            Pointer("source", self.dtype, (pixels - 1) * (self.source_pitch or self.channels) + self.channels),
+            Pointer("result", self.dtype, (results - 1) * (self.result_pitch or self.channels) + self.channels),
+        ]
+        return primitive(name, pointers, self._body)
+
+    def _body(self, frame: Frame) -> None:
+        rows, columns = self.result_size
+        with share(frame, self.batch * rows) as (unit, _):
+            image, row = bind(tirx.truncdiv(unit, rows)), bind(tirx.truncmod(unit, rows))
+            top = self._taps(row, 0, self.height)
+            with loop(columns) as column:
+                left = self._taps(column, 1, self.width)
+                at = bind((unit * columns + column) * (self.result_pitch or self.channels))
+                whole, rest = divmod(self.channels, self._lanes)
+                if whole:
+                    with loop(whole) as i:
+                        self._vector(frame, image, top, left, at, i * self._lanes, self._lanes)
+                if rest:
+                    self._vector(frame, image, top, left, at, whole * self._lanes, rest)
+
+    def _taps(self, index: Any, axis: int, size: int) -> tuple[Any, Any, Any]:
+        """Where the first tap lies, and the first and last tap that lie inside."""
+        first = bind(index * self.window.strides[axis] - self.window.pads[axis])
+        dilation = self.window.dilations[axis]
+        least = bind(tirx.max(0, tirx.truncdiv(dilation - 1 - first, dilation)))
+        most = bind(tirx.min(self.window.size[axis], tirx.truncdiv(size - first + dilation - 1, dilation)))
+        return first, least, most
+
+    def _vector(
+        self, frame: Frame, image: Any, top: tuple[Any, Any, Any], left: tuple[Any, Any, Any], at: Any, channel: Any,
+        count: int,
+    ) -> None:  # fmt: skip
+        lanes, pitch = self._lanes, self.source_pitch or self.channels
+        total = local(lanes, self.dtype)
+        store(total, constant(self._start(), self.dtype, lanes), 0, lanes)
+        with loop(top[2] - top[1], top[1]) as tap_y:
+            y = top[0] + tap_y * self.window.dilations[0]
+            row = bind((image * self.height + y) * (self.width * pitch) + channel)
+            with loop(left[2] - left[1], left[1]) as tap_x:
+                x = left[0] + tap_x * self.window.dilations[1]
+                value = load_first(frame["source"], row + x * pitch, lanes, count, self.dtype)
+                seen = load(total, 0, lanes)
+                store(total, tirx.max(seen, value) if self.kind == "max" else seen + value, 0, lanes)
+        result = load(total, 0, lanes)
+        if self.kind == "mean":
+            taps = self.window.size[0] * self.window.size[1]
+            if self.counts_border or not any(self.window.pads):
+                result = result * constant(1 / taps, self.dtype, lanes)
+            else:
+                seen = (top[2] - top[1]) * (left[2] - left[1])
+                result = result / spread(cast(seen, self.dtype, 1), lanes)
+        store_first(frame["result"], result, at + channel, lanes, count)
+
+    def _start(self) -> float:
+        if self.kind == "mean":
+            return 0
+        kind = np.dtype(self.dtype)
+        return float("-inf") if kind.kind == "f" else int(np.iinfo(kind).min)

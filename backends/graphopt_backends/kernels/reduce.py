@@ -1,0 +1,159 @@
+"""Sums, means and extremes along axes, in vectors over what is kept or over what is reduced."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from graphopt.targets import Isa
+from graphopt_backends.kernels.emit import (
+    Frame,
+    Pointer,
+    bind,
+    constant,
+    either,
+    lane,
+    load,
+    load_first,
+    local,
+    loop,
+    primitive,
+    share,
+    store,
+    store_first,
+    tirx,
+)  # fmt: skip
+
+__all__ = ["Operator", "Reduce", "horizontal"]
+
+Operator = Literal["sum", "mean", "max", "min"]
+
+_COMBINE: Mapping[str, Callable[[Any, Any], Any]] = {
+    "sum": lambda a, b: a + b, "mean": lambda a, b: a + b, "max": tirx.max, "min": tirx.min,
+}  # fmt: skip
+_START = {"sum": 0.0, "mean": 0.0, "max": float("-inf"), "min": float("inf")}
+_PARALLEL = 4
+
+
+@dataclass(frozen=True)
+class Reduce:
+    """Y[outer, inner] = reduction of X[outer, reduced, inner], float32, all contiguous.
+
+    Attributes:
+        isa: The CPU.
+        operator: What is computed.
+        outer: Elements of the axes before.
+        reduced: Elements of the axes that go.
+        inner: Elements of the axes behind.
+    """
+
+    isa: Isa
+    operator: Operator
+    outer: int
+    reduced: int
+    inner: int
+
+    @property
+    def scratch(self) -> int:
+        """It needs none."""
+        return 0
+
+    @property
+    def operations(self) -> int:
+        """Elements that are read."""
+        return self.outer * self.reduced * self.inner
+
+    def primitive(self, name: str) -> Any:
+        """The function: (source, result, task, tasks)."""
+        pointers = [
+            Pointer("source", "float32", self.outer * self.reduced * self.inner),
+            Pointer("result", "float32", self.outer * self.inner),
+        ]
+        return primitive(name, pointers, self._rows if self.inner == 1 else self._columns)
+
+    def _rows(self, frame: Frame) -> None:
+        with share(frame, self.outer) as (row, _):
+            total = horizontal(self.isa, self.operator, frame["source"], row * self.reduced, self.reduced)
+            store(frame["result"], self._finished(total, 1), row, 1)
+
+    def _columns(self, frame: Frame) -> None:
+        lanes = self.isa.vector_bits // 32
+        vectors = -(-self.inner // lanes)
+        rest = self.inner - (vectors - 1) * lanes
+        with share(frame, self.outer * vectors) as (unit, _):
+            row, vector = bind(tirx.truncdiv(unit, vectors)), bind(tirx.truncmod(unit, vectors))
+            if rest == lanes:
+                self._column(frame, row, vector * lanes, lanes)
+                return
+            either(
+                vector < vectors - 1,
+                lambda: self._column(frame, row, vector * lanes, lanes),
+                lambda: self._column(frame, row, vector * lanes, rest),
+            )
+
+    def _column(self, frame: Frame, row: Any, column: Any, count: int) -> None:
+        lanes, total = self.isa.vector_bits // 32, local(self.isa.vector_bits // 32, "float32")
+        store(total, constant(_START[self.operator], "float32", lanes), 0, lanes)
+        start = bind(row * (self.reduced * self.inner) + column)
+        with loop(self.reduced) as i:
+            value = load_first(frame["source"], start + i * self.inner, lanes, count, "float32")
+            store(total, _COMBINE[self.operator](load(total, 0, lanes), value), 0, lanes)
+        result = self._finished(load(total, 0, lanes), lanes)
+        store_first(frame["result"], result, row * self.inner + column, lanes, count)
+
+    def _finished(self, total: Any, lanes: int) -> Any:
+        return total * constant(1 / self.reduced, "float32", lanes) if self.operator == "mean" else total
+
+
+def horizontal(
+    isa: Isa, operator: Operator, source: Any, start: Any, count: int, function: Callable[[Any, int], Any] | None = None
+) -> Any:
+    """Reduce consecutive elements to one number; several accumulators hide the latency of the additions.
+
+    Args:
+        isa: The CPU.
+        operator: sum, max or min.
+        source: Elements.
+        start: Where they begin.
+        count: How many there are.
+        function: Applied to each before.
+    """
+    lanes, combine = isa.vector_bits // 32, _COMBINE[operator]
+    apply = function or (lambda x, _lanes: x)
+    whole, rest = divmod(count, lanes)
+    parallel = min(_PARALLEL, whole)
+    scalar = local(1, "float32")
+    store(scalar, constant(_START[operator], "float32"), 0, 1)
+    if parallel:
+        totals = [local(lanes, "float32") for _ in range(parallel)]
+        for total in totals:
+            store(total, constant(_START[operator], "float32", lanes), 0, lanes)
+        turns, more = divmod(whole, parallel)
+        with loop(turns) as i:
+            for j, total in enumerate(totals):
+                value = apply(load(source, start + (i * parallel + j) * lanes, lanes), lanes)
+                store(total, combine(load(total, 0, lanes), value), 0, lanes)
+        for j in range(more):
+            value = apply(load(source, start + (turns * parallel + j) * lanes, lanes), lanes)
+            store(totals[j], combine(load(totals[j], 0, lanes), value), 0, lanes)
+        vector = load(totals[0], 0, lanes)
+        for total in totals[1:]:
+            vector = combine(vector, load(total, 0, lanes))
+        store(scalar, _across(vector, lanes, combine), 0, 1)
+    if rest:
+        with loop(rest) as i:
+            value = apply(load(source, start + whole * lanes + i, 1), 1)
+            store(scalar, combine(load(scalar, 0, 1), value), 0, 1)
+    return bind(load(scalar, 0, 1))
+
+
+def _across(vector: Any, lanes: int, combine: Callable[[Any, Any], Any]) -> Any:
+    """Combine the lanes of a vector, half with half."""
+    while lanes > 1:
+        vector, half = bind(vector), lanes // 2
+        if half == 1:
+            return combine(lane(vector, 0), lane(vector, 1))
+        low, high = (tirx.Shuffle([vector], list(range(i, i + half))) for i in (0, half))
+        vector, lanes = combine(low, high), half
+    return vector

@@ -1,0 +1,93 @@
+"""From a graph with fixed shapes to a network: which kernel computes which nodes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import onnx_ir as ir
+
+from graphopt.targets import Isa
+from graphopt_backends.network import linear, moves, rows
+from graphopt_backends.network.network import Network, dtype_of, shape_of
+from graphopt_backends.network.regions import Region, find_regions
+from graphopt_backends.network.views import Buffer, View, contiguous_strides
+
+__all__ = ["convert", "unsupported"]
+
+Converter = Callable[[Network, ir.Node, Region | None], None]
+
+_ANCHORS: Mapping[str, Converter] = linear.CONVERTERS
+_OTHERS: Mapping[str, Converter] = {**moves.CONVERTERS, **rows.CONVERTERS}
+
+
+def convert(model: ir.Model, isa: Isa) -> Network:
+    """Convert a lowered model.
+
+    Args:
+        model: Fixed shapes, constants folded, nodes in order.
+        isa: The CPU.
+    """
+    network, graph = Network(isa), model.graph
+    for value in graph.inputs:
+        shape = shape_of(value)
+        buffer = Buffer(dtype_of(value), max(1, int(_product(shape))), "input", str(value.name))
+        network.views[value] = View(buffer, shape, contiguous_strides(shape))
+    regions = find_regions(graph, _has_epilogue, linear.accepts)
+    for node in graph:
+        region = regions.get(node)
+        if region is None:
+            _OTHERS[node.op_type](network, node, None)
+        elif node is region.last:
+            anchor = region.anchor
+            if anchor.op_type in _ANCHORS and _has_epilogue(anchor):
+                _ANCHORS[anchor.op_type](network, anchor, region)
+            else:
+                _arithmetic(network, region)
+    for value in graph.outputs:
+        _deliver(network, value)
+    return network
+
+
+def unsupported(model: ir.Model) -> list[ir.Node]:
+    """Nodes that no kernel computes."""
+    regions = find_regions(model.graph, _has_epilogue, linear.accepts)
+    return [node for node in model.graph if node not in regions and not _is_known(node)]
+
+
+def _is_known(node: ir.Node) -> bool:
+    if node.op_type not in _OTHERS:
+        return False
+    check = {**moves.CHECKS, **rows.CHECKS}.get(node.op_type)
+    return check is None or check(node)
+
+
+def _has_epilogue(node: ir.Node) -> bool:
+    return node.op_type in _ANCHORS and linear.is_supported(node)
+
+
+def _arithmetic(network: Network, region: Region) -> None:
+    sources = [network.view(value) for value in region.operands]
+    order = None
+    for source in sources:
+        if source.shape == shape_of(region.result) and not source.is_contiguous and source.is_dense:
+            order = source.order
+            break
+    result = network.new(region.result, order)
+    network.loops(region.expression, sources, result, *region.nodes)
+
+
+def _deliver(network: Network, value: ir.Value) -> None:
+    """Copy what does not lie where the caller wants it."""
+    view = network.view(value)
+    if view.buffer.origin == "output" and view.buffer.name == value.name:
+        return
+    shape = shape_of(value)
+    buffer = Buffer(view.dtype, max(1, int(_product(shape))), "output", str(value.name))
+    network.copy(view, View(buffer, shape, contiguous_strides(shape)))
+
+
+def _product(shape: tuple[int, ...]) -> int:
+    size = 1
+    for extent in shape:
+        size *= extent
+    return size

@@ -1,0 +1,227 @@
+"""Convolutions and products with constants, and what happens to their results."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+
+from graphopt_backends._fold import is_constant, static_shape
+from graphopt_backends.kernels.conv import Conv, Window
+from graphopt_backends.kernels.depthwise import Depthwise
+from graphopt_backends.kernels.epilogue import Epilogue, Layout
+from graphopt_backends.kernels.gemm import Gemm
+from graphopt_backends.network.network import Network, constant_of, shape_of
+from graphopt_backends.network.regions import Region
+from graphopt_backends.network.views import View
+
+__all__ = ["CONVERTERS", "accepts", "is_supported"]
+
+
+def is_supported(node: ir.Node) -> bool:
+    """True if a kernel computes this convolution or product."""
+    check = _CHECKS[node.op_type]
+    output = node.outputs[0]
+    return (
+        node.domain in ("", "ai.onnx")
+        and output.dtype == ir.DataType.FLOAT
+        and all(v is None or static_shape(v) is not None for v in (*node.inputs, output))
+        and check(node)
+    )
+
+
+def accepts(anchor: ir.Node, result: tuple[int, ...], value: ir.Value) -> bool:
+    """An epilogue reads numbers for each column, and tensors as large as the result."""
+    shape = shape_of(value)
+    if shape == result:
+        return True
+    if anchor.op_type == "Conv" and anchor.attributes.get_int("group", 1) > 1 and not is_constant(value):
+        return False  # each group's columns are padded
+    axis = _column_axis(anchor, len(result))
+    wide = (1,) * (len(result) - len(shape)) + shape
+    alone = all(size == 1 for i, size in enumerate(wide) if i != axis)
+    return len(shape) <= len(result) and alone and wide[axis] in (1, result[axis])
+
+
+def _column_axis(anchor: ir.Node, rank: int) -> int:
+    return 1 if anchor.op_type == "Conv" else rank - 1
+
+
+def _conv_check(node: ir.Node) -> bool:
+    weight = node.inputs[1]
+    bias = node.inputs[2] if len(node.inputs) > 2 else None
+    return (
+        weight is not None
+        and is_constant(weight)
+        and len(shape_of(weight)) in (3, 4)
+        and (bias is None or is_constant(bias))
+        and node.attributes.get_string("auto_pad", "NOTSET") in ("NOTSET", "VALID")
+    )
+
+
+def _gemm_check(node: ir.Node) -> bool:
+    bias = node.inputs[2] if len(node.inputs) > 2 else None
+    weight = node.inputs[1]
+    return weight is not None and is_constant(weight) and (bias is None or is_constant(bias))
+
+
+def _matmul_check(node: ir.Node) -> bool:
+    weight, source = node.inputs[1], node.inputs[0]
+    return (
+        weight is not None and source is not None and is_constant(weight) and len(shape_of(weight)) == 2
+        and len(shape_of(source)) >= 2
+    )  # fmt: skip
+
+
+_CHECKS: Mapping[str, Callable[[ir.Node], bool]] = {
+    "Conv": _conv_check,
+    "Gemm": _gemm_check,
+    "MatMul": _matmul_check,
+}
+
+
+def window_of(node: ir.Node, size: Sequence[int]) -> Window:
+    """Taps of a convolution or pooling; one along the width becomes one along a height of 1."""
+    rank = len(size)
+    strides = node.attributes.get_ints("strides") or [1] * rank
+    dilations = node.attributes.get_ints("dilations") or [1] * rank
+    pads = node.attributes.get_ints("pads") or [0] * (2 * rank)
+    if node.attributes.get_string("auto_pad", "NOTSET") == "VALID":
+        pads = [0] * (2 * rank)
+    if rank == 1:
+        return Window((1, size[0]), (1, strides[0]), (1, dilations[0]), (0, pads[0], 0, pads[1]))
+    return Window(
+        (size[0], size[1]), (strides[0], strides[1]), (dilations[0], dilations[1]), (pads[0], pads[1], pads[2], pads[3])
+    )
+
+
+def channels_last(network: Network, view: View, node: ir.Node) -> tuple[View, int]:
+    """An image whose channels lie together, and the elements from pixel to pixel."""
+    _, channels, *sizes = view.shape
+    batch_stride, channel_stride, *strides = view.strides
+    pitch = strides[-1] if sizes[-1] > 1 else strides[0] if len(sizes) > 1 and sizes[0] > 1 else channels
+    fits = (channel_stride == 1 or channels == 1) and pitch >= channels
+    step = pitch
+    for size, stride in zip(reversed(sizes), reversed(strides), strict=True):
+        fits = fits and (size == 1 or stride == step)
+        step *= size
+    fits = fits and (view.shape[0] == 1 or batch_stride == step)
+    if fits:
+        return view, pitch
+    order = (0, *range(2, view.rank), 1)
+    return network.copied(view, order, node), channels
+
+
+def image_order(rank: int) -> tuple[int, ...]:
+    """Axes of an image from the slowest to the fastest."""
+    return (0, *range(2, rank), 1)
+
+
+def _convolve(network: Network, node: ir.Node, region: Region | None) -> None:
+    assert region is not None
+    source, weight = network.view(_value(node, 0)), constant_of(_value(node, 1))
+    source, pitch = channels_last(network, source, node)
+    bias = constant_of(_value(node, 2)) if len(node.inputs) > 2 and node.inputs[2] is not None else None
+    batch, channels, *sizes = source.shape
+    height, width = (1, sizes[0]) if len(sizes) == 1 else (sizes[0], sizes[1])
+    groups = node.attributes.get_int("group", 1)
+    window, filters = window_of(node, weight.shape[2:]), weight.shape[0]
+    if weight.ndim == 3:
+        weight = weight[:, :, None]
+    result = network.new(region.result, image_order(source.rank))
+    epilogue, operands = _epilogue(network, region, result, bias is not None)
+    isa = network.isa
+    if groups == channels == filters and groups > 1:
+        kernel: Any = Depthwise(isa, batch, height, width, channels, window, epilogue, pitch)
+    elif window == Window((1, 1)) and groups == 1:
+        kernel = Gemm(isa, "f32", batch * height * width, filters, channels, epilogue, pitch)
+    else:
+        kernel = Conv(isa, "f32", batch, height, width, channels, filters, window, groups, epilogue, source_pitch=pitch)
+    packed = weight[:, :, 0, 0].T if isinstance(kernel, Gemm) else weight
+    _call(network, kernel, source, packed, bias, operands, result, region)
+
+
+def _multiply(network: Network, node: ir.Node, region: Region | None) -> None:
+    assert region is not None
+    source, weight = network.view(_value(node, 0)), constant_of(_value(node, 1))
+    bias: np.ndarray | None = None
+    if node.op_type == "Gemm":
+        if node.attributes.get_int("transA", 0):
+            source = source.permuted((1, 0))
+        if node.attributes.get_int("transB", 0):
+            weight = weight.T
+        alpha, beta = node.attributes.get_float("alpha", 1.0), node.attributes.get_float("beta", 1.0)
+        if alpha != 1.0:
+            weight = weight * np.float32(alpha)
+        if len(node.inputs) > 2 and node.inputs[2] is not None and beta != 0:
+            bias = constant_of(_value(node, 2)) * np.float32(beta)
+    depth, columns = weight.shape
+    rows = source.size // depth
+    flat = source.reshaped((rows, depth))
+    if flat is None or (depth > 1 and flat.strides[1] != 1) or (rows > 1 and flat.strides[0] < depth):
+        flat = network.copied(source, node=node).reshaped((rows, depth))
+        assert flat is not None
+    result = network.new(region.result)
+    pitch = flat.strides[0] if rows > 1 else depth
+    if bias is not None and bias.size not in (1, columns):
+        whole = network.constant(np.broadcast_to(bias, (rows, columns)))
+        raise NotImplementedError(f"bias of shape {bias.shape}", whole)
+    if bias is not None:
+        bias = np.ascontiguousarray(np.broadcast_to(bias.reshape(-1), (columns,)))
+    epilogue, operands = _epilogue(network, region, result, bias is not None)
+    kernel = Gemm(network.isa, "f32", rows, columns, depth, epilogue, pitch)
+    _call(network, kernel, flat, weight, bias, operands, result, region)
+
+
+def _value(node: ir.Node, index: int) -> ir.Value:
+    value = node.inputs[index]
+    assert value is not None
+    return value
+
+
+_Operand = tuple[Layout, View | np.ndarray]
+
+
+def _epilogue(network: Network, region: Region, result: View, bias: bool) -> tuple[Epilogue, list[_Operand]]:
+    """The epilogue of a region, and its operands; constants for each column are still to be packed."""
+    found: list[_Operand] = []
+    for value in region.operands:
+        shape = shape_of(value)
+        if shape == result.shape:
+            view = network.view(value)
+            if view.strides != result.strides:
+                view = network.copied(view, result.order)
+            found.append(("tensor", view))
+        elif all(size == 1 for size in shape):
+            found.append(("scalar", network.view(value)))
+        elif is_constant(value):
+            found.append(("column", constant_of(value).reshape(-1)))
+        else:
+            view = network.view(value)
+            # what stands behind the last column is read as well, and must be memory of ours
+            ours = view.buffer.origin == "temporary" and view.is_contiguous
+            found.append(("column", view if ours else network.copied(view)))
+    return Epilogue(region.expression, tuple(layout for layout, _ in found), bias), found
+
+
+def _call(
+    network: Network, kernel: Any, source: View, weight: np.ndarray, bias: np.ndarray | None,
+    operands: Sequence[_Operand], result: View, region: Region,
+) -> None:  # fmt: skip
+    views = [source, network.constant(kernel.pack(weight))]
+    if bias is not None:
+        views.append(network.constant(kernel.pack_column(bias)))
+    for layout, held in operands:
+        if isinstance(held, np.ndarray):
+            held = network.constant(kernel.pack_column(held) if layout == "column" else held)
+        views.append(held)
+    network.call(kernel, [*views, result], *region.nodes)
+
+
+CONVERTERS: Mapping[str, Callable[[Network, ir.Node, Region | None], None]] = {
+    "Conv": _convolve,
+    "Gemm": _multiply,
+    "MatMul": _multiply,
+}

@@ -1,0 +1,180 @@
+"""Operators that move elements: most make a view, the others copy."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from itertools import pairwise
+
+import numpy as np
+import onnx_ir as ir
+
+from graphopt_backends._fold import is_constant
+from graphopt_backends.kernels.expression import number
+from graphopt_backends.network.network import Network, constant_of, shape_of
+from graphopt_backends.network.regions import Region
+from graphopt_backends.network.views import View
+
+__all__ = ["CHECKS", "CONVERTERS"]
+
+
+def _input(network: Network, node: ir.Node, index: int = 0) -> View:
+    value = node.inputs[index]
+    assert value is not None
+    return network.view(value)
+
+
+def _ints(node: ir.Node, index: int, name: str) -> list[int] | None:
+    """An input of constant integers, or the attribute that it was before; None if neither is there."""
+    if len(node.inputs) > index and node.inputs[index] is not None:
+        value = node.inputs[index]
+        assert value is not None
+        return [int(i) for i in constant_of(value).reshape(-1)]
+    found = node.attributes.get_ints(name)
+    return None if found is None else [int(i) for i in found]
+
+
+def _reshape(network: Network, node: ir.Node, _: Region | None) -> None:
+    source, shape = _input(network, node), shape_of(node.outputs[0])
+    view = source.reshaped(shape)
+    if view is None:
+        view = network.copied(source, node=node).reshaped(shape)
+        assert view is not None
+    network.views[node.outputs[0]] = view
+
+
+def _transpose(network: Network, node: ir.Node, _: Region | None) -> None:
+    source = _input(network, node)
+    axes = node.attributes.get_ints("perm") or list(reversed(range(source.rank)))
+    network.views[node.outputs[0]] = source.permuted(axes)
+
+
+def _expand(network: Network, node: ir.Node, _: Region | None) -> None:
+    network.views[node.outputs[0]] = _input(network, node).broadcast(shape_of(node.outputs[0]))
+
+
+def _slice(network: Network, node: ir.Node, _: Region | None) -> None:
+    view = _input(network, node)
+    starts, ends = _ints(node, 1, "starts") or [], _ints(node, 2, "ends") or []
+    axes = _ints(node, 3, "axes") or list(range(len(starts)))
+    steps = _ints(node, 4, "steps") or [1] * len(starts)
+    for start, end, axis, step in zip(starts, ends, axes, steps, strict=True):
+        axis %= view.rank
+        positions = range(view.shape[axis])[slice(start, end if abs(end) < 1 << 40 else None, step)]
+        if step < 0 and end < -view.shape[axis]:
+            positions = range(view.shape[axis])[slice(start, None, step)]
+        view = view.sliced(axis, positions.start, len(positions), step)
+    network.views[node.outputs[0]] = view
+
+
+def _split(network: Network, node: ir.Node, _: Region | None) -> None:
+    source = _input(network, node)
+    axis, start = node.attributes.get_int("axis", 0) % source.rank, 0
+    for output in node.outputs:
+        size = shape_of(output)[axis]
+        network.views[output] = source.sliced(axis, start, size)
+        start += size
+
+
+def _concat(network: Network, node: ir.Node, _: Region | None) -> None:
+    sources = [network.view(value) for value in node.inputs if value is not None]
+    largest = max(sources, key=lambda view: view.size)
+    order = largest.order if largest.is_dense else None
+    result, start = network.new(node.outputs[0], order), 0
+    axis = node.attributes.get_int("axis", 0) % result.rank
+    for source in sources:
+        part = result.sliced(axis, start, source.shape[axis])
+        start += source.shape[axis]
+        if source.size:
+            network.copy(source, part, node)
+
+
+def _pad(network: Network, node: ir.Node, _: Region | None) -> None:
+    source = _input(network, node)
+    pads = _pads(node, source.rank)
+    fill = 0.0
+    if len(node.inputs) > 2 and node.inputs[2] is not None:
+        fill = float(constant_of(node.inputs[2]).reshape(-1)[0])
+    result = network.new(node.outputs[0], source.order if source.is_dense else None)
+    for axis in range(source.rank):  # the border first, then what it frames
+        for start, size in ((0, pads[axis]), (result.shape[axis] - pads[axis + source.rank], pads[axis + source.rank])):
+            if size > 0:
+                network.loops(number(fill, source.dtype), [], result.sliced(axis, start, size), node)
+    inner, cut = result, source
+    for axis in range(source.rank):
+        before, behind = pads[axis], pads[axis + source.rank]
+        size = source.shape[axis] + min(0, before) + min(0, behind)
+        inner, cut = inner.sliced(axis, max(0, before), size), cut.sliced(axis, max(0, -before), size)
+    network.copy(cut, inner, node)
+
+
+def _pads(node: ir.Node, rank: int) -> list[int]:
+    given = _ints(node, 1, "pads") or [0] * (2 * rank)
+    axes = _ints(node, 3, "axes")
+    if axes is None:
+        return given
+    found = [0] * (2 * rank)
+    for i, axis in enumerate(axes):
+        found[axis % rank], found[axis % rank + rank] = given[i], given[i + len(axes)]
+    return found
+
+
+def _pad_check(node: ir.Node) -> bool:
+    constant = len(node.inputs) < 2 or (node.inputs[1] is not None and is_constant(node.inputs[1]))
+    return constant and node.attributes.get_string("mode", "constant") == "constant"
+
+
+def _constant_inputs(first: int) -> Callable[[ir.Node], bool]:
+    return lambda node: all(value is None or is_constant(value) for value in node.inputs[first:])
+
+
+def _gather_check(node: ir.Node) -> bool:
+    """One element along an axis, and constant positions, are views and copies of parts."""
+    indices = node.inputs[1]
+    return indices is not None and is_constant(indices) and int(np.prod(shape_of(indices))) <= _MOST_PARTS
+
+
+_MOST_PARTS = 64
+
+
+def _gather(network: Network, node: ir.Node, _: Region | None) -> None:
+    source, indices = _input(network, node), node.inputs[1]
+    assert indices is not None
+    positions = constant_of(indices)
+    axis = node.attributes.get_int("axis", 0) % source.rank
+    flat = [int(i) % source.shape[axis] for i in positions.reshape(-1)]
+    output = node.outputs[0]
+    steps = {b - a for a, b in pairwise(flat)}
+    if len(steps) <= 1:
+        view = source.sliced(axis, flat[0], len(flat), steps.pop() if steps else 1)
+        reshaped = view.reshaped(shape_of(output))
+        if reshaped is not None:
+            network.views[output] = reshaped
+            return
+    result = network.new(output)
+    shape = (*source.shape[:axis], len(flat), *source.shape[axis + 1 :])
+    whole = result.reshaped(shape)
+    assert whole is not None
+    for i, position in enumerate(flat):
+        network.copy(source.sliced(axis, position, 1), whole.sliced(axis, i, 1), node)
+
+
+CONVERTERS: Mapping[str, Callable[[Network, ir.Node, Region | None], None]] = {
+    "Concat": _concat,
+    "Expand": _expand,
+    "Flatten": _reshape,
+    "Gather": _gather,
+    "Pad": _pad,
+    "Reshape": _reshape,
+    "Slice": _slice,
+    "Split": _split,
+    "Squeeze": _reshape,
+    "Transpose": _transpose,
+    "Unsqueeze": _reshape,
+}
+
+CHECKS: Mapping[str, Callable[[ir.Node], bool]] = {
+    "Expand": _constant_inputs(1),
+    "Gather": _gather_check,
+    "Pad": _pad_check,
+    "Slice": _constant_inputs(1),
+}

@@ -1,0 +1,157 @@
+"""A network that is being put together: calls of kernels on views of memory, and the constants that they read."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+import onnx_ir as ir
+
+from graphopt.targets import Isa
+from graphopt_backends._fold import is_constant, static_shape
+from graphopt_backends.kernels.expression import Expression, operand
+from graphopt_backends.kernels.loops import Loops, merged_axes
+from graphopt_backends.network.views import Buffer, View, contiguous_strides
+
+__all__ = ["Call", "Kernel", "Network", "dtype_of", "shape_of"]
+
+
+class Kernel(Protocol):
+    """What a family of kernels offers; a value that identifies its code."""
+
+    def __hash__(self) -> int:
+        """Equal kernels are one function."""
+        ...
+
+    @property
+    def scratch(self) -> int:
+        """Bytes that every task needs for itself."""
+        ...
+
+    @property
+    def operations(self) -> int:
+        """How much work it is, to decide whether tasks share it."""
+        ...
+
+    def primitive(self, name: str) -> Any:
+        """The function."""
+        ...
+
+
+@dataclass(frozen=True)
+class Call:
+    """A kernel on memory.
+
+    Attributes:
+        kernel: What is computed.
+        views: Its pointers, in order, scratch memory left out.
+        sites: Names of the nodes that it computes.
+    """
+
+    kernel: Kernel
+    views: tuple[View, ...]
+    sites: tuple[str, ...]
+
+
+@dataclass
+class Network:
+    """Calls so far.
+
+    Attributes:
+        isa: The CPU.
+        calls: In order.
+        views: Where the values of the graph are.
+        weights: Buffers of constants, in order of use.
+    """
+
+    isa: Isa
+    calls: list[Call] = field(default_factory=list["Call"])
+    views: dict[ir.Value, View] = field(default_factory=dict[ir.Value, View])
+    weights: list[Buffer] = field(default_factory=list[Buffer])
+    _known: dict[bytes, Buffer] = field(default_factory=dict[bytes, Buffer])
+
+    def view(self, value: ir.Value) -> View:
+        """Where a value is; constants are put into the weights as they are."""
+        if value not in self.views:
+            self.views[value] = self.constant(constant_of(value))
+        return self.views[value]
+
+    def constant(self, array: np.ndarray) -> View:
+        """Put an array into the weights, once."""
+        array = np.ascontiguousarray(array)
+        digest = hashlib.sha256(f"{array.dtype} {array.shape}".encode() + array.tobytes()).digest()
+        if digest not in self._known:
+            self._known[digest] = Buffer(str(array.dtype), array.size, "weight", data=array)
+            self.weights.append(self._known[digest])
+        return View(self._known[digest], array.shape, contiguous_strides(array.shape))
+
+    def new(self, value: ir.Value, order: Sequence[int] | None = None, dtype: str = "") -> View:
+        """Memory for a value.
+
+        Args:
+            value: A value of the graph.
+            order: Its axes from the slowest to the fastest; None: as they stand.
+            dtype: Element type, if it is not the value's.
+        """
+        shape = shape_of(value)
+        plain = order is None or contiguous_strides(shape, order) == contiguous_strides(shape)
+        mine = value.is_graph_output() and plain and value not in self.views
+        buffer = Buffer(dtype or dtype_of(value), max(1, int(np.prod(shape))), "output" if mine else "temporary")
+        if mine:
+            buffer.name = str(value.name)
+        self.views[value] = View(buffer, shape, contiguous_strides(shape, order))
+        return self.views[value]
+
+    def temporary(self, shape: Sequence[int], dtype: str, order: Sequence[int] | None = None) -> View:
+        """Memory for something that is no value of the graph."""
+        buffer = Buffer(dtype, max(1, int(np.prod(shape))))
+        return View(buffer, tuple(shape), contiguous_strides(shape, order))
+
+    def call(self, kernel: Kernel, views: Sequence[View], *nodes: ir.Node) -> None:
+        """Add a call."""
+        self.calls.append(Call(kernel, tuple(views), tuple(str(node.name) for node in nodes)))
+
+    def loops(self, expression: Expression, sources: Sequence[View], result: View, *nodes: ir.Node) -> None:
+        """Add a call of arithmetic; sources are repeated to the shape of the result."""
+        wide = [source.broadcast(result.shape) for source in sources]
+        shape, strides = merged_axes(result.shape, [*(v.strides for v in wide), result.strides])
+        self.call(Loops(self.isa, expression, shape, strides[-1], strides[:-1]), [*wide, result], *nodes)
+
+    def copied(self, view: View, order: Sequence[int] | None = None, node: ir.Node | None = None) -> View:
+        """The elements in memory of their own, in an order of axes."""
+        result = self.temporary(view.shape, view.dtype, order)
+        self.copy(view, result, node)
+        return result
+
+    def copy(self, source: View, result: View, node: ir.Node | None = None) -> None:
+        """Copy elements."""
+        self.loops(operand(0, source.dtype), [source], result, *([node] if node is not None else []))
+
+    def contiguous(self, view: View, node: ir.Node | None = None) -> View:
+        """The elements one after the other: the view itself if they are."""
+        return view if view.is_contiguous else self.copied(view, node=node)
+
+
+def constant_of(value: ir.Value) -> np.ndarray:
+    """Values of a constant."""
+    if not is_constant(value) or value.const_value is None:
+        raise KeyError(value.name)
+    return value.const_value.numpy()
+
+
+def shape_of(value: ir.Value) -> tuple[int, ...]:
+    """The fixed shape of a value."""
+    shape = static_shape(value)
+    if shape is None:
+        raise ValueError(f"the shape of {value.name!r} is not fixed")
+    return shape
+
+
+def dtype_of(value: ir.Value) -> str:
+    """NumPy name of the element type of a value."""
+    if value.dtype is None:
+        raise ValueError(f"the type of {value.name!r} is unknown")
+    return str(value.dtype.numpy())

@@ -1,0 +1,182 @@
+"""Whole small networks as one function equal ONNX Runtime; views and memory are right on their own."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+import tvm
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from kernel_runner import runnable
+from text_models import build as model_of
+
+from graphopt.model_io import ShapeBinding
+from graphopt.reference import Reference
+from graphopt.targets import Isa
+from graphopt_backends._compile import llvm_target
+from graphopt_backends._lower import lower
+from graphopt_backends.kernels.build import build
+from graphopt_backends.network.assemble import assemble
+from graphopt_backends.network.convert import convert, unsupported
+from graphopt_backends.network.memory import Lifetime, lay_out
+from graphopt_backends.network.views import Buffer, View, contiguous_strides
+
+ISAS = runnable()
+Feed = Mapping[str, np.ndarray]
+
+
+def _run(model: ir.Model, isa: Isa, feed: Feed, tasks: int = 2) -> tuple[dict[str, np.ndarray], list[str]]:
+    """Compile and run; also returns the names of the kernels that ran, in order."""
+    lowered = lower(model, ShapeBinding(), "x86").model
+    assert not unsupported(lowered)
+    network = convert(lowered, isa)
+    made = assemble(network, tasks)
+    main = build(made.module, tvm.target.Target(llvm_target(isa, tasks)))["main"]
+    memory = {"weights": np.frombuffer(b"".join(made.weight_bytes()), np.uint8)}
+    for name, size in made.parameters.items():
+        if name.startswith("input_"):
+            memory[name] = np.ascontiguousarray(feed[name.removeprefix("input_")]).reshape(-1).view(np.uint8)
+        elif name != "weights":
+            memory[name] = np.zeros(size, np.uint8)
+    tensors = {name: tvm.runtime.tensor(memory[name]) for name in made.parameters}
+    main(*tensors.values())
+    found = {}
+    for value in lowered.graph.outputs:
+        shape = tuple(int(size) for size in value.shape or ())
+        data = tensors[f"output_{value.name}"].numpy()
+        assert value.dtype is not None
+        found[str(value.name)] = data.view(value.dtype.numpy()).reshape(shape)
+    return found, [type(call.kernel).__name__ for call in network.calls]
+
+
+def _check(text: str, isa: Isa, kernels: list[str] | None = None, **weights: np.ndarray) -> None:
+    model = model_of(text, 20, **weights)
+    reference = Reference(model.clone(), threads=1)
+    for seed in range(4):
+        random = np.random.default_rng(seed)
+        feed = {
+            str(v.name): random.standard_normal([int(size) for size in v.shape or ()]).astype(np.float32)
+            for v in model.graph.inputs
+        }
+        got, ran = _run(model, isa, feed, tasks=1 + seed % 2)
+        for name, expected in reference.run(feed).items():
+            np.testing.assert_allclose(got[name], expected, rtol=1e-4, atol=1e-4)
+        assert kernels is None or ran == kernels
+
+
+def _drawn(*shape: int) -> np.ndarray:
+    return np.random.default_rng(7).standard_normal(shape).astype(np.float32)
+
+
+@pytest.mark.parametrize("isa", ISAS, ids=lambda isa: isa.name)
+def test_a_residual_network_is_three_kernels_and_a_pool(isa: Isa) -> None:
+    _check(
+        """
+        g (float[1,3,12,12] x) => (float[1,10] y) {
+            a = Conv<pads=[1,1,1,1]>(x, w1, b1)
+            b = Relu(a)
+            c = Conv<pads=[1,1,1,1]>(b, w2)
+            d = Add(c, b)
+            e = Relu(d)
+            p = GlobalAveragePool(e)
+            f = Flatten(p)
+            y = Gemm<transB=1>(f, w3, b3)
+        }""",
+        isa, ["Loops", "Conv", "Conv", "Reduce", "Gemm"],
+        w1=_drawn(20, 3, 3, 3), b1=_drawn(20), w2=_drawn(20, 20, 3, 3), w3=_drawn(10, 20), b3=_drawn(10),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("isa", ISAS, ids=lambda isa: isa.name)
+def test_a_gate_that_reads_its_own_region_from_outside_is_not_fused(isa: Isa) -> None:
+    _check(
+        """
+        g (float[1,8,6,6] x) => (float[1,8,6,6] y) {
+            a = Conv(x, w1)
+            b = Sigmoid(a)
+            c = Mul(a, b)
+            p = GlobalAveragePool(c)
+            s = Conv(p, w2)
+            t = HardSigmoid(s)
+            y = Mul(c, t)
+        }""",
+        isa, None, w1=_drawn(8, 8, 1, 1), w2=_drawn(8, 8, 1, 1),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("isa", ISAS, ids=lambda isa: isa.name)
+def test_moves_are_views_and_outputs_lie_as_the_caller_wants_them(isa: Isa) -> None:
+    _check(
+        """
+        g (float[2,6,4,5] x) => (float[2,5,4,12] y, float[2,3,4,5] z) {
+            a, z = Split<axis=1, num_outputs=2>(x)
+            b = Relu(a)
+            c = Concat<axis=1>(b, x, z)
+            y = Transpose<perm=[0,3,2,1]>(c)
+        }""",
+        isa,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("isa", ISAS, ids=lambda isa: isa.name)
+def test_a_feed_forward_block_keeps_its_activation_in_registers(isa: Isa) -> None:
+    _check(
+        """
+        g (float[2,7,32] x) => (float[2,7,32] y) {
+            n = LayerNormalization(x, s, b)
+            a = MatMul(n, w1)
+            c = Add(a, b1)
+            d = Gelu(c)
+            e = MatMul(d, w2)
+            y = Add(e, x)
+        }""",
+        isa, ["Normalize", "Gemm", "Gemm"],
+        s=_drawn(32), b=_drawn(32), w1=_drawn(32, 65), b1=_drawn(65), w2=_drawn(65, 32),
+    )  # fmt: skip
+
+
+@given(st.lists(st.tuples(st.integers(1, 300), st.integers(0, 20), st.integers(0, 6)), max_size=30))
+def test_tensors_that_live_at_the_same_time_do_not_overlap(drawn: list[tuple[int, int, int]]) -> None:
+    lives = {Buffer("uint8", size): Lifetime(first, first + length) for size, first, length in drawn}
+    offsets, total = lay_out(lives)
+    for a, life in lives.items():
+        assert offsets[a] % 64 == 0
+        assert offsets[a] + a.nbytes <= total
+        for b, other in lives.items():
+            if a is not b and life.first <= other.last and other.first <= life.last:
+                assert offsets[a] + a.nbytes <= offsets[b] or offsets[b] + b.nbytes <= offsets[a]
+
+
+_shapes = st.lists(st.integers(1, 4), min_size=1, max_size=4).map(tuple)
+
+
+@settings(deadline=None)
+@given(_shapes, st.data())
+def test_a_view_reads_what_numpy_reads(shape: tuple[int, ...], data: st.DataObject) -> None:
+    array = np.arange(np.prod(shape)).reshape(shape)
+    view = View(Buffer("int64", array.size), shape, contiguous_strides(shape))
+    axes = data.draw(st.permutations(range(len(shape))))
+    array, view = array.transpose(axes), view.permuted(axes)
+    axis = data.draw(st.integers(0, len(shape) - 1))
+    start = data.draw(st.integers(0, array.shape[axis] - 1))
+    size = data.draw(st.integers(1, array.shape[axis] - start))
+    array = array.take(range(start, start + size), axis)
+    view = view.sliced(axis, start, size)
+    wanted = tuple(data.draw(st.permutations(array.shape)))
+    reshaped = view.reshaped(wanted)
+    if reshaped is not None:
+        array, view = array.reshape(wanted), reshaped
+    at = sum(
+        np.arange(n).reshape([-1 if i == j else 1 for j in range(view.rank)]) * view.strides[i]
+        for i, n in enumerate(view.shape)
+    )
+    np.testing.assert_array_equal(array, at + view.offset)
+
+
+def test_a_reshape_that_needs_a_copy_is_no_view() -> None:
+    view = View(Buffer("float32", 6), (2, 3), (3, 1)).permuted((1, 0))
+    assert view.reshaped((6,)) is None
+    assert view.reshaped((3, 1, 2)) is not None
