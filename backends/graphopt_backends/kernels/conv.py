@@ -245,7 +245,7 @@ class Conv:
                 (self.batch * self.height * self.width - 1) * source_pitch + self.channels,
             ),
             Pointer("weight", multiply.weight, padded * self.packed_depth),
-            *self.epilogue.pointers(multiply, pixels, self.filters, padded, pitch),
+            *self.epilogue.pointers(multiply, pixels, self.filters, padded),
             Pointer("result", self.epilogue.dtype, (pixels - 1) * pitch + self.filters),
         ]
         if self._copies:
@@ -368,7 +368,7 @@ class Conv:
         size, pitch = self.result_size, self.result_pitch or self.filters
         rows = [(place.image * size[0] + place.row + y) * size[1] + column + x for y, x in pixels]
         at = [row * pitch + first_filter for row in rows]
-        finish(frame, multiply, self.epilogue, totals, Result("result", at, rows, place.panel * self._panel, filters))
+        finish(frame, multiply, self.epilogue, totals, Result(at, rows, first_filter, filters))
 
     def _walks(self) -> Sequence[Walk]:
         size, dilations = self.window.size, self.window.dilations

@@ -104,7 +104,7 @@ class Depthwise:
         pointers = [
             Pointer("source", "float32", (pixels - 1) * (self.source_pitch or self.channels) + self.channels),
             Pointer("weight", "float32", self.window.size[0] * self.window.size[1] * self._padded),
-            *self.epilogue.pointers(self.multiply, results, self.channels, self._padded, pitch),
+            *self.epilogue.pointers(self.multiply, results, self.channels, self._padded),
             Pointer("result", self.epilogue.dtype, (results - 1) * pitch + self.channels),
         ]
         return primitive(name, pointers, self._body)
@@ -163,7 +163,7 @@ class Depthwise:
                     store(totals[i][0], load(totals[i][0], 0, lanes) + value * weight, 0, lanes)
         rows = [place.unit * self.result_size[1] + column + i for i in range(wide)]
         at = [row * (self.result_pitch or self.channels) + channel for row in rows]
-        finish(frame, self.multiply, self.epilogue, totals, Result("result", at, rows, channel, count))
+        finish(frame, self.multiply, self.epilogue, totals, Result(at, rows, channel, count))
 
 
 @dataclass(frozen=True)

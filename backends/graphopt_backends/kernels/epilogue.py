@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 from graphopt_backends.kernels.emit import (
     Frame,
@@ -21,14 +21,10 @@ from graphopt_backends.kernels.emit import (
 from graphopt_backends.kernels.expression import Expression, evaluate, operand, operands
 from graphopt_backends.kernels.multiply import Multiply
 
-__all__ = ["PLAIN", "SUM", "Epilogue", "Layout", "Result", "Tile", "begin", "finish"]
+__all__ = ["PLAIN", "SUM", "Epilogue", "Result", "Tile", "begin", "finish"]
 
 Tile = Sequence[Sequence[Any]]
 """Accumulators, vectors in registers, by row and column."""
-
-Layout = Literal["scalar", "row", "column", "tensor"]
-"""An operand is one number, one for each row or column, or as large as the result."""
-
 
 SUM = operand(0)
 """The sum itself."""
@@ -39,13 +35,13 @@ class Epilogue:
     """A function of the sums.
 
     Attributes:
-        expression: Operand 0 is the sum; further ones are as `layouts` says.
-        layouts: Of operands 1 and on.
+        expression: Operand 0 is the sum; further ones lie as `strides` says.
+        strides: Of operands 1 and on: elements from row to row, and from column to column, which are 0 or 1.
         bias: Sums begin with a number for each column instead of zero.
     """
 
     expression: Expression = SUM
-    layouts: tuple[Layout, ...] = ()
+    strides: tuple[tuple[int, int], ...] = ()
     bias: bool = False
 
     @property
@@ -53,21 +49,20 @@ class Epilogue:
         """Element type of the result."""
         return self.expression.dtype
 
-    def pointers(self, multiply: Multiply, rows: int, columns: int, padded: int, pitch: int) -> tuple[Pointer, ...]:
+    def pointers(self, multiply: Multiply, rows: int, columns: int, padded: int) -> tuple[Pointer, ...]:
         """Parameters that a kernel takes for it, bias first.
 
         Args:
             multiply: What the sums are made by.
             rows: Rows of the result.
             columns: Its columns.
-            padded: Columns of the packed weight; what stands for each column is stored for all of them.
-            pitch: Elements from row to row of the result.
+            padded: Columns of the packed weight, and of the bias.
         """
         found = [Pointer("bias", multiply.sum, padded)] if self.bias else []
-        sizes = {"scalar": 1, "row": rows, "column": padded, "tensor": (rows - 1) * pitch + columns}
         dtypes = operands(self.expression)
-        for i, layout in enumerate(self.layouts, 1):
-            found.append(Pointer(f"operand{i}", dtypes.get(i, "float32"), sizes[layout]))
+        for i, (row, column) in enumerate(self.strides, 1):
+            size = (rows - 1) * row + (columns - 1) * column + 1
+            found.append(Pointer(f"operand{i}", dtypes.get(i, "float32"), size))
         return tuple(found)
 
 
@@ -80,18 +75,18 @@ class Result:
     """Where a tile goes.
 
     Attributes:
-        name: Parameter that it is written to.
-        at: Element of each row's first column.
-        rows: Number of each row, for operands that have one for each.
+        at: Element of the result that each row begins with.
+        rows: Number of each row, by which operands are found.
         column: First column.
         columns: How many of the tile's columns there are.
+        bases: Where each operand begins, if not with its pointer.
     """
 
-    name: str
     at: Sequence[Any]
     rows: Sequence[Any]
     column: Any
     columns: int
+    bases: Sequence[Any] = ()
 
 
 def begin(frame: Frame, multiply: Multiply, epilogue: Epilogue, rows: int, vectors: int, column: Any) -> Tile:
@@ -108,24 +103,27 @@ def begin(frame: Frame, multiply: Multiply, epilogue: Epilogue, rows: int, vecto
 
 
 def finish(frame: Frame, multiply: Multiply, epilogue: Epilogue, totals: Tile, result: Result) -> None:
-    """Evaluate the epilogue on a tile and store it."""
+    """Evaluate the epilogue on a tile and store it in the parameter `result`."""
     lanes, dtypes = multiply.lanes, operands(epilogue.expression)
+
+    def fetch(i: int, row: Any, first: int, count: int) -> Any:
+        """A vector of operand `i`."""
+        source, (row_stride, column_stride) = frame[f"operand{i}"], epilogue.strides[i - 1]
+        at = result.bases[i - 1] if result.bases else 0
+        if row_stride:
+            at = at + row * row_stride
+        if not column_stride:
+            return bind(spread(source[(at,)], lanes))
+        return bind(load_first(source, at + result.column + first, lanes, count, dtypes.get(i, "float32")))
+
     for v in range(len(totals[0])):
-        count = min(lanes, result.columns - v * lanes)
+        first = v * lanes
+        count = min(lanes, result.columns - first)
         if count <= 0:
             break
-        shared = {
-            i: bind(load(frame[f"operand{i}"], result.column + v * lanes, lanes))
-            for i, layout in enumerate(epilogue.layouts, 1)
-            if layout == "column"
-        }
-        for r, at in enumerate(result.at):
-            values = {0: load(totals[r][v], 0, lanes), **shared}
-            for i, layout in enumerate(epilogue.layouts, 1):
-                source = frame[f"operand{i}"]
-                if layout == "tensor":
-                    values[i] = load_first(source, at + v * lanes, lanes, count, dtypes.get(i, "float32"))
-                elif layout != "column":
-                    values[i] = spread(source[(result.rows[r] if layout == "row" else 0,)], lanes)
-            value = evaluate(epilogue.expression, values, lanes)
-            store_first(frame[result.name], value, at + v * lanes, lanes, count)
+        numbered = list(enumerate(epilogue.strides, 1))
+        shared = {i: fetch(i, 0, first, count) for i, (row_stride, _) in numbered if not row_stride}
+        for r, (at, row) in enumerate(zip(result.at, result.rows, strict=True)):
+            own = {i: fetch(i, row, first, count) for i, (row_stride, _) in numbered if row_stride}
+            value = evaluate(epilogue.expression, {0: load(totals[r][v], 0, lanes), **shared, **own}, lanes)
+            store_first(frame["result"], value, at + first, lanes, count)

@@ -124,7 +124,7 @@ class Gemm:
         pointers = [
             Pointer("source", multiply.activation, (self.rows - 1) * self._pitch + self.depth),
             Pointer("weight", multiply.weight, padded * self.packed_depth),
-            *self.epilogue.pointers(multiply, self.rows, self.columns, padded, pitch),
+            *self.epilogue.pointers(multiply, self.rows, self.columns, padded),
             Pointer("result", self.epilogue.dtype, (self.rows - 1) * pitch + self.columns),
         ]
         if self._copies:
@@ -197,7 +197,7 @@ class Gemm:
         weight = Panel(frame["weight"], panel * (self.packed_depth * self.width), self.width)
         accumulate(multiply, totals, source, weight, [(self.depth, 1, 1)])
         at = [(row + r) * pitch + column for r in range(rows)]
-        result = Result("result", at, [row + r for r in range(rows)], column, columns)
+        result = Result(at, [row + r for r in range(rows)], column, columns)
         finish(frame, multiply, self.epilogue, totals, result)
 
 

@@ -24,6 +24,8 @@ from graphopt_backends.kernels.emit import (
     store_first,
     tirx,
 )  # fmt: skip
+from graphopt_backends.kernels.epilogue import SUM
+from graphopt_backends.kernels.expression import Expression, evaluate
 
 __all__ = ["Operator", "Reduce", "horizontal"]
 
@@ -46,6 +48,8 @@ class Reduce:
         outer: Elements of the axes before.
         reduced: Elements of the axes that go.
         inner: Elements of the axes behind.
+        before: What is reduced, a function of the element.
+        after: What is stored, a function of the reduction.
     """
 
     isa: Isa
@@ -53,6 +57,8 @@ class Reduce:
     outer: int
     reduced: int
     inner: int
+    before: Expression = SUM
+    after: Expression = SUM
 
     @property
     def scratch(self) -> int:
@@ -74,7 +80,9 @@ class Reduce:
 
     def _rows(self, frame: Frame) -> None:
         with share(frame, self.outer) as (row, _):
-            total = horizontal(self.isa, self.operator, frame["source"], row * self.reduced, self.reduced)
+            total = horizontal(
+                self.isa, self.operator, frame["source"], row * self.reduced, self.reduced, self._prepared
+            )
             store(frame["result"], self._finished(total, 1), row, 1)
 
     def _columns(self, frame: Frame) -> None:
@@ -98,12 +106,18 @@ class Reduce:
         start = bind(row * (self.reduced * self.inner) + column)
         with loop(self.reduced) as i:
             value = load_first(frame["source"], start + i * self.inner, lanes, count, "float32")
+            value = self._prepared(value, lanes)
             store(total, _COMBINE[self.operator](load(total, 0, lanes), value), 0, lanes)
         result = self._finished(load(total, 0, lanes), lanes)
         store_first(frame["result"], result, row * self.inner + column, lanes, count)
 
+    def _prepared(self, value: Any, lanes: int) -> Any:
+        return evaluate(self.before, [value], lanes)
+
     def _finished(self, total: Any, lanes: int) -> Any:
-        return total * constant(1 / self.reduced, "float32", lanes) if self.operator == "mean" else total
+        if self.operator == "mean":
+            total = total * constant(1 / self.reduced, "float32", lanes)
+        return evaluate(self.after, [total], lanes)
 
 
 def horizontal(

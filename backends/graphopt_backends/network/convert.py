@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 import onnx_ir as ir
 
 from graphopt.targets import Isa
-from graphopt_backends.network import linear, moves, rows
+from graphopt_backends.network import linear, moves, resize, rows
 from graphopt_backends.network.network import Network, dtype_of, shape_of
 from graphopt_backends.network.regions import Region, find_regions
 from graphopt_backends.network.views import Buffer, View, contiguous_strides
@@ -17,7 +17,7 @@ __all__ = ["convert", "unsupported"]
 Converter = Callable[[Network, ir.Node, Region | None], None]
 
 _ANCHORS: Mapping[str, Converter] = linear.CONVERTERS
-_OTHERS: Mapping[str, Converter] = {**moves.CONVERTERS, **rows.CONVERTERS}
+_OTHERS: Mapping[str, Converter] = {**moves.CONVERTERS, **resize.CONVERTERS, **rows.CONVERTERS}
 
 
 def convert(model: ir.Model, isa: Isa) -> Network:
@@ -57,7 +57,7 @@ def unsupported(model: ir.Model) -> list[ir.Node]:
 def _is_known(node: ir.Node) -> bool:
     if node.op_type not in _OTHERS:
         return False
-    check = {**moves.CHECKS, **rows.CHECKS}.get(node.op_type)
+    check = {**moves.CHECKS, **resize.CHECKS, **rows.CHECKS}.get(node.op_type)
     return check is None or check(node)
 
 

@@ -9,9 +9,10 @@ import numpy as np
 import onnx_ir as ir
 
 from graphopt_backends._fold import is_constant, static_shape
+from graphopt_backends.kernels.batched import Batched
 from graphopt_backends.kernels.conv import Conv, Window
 from graphopt_backends.kernels.depthwise import Depthwise
-from graphopt_backends.kernels.epilogue import Epilogue, Layout
+from graphopt_backends.kernels.epilogue import Epilogue
 from graphopt_backends.kernels.gemm import Gemm
 from graphopt_backends.network.network import Network, constant_of, shape_of
 from graphopt_backends.network.regions import Region
@@ -33,20 +34,11 @@ def is_supported(node: ir.Node) -> bool:
 
 
 def accepts(anchor: ir.Node, result: tuple[int, ...], value: ir.Value) -> bool:
-    """An epilogue reads numbers for each column, and tensors as large as the result."""
+    """An epilogue reads anything that is repeated to the shape of the result."""
+    del anchor
     shape = shape_of(value)
-    if shape == result:
-        return True
-    if anchor.op_type == "Conv" and anchor.attributes.get_int("group", 1) > 1 and not is_constant(value):
-        return False  # each group's columns are padded
-    axis = _column_axis(anchor, len(result))
     wide = (1,) * (len(result) - len(shape)) + shape
-    alone = all(size == 1 for i, size in enumerate(wide) if i != axis)
-    return len(shape) <= len(result) and alone and wide[axis] in (1, result[axis])
-
-
-def _column_axis(anchor: ir.Node, rank: int) -> int:
-    return 1 if anchor.op_type == "Conv" else rank - 1
+    return len(shape) <= len(result) and all(have in (1, want) for have, want in zip(wide, result, strict=True))
 
 
 def _conv_check(node: ir.Node) -> bool:
@@ -68,11 +60,13 @@ def _gemm_check(node: ir.Node) -> bool:
 
 
 def _matmul_check(node: ir.Node) -> bool:
-    weight, source = node.inputs[1], node.inputs[0]
-    return (
-        weight is not None and source is not None and is_constant(weight) and len(shape_of(weight)) == 2
-        and len(shape_of(source)) >= 2
-    )  # fmt: skip
+    return all(value is not None and len(shape_of(value)) >= 2 for value in node.inputs)
+
+
+def _has_packed_weight(node: ir.Node) -> bool:
+    """One constant matrix stands on the right."""
+    weight = _value(node, 1)
+    return is_constant(weight) and len(shape_of(weight)) == 2
 
 
 _CHECKS: Mapping[str, Callable[[ir.Node], bool]] = {
@@ -131,7 +125,7 @@ def _convolve(network: Network, node: ir.Node, region: Region | None) -> None:
     if weight.ndim == 3:
         weight = weight[:, :, None]
     result = network.new(region.result, image_order(source.rank))
-    epilogue, operands = _epilogue(network, region, result, bias is not None)
+    epilogue, operands = _epilogue(network, region, result, 1, bias is not None)
     isa = network.isa
     if groups == channels == filters and groups > 1:
         kernel: Any = Depthwise(isa, batch, height, width, channels, window, epilogue, pitch)
@@ -145,6 +139,9 @@ def _convolve(network: Network, node: ir.Node, region: Region | None) -> None:
 
 def _multiply(network: Network, node: ir.Node, region: Region | None) -> None:
     assert region is not None
+    if not _has_packed_weight(node):
+        _multiply_batches(network, node, region)
+        return
     source, weight = network.view(_value(node, 0)), constant_of(_value(node, 1))
     bias: np.ndarray | None = None
     if node.op_type == "Gemm":
@@ -170,9 +167,44 @@ def _multiply(network: Network, node: ir.Node, region: Region | None) -> None:
         raise NotImplementedError(f"bias of shape {bias.shape}", whole)
     if bias is not None:
         bias = np.ascontiguousarray(np.broadcast_to(bias.reshape(-1), (columns,)))
-    epilogue, operands = _epilogue(network, region, result, bias is not None)
+    epilogue, operands = _epilogue(network, region, result, result.rank - 1, bias is not None)
     kernel = Gemm(network.isa, "f32", rows, columns, depth, epilogue, pitch)
     _call(network, kernel, flat, weight, bias, operands, result, region)
+
+
+def _multiply_batches(network: Network, node: ir.Node, region: Region) -> None:
+    """Two activations, or many constant matrices."""
+    result = network.new(region.result, _order_of_reader(region.result))
+    batch = result.shape[:-2]
+    left, right = network.view(_value(node, 0)), network.view(_value(node, 1))
+    if left.shape[-1] > 1 and left.strides[-1] != 1:
+        left = network.copied(left, node=node)
+    if result.strides[-1] != 1 and result.shape[-1] > 1:
+        result = network.new(region.result)
+    operands, strides, steps = list[View](), list[tuple[int, int]](), list[tuple[int, ...]]()
+    for value in region.operands:
+        view = network.view(value).broadcast(result.shape)
+        if view.shape[-1] > 1 and view.strides[-1] not in (0, 1):
+            view = network.copied(network.view(value)).broadcast(result.shape)
+        operands.append(view)
+        strides.append((view.strides[-2], view.strides[-1]))
+        steps.append(view.strides[:-2])
+    left, right = left.broadcast((*batch, *left.shape[-2:])), right.broadcast((*batch, *right.shape[-2:]))
+    kernel = Batched(
+        network.isa, batch, result.shape[-2], result.shape[-1], left.shape[-1], left.strides[:-1], right.strides,
+        result.strides[:-1], Epilogue(region.expression, tuple(strides)), tuple(steps),
+    )  # fmt: skip
+    network.call(kernel, [left, right, *operands, result], *region.nodes)
+
+
+def _order_of_reader(value: ir.Value) -> tuple[int, ...] | None:
+    """The order of axes that the only reader brings about, so that it need not."""
+    users = list(value.uses())
+    if len(users) != 1 or users[0][0].op_type != "Transpose" or value.is_graph_output():
+        return None
+    axes = users[0][0].attributes.get_ints("perm")
+    rank = len(shape_of(value))
+    return tuple(axes) if axes is not None and axes[-1] == rank - 1 else None
 
 
 def _value(node: ir.Node, index: int) -> ir.Value:
@@ -181,43 +213,31 @@ def _value(node: ir.Node, index: int) -> ir.Value:
     return value
 
 
-_Operand = tuple[Layout, View | np.ndarray]
-
-
-def _epilogue(network: Network, region: Region, result: View, bias: bool) -> tuple[Epilogue, list[_Operand]]:
-    """The epilogue of a region, and its operands; constants for each column are still to be packed."""
-    found: list[_Operand] = []
+def _epilogue(network: Network, region: Region, result: View, axis: int, bias: bool) -> tuple[Epilogue, list[View]]:
+    """The epilogue of a region and its operands; all axes but one are rows, and must follow each other alike."""
+    views: list[View] = []
+    strides: list[tuple[int, int]] = []
+    rows = [i for i in result.order if i != axis]
     for value in region.operands:
-        shape = shape_of(value)
-        if shape == result.shape:
-            view = network.view(value)
-            if view.strides != result.strides:
-                view = network.copied(view, result.order)
-            found.append(("tensor", view))
-        elif all(size == 1 for size in shape):
-            found.append(("scalar", network.view(value)))
-        elif is_constant(value):
-            found.append(("column", constant_of(value).reshape(-1)))
-        else:
-            view = network.view(value)
-            # what stands behind the last column is read as well, and must be memory of ours
-            ours = view.buffer.origin == "temporary" and view.is_contiguous
-            found.append(("column", view if ours else network.copied(view)))
-    return Epilogue(region.expression, tuple(layout for layout, _ in found), bias), found
+        view = network.view(value).broadcast(result.shape)
+        flat = view.permuted((*rows, axis)).reshaped((result.size // result.shape[axis], result.shape[axis]))
+        if flat is None or (flat.shape[1] > 1 and flat.strides[1] not in (0, 1)):
+            view = network.copied(network.view(value).broadcast(result.shape), result.order)
+            flat = view.permuted((*rows, axis)).reshaped((result.size // result.shape[axis], result.shape[axis]))
+            assert flat is not None
+        views.append(flat)
+        strides.append((flat.strides[0] if flat.shape[0] > 1 else 0, flat.strides[1] if flat.shape[1] > 1 else 1))
+    return Epilogue(region.expression, tuple(strides), bias), views
 
 
 def _call(
-    network: Network, kernel: Any, source: View, weight: np.ndarray, bias: np.ndarray | None,
-    operands: Sequence[_Operand], result: View, region: Region,
+    network: Network, kernel: Any, source: View, weight: np.ndarray, bias: np.ndarray | None, operands: Sequence[View],
+    result: View, region: Region,
 ) -> None:  # fmt: skip
     views = [source, network.constant(kernel.pack(weight))]
     if bias is not None:
         views.append(network.constant(kernel.pack_column(bias)))
-    for layout, held in operands:
-        if isinstance(held, np.ndarray):
-            held = network.constant(kernel.pack_column(held) if layout == "column" else held)
-        views.append(held)
-    network.call(kernel, [*views, result], *region.nodes)
+    network.call(kernel, [*views, *operands, result], *region.nodes)
 
 
 CONVERTERS: Mapping[str, Callable[[Network, ir.Node, Region | None], None]] = {

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from itertools import pairwise
+from typing import Literal
 
 import numpy as np
 import onnx_ir as ir
 
 from graphopt_backends._fold import is_constant
 from graphopt_backends.kernels.expression import number
+from graphopt_backends.kernels.lookup import Lookup
 from graphopt_backends.network.network import Network, constant_of, shape_of
 from graphopt_backends.network.regions import Region
 from graphopt_backends.network.views import View
@@ -91,6 +94,10 @@ def _concat(network: Network, node: ir.Node, _: Region | None) -> None:
 def _pad(network: Network, node: ir.Node, _: Region | None) -> None:
     source = _input(network, node)
     pads = _pads(node, source.rank)
+    mode = node.attributes.get_string("mode", "constant")
+    if mode != "constant":
+        _pad_by_number(network, node, source, pads, mode)
+        return
     fill = 0.0
     if len(node.inputs) > 2 and node.inputs[2] is not None:
         fill = float(constant_of(node.inputs[2]).reshape(-1)[0])
@@ -107,6 +114,34 @@ def _pad(network: Network, node: ir.Node, _: Region | None) -> None:
     network.copy(cut, inner, node)
 
 
+def _pad_by_number(network: Network, node: ir.Node, source: View, pads: list[int], mode: str) -> None:
+    """Repeat what lies inside: along each axis, positions beyond an end are positions that are there."""
+    view = source
+    for axis in range(source.rank):
+        before, behind = pads[axis], pads[axis + source.rank]
+        if before or behind:
+            wanted = np.arange(-before, view.shape[axis] + behind)
+            positions = np.pad(np.arange(view.shape[axis]), (max(0, before), max(0, behind)), mode=_PAD_MODES[mode])
+            positions = positions[max(0, -before) : max(0, -before) + wanted.size]
+            view = _looked_up(network, node, view, axis, network.constant(positions))
+    network.views[node.outputs[0]] = view
+
+
+_PAD_MODES: Mapping[str, Literal["edge", "reflect", "wrap"]] = {"edge": "edge", "reflect": "reflect", "wrap": "wrap"}
+
+
+def _tile(network: Network, node: ir.Node, _: Region | None) -> None:
+    view = _input(network, node)
+    repeats = [int(i) for i in constant_of(node.inputs[1]).reshape(-1)] if node.inputs[1] is not None else []
+    shape = tuple(size for pair in zip(repeats, view.shape, strict=True) for size in pair)
+    strides = tuple(step for stride in view.strides for step in (0, stride))
+    whole = replace(view, shape=shape, strides=strides)
+    wanted = shape_of(node.outputs[0])
+    reshaped = whole.reshaped(wanted) or network.copied(whole, node=node).reshaped(wanted)
+    assert reshaped is not None
+    network.views[node.outputs[0]] = reshaped
+
+
 def _pads(node: ir.Node, rank: int) -> list[int]:
     given = _ints(node, 1, "pads") or [0] * (2 * rank)
     axes = _ints(node, 3, "axes")
@@ -119,43 +154,40 @@ def _pads(node: ir.Node, rank: int) -> list[int]:
 
 
 def _pad_check(node: ir.Node) -> bool:
-    constant = len(node.inputs) < 2 or (node.inputs[1] is not None and is_constant(node.inputs[1]))
-    return constant and node.attributes.get_string("mode", "constant") == "constant"
+    return len(node.inputs) < 2 or (node.inputs[1] is not None and is_constant(node.inputs[1]))
 
 
 def _constant_inputs(first: int) -> Callable[[ir.Node], bool]:
     return lambda node: all(value is None or is_constant(value) for value in node.inputs[first:])
 
 
-def _gather_check(node: ir.Node) -> bool:
-    """One element along an axis, and constant positions, are views and copies of parts."""
-    indices = node.inputs[1]
-    return indices is not None and is_constant(indices) and int(np.prod(shape_of(indices))) <= _MOST_PARTS
-
-
-_MOST_PARTS = 64
-
-
 def _gather(network: Network, node: ir.Node, _: Region | None) -> None:
-    source, indices = _input(network, node), node.inputs[1]
+    """Constant positions at even steps are a view; all others are looked up."""
+    source, indices, output = _input(network, node), node.inputs[1], node.outputs[0]
     assert indices is not None
-    positions = constant_of(indices)
     axis = node.attributes.get_int("axis", 0) % source.rank
-    flat = [int(i) % source.shape[axis] for i in positions.reshape(-1)]
-    output = node.outputs[0]
-    steps = {b - a for a, b in pairwise(flat)}
-    if len(steps) <= 1:
-        view = source.sliced(axis, flat[0], len(flat), steps.pop() if steps else 1)
-        reshaped = view.reshaped(shape_of(output))
-        if reshaped is not None:
-            network.views[output] = reshaped
-            return
-    result = network.new(output)
-    shape = (*source.shape[:axis], len(flat), *source.shape[axis + 1 :])
-    whole = result.reshaped(shape)
-    assert whole is not None
-    for i, position in enumerate(flat):
-        network.copy(source.sliced(axis, position, 1), whole.sliced(axis, i, 1), node)
+    if is_constant(indices):
+        flat = [int(i) % source.shape[axis] for i in constant_of(indices).reshape(-1)]
+        steps = {b - a for a, b in pairwise(flat)}
+        if flat and len(steps) <= 1:
+            view = source.sliced(axis, flat[0], len(flat), steps.pop() if steps else 1).reshaped(shape_of(output))
+            if view is not None:
+                network.views[output] = view
+                return
+    found = _looked_up(network, node, source, axis, network.contiguous(_input(network, node, 1), node))
+    reshaped = found.reshaped(shape_of(output))
+    assert reshaped is not None
+    network.views[output] = reshaped
+
+
+def _looked_up(network: Network, node: ir.Node, source: View, axis: int, numbers: View) -> View:
+    """Elements along an axis by number."""
+    source = network.contiguous(source, node)
+    outer, inner = (int(np.prod(part)) for part in (source.shape[:axis], source.shape[axis + 1 :]))
+    kernel = Lookup(network.isa, source.dtype, outer, source.shape[axis], inner, numbers.size, numbers.dtype)
+    result = network.temporary((*source.shape[:axis], numbers.size, *source.shape[axis + 1 :]), source.dtype)
+    network.call(kernel, [source, numbers, result], node)
+    return result
 
 
 CONVERTERS: Mapping[str, Callable[[Network, ir.Node, Region | None], None]] = {
@@ -168,13 +200,14 @@ CONVERTERS: Mapping[str, Callable[[Network, ir.Node, Region | None], None]] = {
     "Slice": _slice,
     "Split": _split,
     "Squeeze": _reshape,
+    "Tile": _tile,
     "Transpose": _transpose,
     "Unsqueeze": _reshape,
 }
 
 CHECKS: Mapping[str, Callable[[ir.Node], bool]] = {
     "Expand": _constant_inputs(1),
-    "Gather": _gather_check,
     "Pad": _pad_check,
     "Slice": _constant_inputs(1),
+    "Tile": _constant_inputs(1),
 }

@@ -9,6 +9,8 @@ import numpy as np
 import onnx_ir as ir
 
 from graphopt_backends._fold import is_constant
+from graphopt_backends.kernels.epilogue import SUM
+from graphopt_backends.kernels.expression import Expression, call, operand
 from graphopt_backends.kernels.pool import Pool
 from graphopt_backends.kernels.reduce import Operator, Reduce
 from graphopt_backends.kernels.rows import Normalize, Softmax
@@ -63,7 +65,8 @@ def _global_pool(network: Network, node: ir.Node, _: Region | None) -> None:
 def _reduce(network: Network, node: ir.Node, _: Region | None) -> None:
     source = _input(network, node)
     axes = _axes(node, source.rank)
-    _reduced(network, node, source, axes, _OPERATORS[node.op_type])
+    operator, before, after = _OPERATORS[node.op_type]
+    _reduced(network, node, source, axes, operator, before, after)
 
 
 def _axes(node: ir.Node, rank: int) -> tuple[int, ...]:
@@ -76,7 +79,10 @@ def _axes(node: ir.Node, rank: int) -> tuple[int, ...]:
     return tuple(sorted({axis % rank for axis in given}))
 
 
-def _reduced(network: Network, node: ir.Node, source: View, axes: tuple[int, ...], operator: Operator) -> None:
+def _reduced(
+    network: Network, node: ir.Node, source: View, axes: tuple[int, ...], operator: Operator,
+    before: Expression = SUM, after: Expression = SUM,
+) -> None:  # fmt: skip
     """Bring the reduced axes together, in memory, if they are not; then they are one."""
     order = source.order if source.is_dense else tuple(range(source.rank))
     real = [axis for axis in order if source.shape[axis] > 1]
@@ -99,12 +105,21 @@ def _reduced(network: Network, node: ir.Node, source: View, axes: tuple[int, ...
     else:
         ranks = {axis: i for i, axis in enumerate(sorted(kept_order))}
         result = network.new(output, tuple(ranks[axis] for axis in kept_order))
-    network.call(Reduce(network.isa, operator, outer, reduced, inner), [source, result], node)
+    network.call(Reduce(network.isa, operator, outer, reduced, inner, before, after), [source, result], node)
 
 
-_OPERATORS: Mapping[str, Operator] = {
-    "ReduceMax": "max", "ReduceMean": "mean", "ReduceMin": "min", "ReduceSum": "sum",
-}  # fmt: skip
+_SQUARE = call("mul", operand(0), operand(0))
+
+_OPERATORS: Mapping[str, tuple[Operator, Expression, Expression]] = {
+    "ReduceL1": ("sum", call("abs", operand(0)), SUM),
+    "ReduceL2": ("sum", _SQUARE, call("sqrt", operand(0))),
+    "ReduceLogSum": ("sum", SUM, call("log", operand(0))),
+    "ReduceMax": ("max", SUM, SUM),
+    "ReduceMean": ("mean", SUM, SUM),
+    "ReduceMin": ("min", SUM, SUM),
+    "ReduceSum": ("sum", SUM, SUM),
+    "ReduceSumSquare": ("sum", _SQUARE, SUM),
+}
 
 
 def _reduce_check(node: ir.Node) -> bool:
@@ -152,11 +167,8 @@ CONVERTERS: Mapping[str, Callable[[Network, ir.Node, Region | None], None]] = {
     "LogSoftmax": _softmax,
     "MaxPool": _pool,
     "RMSNormalization": _normalize,
-    "ReduceMax": _reduce,
-    "ReduceMean": _reduce,
-    "ReduceMin": _reduce,
-    "ReduceSum": _reduce,
     "Softmax": _softmax,
+    **dict.fromkeys(_OPERATORS, _reduce),
 }
 
 CHECKS: Mapping[str, Callable[[ir.Node], bool]] = {
@@ -167,9 +179,6 @@ CHECKS: Mapping[str, Callable[[ir.Node], bool]] = {
     "LogSoftmax": _is_float,
     "MaxPool": _pool_check,
     "RMSNormalization": _normalize_check,
-    "ReduceMax": _reduce_check,
-    "ReduceMean": _reduce_check,
-    "ReduceMin": _reduce_check,
-    "ReduceSum": _reduce_check,
     "Softmax": _is_float,
+    **dict.fromkeys(_OPERATORS, _reduce_check),
 }

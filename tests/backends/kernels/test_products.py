@@ -60,11 +60,11 @@ def test_an_epilogue_reads_columns_rows_numbers_and_tensors(isa: Isa, rows: int,
     scaled = call("mul", call("mul", operand(0), operand(1)), call("mul", operand(2), operand(3)))
     kernel = Gemm(
         isa, "f32", rows, columns, 16,
-        Epilogue(call("tanh", call("add", scaled, operand(4))), ("column", "row", "scalar", "tensor")),
+        Epilogue(call("tanh", call("add", scaled, operand(4))), ((0, 1), (1, 0), (0, 0), (columns, 1))),
     )  # fmt: skip
     a, w, column = _drawn(seed, rows, 16), _drawn(seed + 1, 16, columns) / 4, _drawn(seed + 2, columns)
     row, single, tensor = _drawn(seed + 3, rows), _drawn(seed + 4, 1), _drawn(seed + 5, rows, columns)
-    operands = [a, kernel.pack(w), kernel.pack_column(column), row, single, tensor]
+    operands = [a, kernel.pack(w), column, row, single, tensor]
     expected = np.tanh((a @ w) * column * row[:, None] * single + tensor)
     np.testing.assert_allclose(
         run(kernel, operands, np.empty((rows, columns), np.float32)), expected, rtol=1e-4, atol=1e-5

@@ -138,6 +138,83 @@ def test_a_feed_forward_block_keeps_its_activation_in_registers(isa: Isa) -> Non
     )  # fmt: skip
 
 
+@pytest.mark.parametrize("isa", ISAS, ids=lambda isa: isa.name)
+def test_attention_needs_no_transposition(isa: Isa) -> None:
+    _check(
+        """
+        g (float[2,9,32] x, float[2,1,1,9] mask) => (float[2,9,32] y) {
+            q0 = MatMul(x, wq)
+            k0 = MatMul(x, wk)
+            v0 = MatMul(x, wv)
+            q1 = Reshape(q0, split)
+            k1 = Reshape(k0, split)
+            v1 = Reshape(v0, split)
+            q = Transpose<perm=[0,2,1,3]>(q1)
+            k = Transpose<perm=[0,2,3,1]>(k1)
+            v = Transpose<perm=[0,2,1,3]>(v1)
+            s0 = MatMul(q, k)
+            s1 = Mul(s0, scale)
+            s2 = Add(s1, mask)
+            p = Softmax<axis=-1>(s2)
+            c0 = MatMul(p, v)
+            c1 = Transpose<perm=[0,2,1,3]>(c0)
+            c = Reshape(c1, joined)
+            y = MatMul(c, wo)
+        }""",
+        isa, ["Gemm", "Gemm", "Gemm", "Batched", "Softmax", "Batched", "Gemm"],
+        wq=_drawn(32, 32), wk=_drawn(32, 32), wv=_drawn(32, 32), wo=_drawn(32, 32), scale=np.float32([0.1]),
+        split=np.array([2, 9, 4, 8]), joined=np.array([2, 9, 32]),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("isa", ISAS, ids=lambda isa: isa.name)
+@pytest.mark.parametrize(
+    "attributes",
+    [
+        'mode="nearest"', 'mode="nearest", coordinate_transformation_mode="asymmetric", nearest_mode="floor"',
+        'mode="linear"', 'mode="linear", coordinate_transformation_mode="align_corners"',
+        'mode="linear", coordinate_transformation_mode="pytorch_half_pixel"', 'mode="cubic", exclude_outside=1',
+        'mode="cubic", coordinate_transformation_mode="half_pixel_symmetric"',
+    ],
+)  # fmt: skip
+def test_images_are_resized_as_onnx_runtime_does(isa: Isa, attributes: str) -> None:
+    text = f"g (float[1,5,7,6] x) => (float[1,5,16,9] y) {{ y = Resize<{attributes}>(x, , , sizes) }}"
+    _check(text, isa, sizes=np.array([1, 5, 16, 9]))
+
+
+@pytest.mark.parametrize("isa", ISAS, ids=lambda isa: isa.name)
+def test_elements_are_looked_up_repeated_and_mirrored(isa: Isa) -> None:
+    _check(
+        """
+        g (float[2,3,7] x) => (float[2,8,9] y, float[4,3,7] z, float[2,2,7] w, float[2,3,4] v) {
+            a = Gather<axis=1>(x, twice)
+            b = Pad<mode="reflect">(a, pads)
+            y = Tanh(b)
+            z = Tile(x, repeats)
+            w = Gather<axis=1>(x, backwards)
+            v = Slice(x, starts, ends, axes, steps)
+        }""",
+        isa, None, twice=np.array([0, 2, 1, -1]), pads=np.array([0, 2, 1, 0, 2, 1]), repeats=np.array([2, 1, 1]),
+        backwards=np.array([2, 0]), starts=np.array([-1]), ends=np.array([-100]), axes=np.array([2]),
+        steps=np.array([-2]),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("isa", ISAS, ids=lambda isa: isa.name)
+def test_reductions_and_pools_of_every_kind(isa: Isa) -> None:
+    _check(
+        """
+        g (float[2,5,8,6] x) => (float[2,1,8,1] a, float[5,6] b, float[2,5,8] c, float[2,5,3,6] d, float[2,5,1,1] e) {
+            a = ReduceL2<keepdims=1>(x, odd)
+            b = ReduceMax<keepdims=0>(x, even)
+            c = ReduceMean<keepdims=0>(x, last)
+            d = AveragePool<kernel_shape=[3,1], strides=[3,1], pads=[1,0,0,0]>(x)
+            e = GlobalMaxPool(x)
+        }""",
+        isa, None, odd=np.array([1, 3]), even=np.array([0, 2]), last=np.array([-1]),
+    )  # fmt: skip
+
+
 @given(st.lists(st.tuples(st.integers(1, 300), st.integers(0, 20), st.integers(0, 6)), max_size=30))
 def test_tensors_that_live_at_the_same_time_do_not_overlap(drawn: list[tuple[int, int, int]]) -> None:
     lives = {Buffer("uint8", size): Lifetime(first, first + length) for size, first, length in drawn}
