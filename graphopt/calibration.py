@@ -12,10 +12,6 @@ per entry. Evaluation data adds `labels`, or `reference.<output>` arrays.
 from __future__ import annotations
 
 import hashlib
-import mmap
-import struct
-import zipfile
-import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -28,14 +24,13 @@ from graphopt.errors import DataError, GraphoptError, nearest
 from graphopt.metrics import Metric, Score, metric, open_function
 from graphopt.model_io import InputSpec, ShapeBinding
 from graphopt.reference import Feed, random_feed
+from graphopt.sample_files import Rows, Stack, let_go, read_folder, read_npz
 
 __all__ = ["Dataset", "Metric", "Score", "metric", "open_calibration", "open_evaluation", "open_function"]
 
 Array = np.ndarray[Any, np.dtype[Any]]
 Source = str | Path | Mapping[str, Array]
 _SYNTHETIC_SAMPLES = 64
-_MAPPED = 1 << 24  # bytes from which an array stays in its file
-_NAME_LENGTHS = 26  # where a zip entry's header says how long its name and its extra field are
 
 
 @dataclass(frozen=True)
@@ -144,9 +139,9 @@ def _open(
     if uri.startswith("synthetic:"):
         return _synthetic(uri, inputs, binding)
     if path.is_dir():
-        return _from_arrays(uri, *_read_folder(path), inputs, binding)
+        return _from_arrays(uri, *read_folder(path), inputs, binding)
     if path.suffix == ".npz" or path.is_file():
-        return _from_arrays(uri, *_read_npz(path), inputs, binding)
+        return _from_arrays(uri, *read_npz(path), inputs, binding)
     if ":" in uri:
         return _from_function(uri)
     raise DataError(uri, "no such file, folder or module:function", "give an .npz with arrays named after the inputs")
@@ -155,7 +150,11 @@ def _open(
 def _arrays_digest(arrays: Mapping[str, Array]) -> str:
     digest = hashlib.sha256()
     for name, array in sorted(arrays.items()):
-        digest.update(f"{name} {array.dtype} {array.shape}".encode() + np.ascontiguousarray(array).tobytes())
+        digest.update(f"{name} {array.dtype} {array.shape}".encode())
+        if array.dtype.hasobject:  # text: what is stored are addresses
+            digest.update(repr(array.tolist()).encode())
+        else:
+            digest.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
     return digest.hexdigest()
 
 
@@ -192,67 +191,13 @@ def _as_feed(uri: str, feed: Any) -> Feed:
     return {str(name): np.asarray(value) for name, value in cast("Mapping[str, Any]", feed).items()}
 
 
-def _read_npz(path: Path) -> tuple[dict[str, Array], str]:
-    if not path.is_file():
-        raise DataError(str(path), "no such file")
-    try:
-        arrays = dict[str, Array]()
-        with np.load(path, allow_pickle=False) as npz, zipfile.ZipFile(path) as archive:
-            for info in archive.infolist():
-                name = info.filename.removesuffix(".npy")
-                large = info.compress_type == zipfile.ZIP_STORED and info.file_size >= _MAPPED
-                arrays[name] = _mapped(path, archive, info) if large else npz[name]
-    except (ValueError, TypeError, OSError, EOFError, zipfile.BadZipFile, zlib.error) as e:
-        raise DataError(str(path), "not an .npz file of plain arrays, or damaged", "write it with numpy.savez") from e
-    with path.open("rb") as stream:
-        return arrays, hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-def _mapped(path: Path, archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> Array:
-    """An array that stays in the file until it is read; its checksum is verified."""
-    with archive.open(info) as member:
-        version = np.lib.format.read_magic(member)
-        read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-        shape, fortran, dtype = read(member)
-        header = member.tell()
-        if dtype.hasobject:
-            raise ValueError("pickled objects")
-        while member.read(_MAPPED):
-            pass  # to the end, where the checksum is compared
-    with path.open("rb") as stream:
-        stream.seek(info.header_offset + _NAME_LENGTHS)
-        names = sum(struct.unpack("<HH", stream.read(4)))
-    offset = info.header_offset + _NAME_LENGTHS + 4 + names + header
-    return np.memmap(path, dtype, "r", offset, shape, "F" if fortran else "C")
-
-
-def _let_go(array: Array) -> None:
-    """Tell the system that what was read of a mapped array is not needed in memory."""
-    mapped = getattr(array, "_mmap", None)
-    if isinstance(mapped, mmap.mmap) and hasattr(mmap, "MADV_DONTNEED"):
-        mapped.madvise(mmap.MADV_DONTNEED)
-
-
-def _read_folder(path: Path) -> tuple[dict[str, Array], str]:
-    digest, arrays = hashlib.sha256(), dict[str, Array]()
-    for file in sorted(path.rglob("*.npy")):
-        digest.update(str(file.relative_to(path)).encode() + file.read_bytes())
-    try:
-        for entry in sorted(path.iterdir()):
-            if entry.suffix == ".npy":
-                arrays[entry.stem] = np.load(entry, allow_pickle=False)
-            elif entry.is_dir() and (files := sorted(entry.glob("*.npy"))):
-                arrays[entry.name] = np.stack([np.load(file, allow_pickle=False) for file in files])
-    except (ValueError, OSError, EOFError) as e:
-        raise DataError(str(path), f"an .npy file cannot be read: {e}") from e
-    return arrays, digest.hexdigest()
-
-
 def _from_arrays(
-    uri: str, arrays: dict[str, Array], digest: str, inputs: Sequence[InputSpec], binding: ShapeBinding
+    uri: str, arrays: Mapping[str, Rows], digest: str, inputs: Sequence[InputSpec], binding: ShapeBinding
 ) -> Dataset:
     names = [spec.name for spec in inputs]
-    extra = {k: arrays.pop(k) for k in list(arrays) if k not in names and (k == "labels" or k.startswith("reference."))}
+    truth = [k for k in arrays if k not in names and (k == "labels" or k.startswith("reference."))]
+    extra = {k: rows[:] if isinstance(rows := arrays[k], Stack) else rows for k in truth}
+    arrays = {k: rows for k, rows in arrays.items() if k not in extra}
     labels = extra.pop("labels", None)
     references = {k.removeprefix("reference."): array for k, array in extra.items()}
     if not arrays:
@@ -263,9 +208,7 @@ def _from_arrays(
     for name in names:
         if name not in arrays:
             raise DataError(uri, f"has no array for the input {name!r}", f"it holds: {', '.join(arrays)}")
-    for spec in inputs:  # an .npz holds text as numpy's own type, ONNX Runtime takes objects
-        if spec.dtype == ir.DataType.STRING and arrays[spec.name].dtype.kind == "U":
-            arrays[spec.name] = arrays[spec.name].astype(object)
+    text = {spec.name for spec in inputs if spec.dtype == ir.DataType.STRING and arrays[spec.name].dtype.kind == "U"}
     layout = {spec.name: _layout(uri, spec, arrays[spec.name], binding) for spec in inputs}
     counts = {name: len(arrays[name]) // step if step else len(arrays[name]) for name, step in layout.items()}
     if min(counts.values()) == 0:
@@ -276,15 +219,17 @@ def _from_arrays(
 
     def read() -> Iterator[Feed]:
         for i in range(count):
-            yield {k: np.asarray(a[i * s : (i + 1) * s] if (s := layout[k]) else a[i]) for k, a in arrays.items()}
-            for array in arrays.values():
-                _let_go(array)
+            feed = {k: np.asarray(a[i * s : (i + 1) * s] if (s := layout[k]) else a[i]) for k, a in arrays.items()}
+            # files hold text as numpy's own type, ONNX Runtime takes objects
+            yield feed | {k: feed[k].astype(object) for k in text}
+            for rows in arrays.values():
+                let_go(rows)
 
     stacked = all(step == 1 for step in layout.values()) and all(_open_batch(spec) for spec in inputs)
     return Dataset(uri, digest, read, stacked=stacked, labels=labels, references=references)
 
 
-def _layout(uri: str, spec: InputSpec, array: Array, binding: ShapeBinding) -> int:
+def _layout(uri: str, spec: InputSpec, array: Rows, binding: ShapeBinding) -> int:
     """Rows of the first axis that make one feed; 0 where each entry is a whole feed."""
     if spec.rank is None:
         return 1

@@ -11,6 +11,8 @@ from graphopt.errors import ModelError
 __all__ = ["opset_version", "raise_opset"]
 
 _LIFT_BYTES = 1024
+_IR_WITH_HIDDEN_INITIALIZERS = 4  # before, the converter wants every weight among the inputs
+_CONVERTER_ERRORS = (version_converter.ConvertError, RuntimeError, ValueError, TypeError, IndexError)  # as seen
 _IR_VERSIONS = {7: 3, 9: 4, 10: 5, 11: 6, 12: 7, 15: 8, 19: 9, 21: 10, 23: 11, 24: 12, 25: 13}
 """First operator set that an IR version came with."""
 
@@ -87,10 +89,11 @@ def _convert(model: ir.Model, version: int, different: tuple[str, ...]) -> ir.Mo
         fact = f"opset {version} is needed, and functions cannot be converted"
         raise ModelError(subject, fact, "inline them, or export the model with that opset")
     bare = model.clone()
+    bare.ir_version = max(bare.ir_version or 0, _IR_WITH_HIDDEN_INITIALIZERS)
     inputs, weights = [value.name for value in bare.graph.inputs], _lift_weights(bare)
     try:
         converted = ir.from_proto(version_converter.convert_version(ir.to_proto(bare), version))
-    except (RuntimeError, ValueError, TypeError, IndexError) as e:  # what ONNX's converter is seen to raise
+    except _CONVERTER_ERRORS as e:
         reason = (str(e).strip().splitlines() or [type(e).__name__])[0][:160]
         fact = f"cannot be raised to opset {version} ({', '.join(different)} changed): {reason}"
         raise ModelError(subject, fact, "export it with that opset, or leave the step out") from e

@@ -78,24 +78,40 @@ def test_stacked_samples_are_joined_into_batches(npz: Callable[..., str]) -> Non
     assert [len(batch["image"]) for batch in data.batches(4, limit=5)] == [4, 1]
 
 
+@pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
 @pytest.mark.parametrize("order", ["C", "F"])
-def test_large_arrays_stay_in_their_file(
-    npz: Callable[..., str], monkeypatch: pytest.MonkeyPatch, order: Literal["C", "F"]
+def test_large_arrays_stay_on_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, order: Literal["C", "F"], save: Callable[..., None]
 ) -> None:
-    monkeypatch.setattr("graphopt.calibration._MAPPED", 1)
-    stored = np.asarray(images(), order=order)
-    source = npz(image=stored)
+    monkeypatch.setattr("graphopt.sample_files._MAPPED", 1)
+    source, stored = tmp_path / "data.npz", np.asarray(images(), order=order)
+    save(source, image=stored)
     dataset = open_calibration(source, [IMAGE], FREE)
     for _ in range(2):
         np.testing.assert_array_equal(np.concatenate([feed["image"] for feed in dataset.feeds()]), images())
-    content = bytearray(Path(source).read_bytes())
-    content[content.find(stored.tobytes(order="A")) + 100] ^= 1
-    Path(source).write_bytes(bytes(content))
+    content = bytearray(source.read_bytes())
+    content[-200] ^= 1  # in the packed data; the list of contents comes after it
+    source.write_bytes(bytes(content))
     with pytest.raises(DataError, match="damaged"):
         open_calibration(source, [IMAGE], FREE)
 
 
-def test_a_pass_over_a_large_file_leaves_nothing_of_it_in_memory(npz: Callable[..., str]) -> None:
+def _samples_on_disk(form: str, folder: Path, samples: np.ndarray[Any, Any]) -> str:
+    if form in ("npz", "packed npz"):
+        save = np.savez if form == "npz" else np.savez_compressed
+        save(folder / "data.npz", image=samples)
+        return str(folder / "data.npz")
+    if form == "npy":
+        np.save(folder / "image.npy", samples)
+    else:
+        (folder / "image").mkdir()
+        for number, part in enumerate(np.array_split(samples, 50)):
+            np.save(folder / "image" / f"{number:02}.npy", part)
+    return str(folder)
+
+
+@pytest.mark.parametrize("form", ["npz", "packed npz", "npy", "one npy a sample"])
+def test_a_pass_over_large_files_leaves_nothing_of_them_in_memory(form: str, tmp_path: Path) -> None:
     status = Path("/proc/self/status")
     if not status.exists():
         pytest.skip("no /proc to read the resident memory from")
@@ -103,8 +119,9 @@ def test_a_pass_over_a_large_file_leaves_nothing_of_it_in_memory(npz: Callable[.
     def resident() -> int:
         return next(int(line.split()[1]) for line in status.read_text().splitlines() if line.startswith("VmRSS"))
 
-    dataset = open_calibration(npz(image=np.ones((100_000, 1, 4, 16), np.float32)), [WIDE], FREE)  # 25 MB
+    source = _samples_on_disk(form, tmp_path, np.ones((80_000, 1, 4, 16), np.float32))  # 20 MB
     before, most = resident(), 0
+    dataset = open_calibration(source, [WIDE], FREE)
     for number, feed in enumerate(dataset.feeds()):
         assert feed["image"].all()
         most = max(most, resident()) if number % 5000 == 0 else most
@@ -163,6 +180,25 @@ def test_a_folder_with_one_file_a_sample_is_read_in_order_of_names(tmp_path: Pat
     assert np.array_equal(np.concatenate([feed["image"] for feed in data.feeds()]), images(3))
 
 
+def test_labels_in_a_folder_may_be_one_file_a_sample(tmp_path: Path) -> None:
+    for name, values in (("image", images(3)), ("labels", np.array([2, 0, 1]))):
+        (tmp_path / name).mkdir()
+        for i in range(3):
+            np.save(tmp_path / name / f"{i}.npy", values[i])
+    data = open_evaluation(str(tmp_path), [IMAGE], ["scores"], FREE)
+    assert data.labels is not None
+    assert data.labels.tolist() == [2, 0, 1]
+
+
+def test_text_in_a_folder_becomes_objects(tmp_path: Path) -> None:
+    (tmp_path / "text").mkdir()
+    for i, word in enumerate(("ab", "cd")):
+        np.save(tmp_path / "text" / f"{i}.npy", np.array(word))
+    data = open_calibration(str(tmp_path), [InputSpec("text", ir.DataType.STRING, ("n",))], FREE)
+    assert [feed["text"].tolist() for feed in data.feeds()] == [["ab"], ["cd"]]
+    assert next(data.feeds())["text"].dtype == object
+
+
 def test_a_function_yields_feeds_anew_each_time(module: Callable[[str], str]) -> None:
     name = module("import numpy as np\ndef feeds():\n    for i in range(3):\n"
                   "        yield {'image': np.full((1, 1, 4, 4), i, np.float32)}\n")  # fmt: skip
@@ -188,6 +224,23 @@ def test_the_digest_follows_the_content(npz: Callable[..., str]) -> None:
     again = open_calibration(npz(image=images()), [IMAGE], FREE).digest
     other = open_calibration(npz(image=images() + 1), [IMAGE], FREE).digest
     assert first == again != other
+
+
+def test_the_digest_of_a_folder_follows_the_content(tmp_path: Path) -> None:
+    np.save(tmp_path / "image.npy", images())
+    first = open_calibration(str(tmp_path), [IMAGE], FREE).digest
+    assert first == open_calibration(str(tmp_path), [IMAGE], FREE).digest
+    np.save(tmp_path / "image.npy", images() + 1)
+    assert first != open_calibration(str(tmp_path), [IMAGE], FREE).digest
+
+
+def test_the_digest_of_text_in_memory_follows_the_content() -> None:
+    spec = InputSpec("text", ir.DataType.STRING, ("n",))
+    digests = [
+        open_calibration({"text": np.array(words, dtype=object)}, [spec], FREE).digest
+        for words in (["ab", "cd"], ["ab", "cd"], ["ab", "ce"])
+    ]
+    assert digests[0] == digests[1] != digests[2]
 
 
 def test_a_plugin_is_asked_before_files(npz: Callable[..., str]) -> None:
@@ -302,6 +355,53 @@ def test_a_damaged_compressed_npz_is_refused(tmp_path: Path) -> None:
     path.write_bytes(bytes(content))
     with pytest.raises(DataError, match=r"not an \.npz file"):
         open_calibration(str(path), [IMAGE], FREE)
+
+
+def test_a_packed_npz_without_room_to_unpack_it_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    full = Path("/dev/full")
+    if not full.exists():
+        pytest.skip("no /dev/full to write to")
+    monkeypatch.setattr("graphopt.sample_files._MAPPED", 1)
+    monkeypatch.setattr("tempfile.TemporaryFile", lambda **_: full.open("r+b", buffering=0))
+    np.savez_compressed(tmp_path / "data.npz", image=images())
+    with pytest.raises(DataError, match=r"cannot be unpacked to .*: No space left on device; set TMPDIR"):
+        open_calibration(tmp_path / "data.npz", [IMAGE], FREE)
+
+
+@pytest.mark.parametrize("broken", [b"not an npy", b""])
+def test_a_damaged_file_of_a_sample_is_refused(tmp_path: Path, broken: bytes) -> None:
+    (tmp_path / "image").mkdir()
+    np.save(tmp_path / "image" / "0.npy", images(1)[0])
+    (tmp_path / "image" / "1.npy").write_bytes(broken)
+    with pytest.raises(DataError, match=r"an \.npy file cannot be read"):
+        open_calibration(str(tmp_path), [IMAGE], FREE)
+
+
+def test_a_file_of_a_sample_that_was_cut_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "image").mkdir()
+    np.save(tmp_path / "image" / "0.npy", images(1)[0])
+    file = tmp_path / "image" / "1.npy"
+    np.save(file, images(1)[0])
+    file.write_bytes(file.read_bytes()[:-1])
+    with pytest.raises(DataError, match=r"an \.npy file cannot be read: 1\.npy ends too early"):
+        open_calibration(str(tmp_path), [IMAGE], FREE)
+
+
+def test_samples_of_different_types_in_a_folder_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "image").mkdir()
+    np.save(tmp_path / "image" / "0.npy", images(1)[0])
+    np.save(tmp_path / "image" / "1.npy", images(1)[0].astype(np.float64))
+    with pytest.raises(DataError, match=r"an \.npy file cannot be read: types differ: float32, float64"):
+        open_calibration(str(tmp_path), [IMAGE], FREE)
+
+
+def test_a_file_that_changes_between_two_passes_is_named(tmp_path: Path) -> None:
+    (tmp_path / "image").mkdir()
+    np.save(tmp_path / "image" / "0.npy", images(1)[0])
+    data = open_calibration(str(tmp_path), [IMAGE], FREE)
+    np.save(tmp_path / "image" / "0.npy", images(1)[0, :, :2])
+    with pytest.raises(DataError, match="changed while it was in use; run again"):
+        list(data.feeds())
 
 
 def test_pickled_objects_are_never_loaded(npz: Callable[..., str]) -> None:

@@ -82,10 +82,17 @@ class Names:
         """Where a node stands: `inside the subgraph of If 'choice'`, None in the main graph."""
         return self._places.get(node.graph) if isinstance(node.graph, ir.Graph) else None
 
+    def owner(self, graph: ir.Graph) -> ir.Node | None:
+        """The node that holds a graph of the model; None for the main graph."""
+        return self._owners.get(graph)
+
+    @cached_property
+    def _owners(self) -> dict[ir.Graph, ir.Node]:
+        return {scope.graph: scope.owner for scope in self.scopes if scope.owner is not None}
+
     @cached_property
     def _places(self) -> dict[ir.Graph, str]:
-        inner = ((scope.graph, scope.owner) for scope in self.scopes)
-        return {g: f"inside the subgraph of {o.op_type} {self.labels[o]!r}" for g, o in inner if o is not None}
+        return {g: f"inside the subgraph of {o.op_type} {self.labels[o]!r}" for g, o in self._owners.items()}
 
     @cached_property
     def _by_key(self) -> dict[str, ir.Value]:

@@ -12,17 +12,19 @@ import onnx_ir as ir
 from onnx_ir.passes.common import ShapeInferencePass
 
 from graphopt.analyses._contrib_shapes import stand_in
+from graphopt.analyses._light_weights import elements, shrink_matrices
 from graphopt.analyses._subgraph_shapes import carried_values, infer_carried, lend_constants
 from graphopt.analyses.constants import CONSTANTS
 from graphopt.analyses.names import Names
 from graphopt.errors import GraphoptError
-from graphopt.model_io import input_specs
+from graphopt.model_io import EMBED_LIMIT, input_specs
 from graphopt.pass_base import Analysis, Context
 from graphopt.reference import Reference, random_feed
 
 __all__ = ["CONCRETE_SHAPES", "SHAPES", "Shapes", "ShapesAnalysis"]
 
 Dims = tuple[int | str | None, ...]
+_LARGE = EMBED_LIMIT // 4  # elements of weights that are not read for shapes only
 _log = logging.getLogger(__name__)
 
 
@@ -154,6 +156,8 @@ def _infer(model: ir.Model) -> None:
 def _observe(model: ir.Model, copy: ir.Model, values: list[ir.Value], ctx: Context) -> None:
     """Run once with `values` as further outputs and write down their shapes; a model that cannot run tells nothing."""
     probe = model.clone()
+    if elements(model) > _LARGE:
+        shrink_matrices(probe)
     wanted = {value.name for value in values} & {value.name for value in _computed(probe.graph)}
     taken = {value.name for value in probe.graph.outputs}
     probe.graph.outputs.extend(v for v in _computed(probe.graph) if v.name in wanted - taken)

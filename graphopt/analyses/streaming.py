@@ -12,6 +12,8 @@ from typing import TypeVar
 import onnx_ir as ir
 from threadpoolctl import threadpool_limits
 
+from graphopt.analyses.lifting import lift
+from graphopt.analyses.names import Names
 from graphopt.analyses.shapes import CONCRETE_SHAPES, Shapes
 from graphopt.calibration import Dataset
 from graphopt.errors import DataError
@@ -59,14 +61,14 @@ def needed_samples(ctx: Context, who_needs: str) -> Dataset:
 def stream(
     model: ir.Model, names: Sequence[str], ctx: Context, label: str, samples: int | None = None
 ) -> Iterator[Seen]:
-    """Run the calibration data through a model and yield values of its main graph.
+    """Run the calibration data through a model and yield values in it.
 
     A batch is run once, or several times for a part of the values each, so that what is exposed at a time stays below
     256 MB; batches are as large as that allows, 16 samples at most.
 
     Args:
         model: The model; it does not change.
-        names: Values to look at: inputs, or computed by a node of the main graph.
+        names: Values to look at: inputs, or computed; those in subgraphs by their names in `Names`, see `lift`.
         ctx: Holds the data and says how ONNX Runtime runs.
         label: What the progress bar calls it.
         samples: How many samples to use at most; None: all.
@@ -81,7 +83,8 @@ def stream(
     data = needed_samples(ctx, f"{label} needs")
     fed = {value.name for value in model.graph.inputs}
     computed = [name for name in dict.fromkeys(names) if name not in fed]
-    session = Reference(expose(model, computed), threads=ctx.threads, extensions=ctx.extensions) if computed else None
+    exposed, outputs = _exposed(model, computed)
+    session = Reference(exposed, threads=ctx.threads, extensions=ctx.extensions) if computed else None
     sizes = _sizes(computed, ctx.fact(CONCRETE_SHAPES))
     batch = max(1, min(_BATCH, _RUN_BYTES // max(1, sum(sizes.values()))))
 
@@ -95,7 +98,8 @@ def stream(
         joined = len(next(iter(feed.values()))) if data.stacked else 1
         if session is None or not chunk:
             return Seen(number, joined, {name: feed[name] for name in dict.fromkeys(names) if name in feed})
-        return Seen(number, joined, session.run(feed, chunk))
+        found = session.run(feed, [outputs[name] for name in chunk])
+        return Seen(number, joined, {name: found[outputs[name]] for name in chunk})
 
     return ahead(seen, runs())
 
@@ -118,14 +122,23 @@ def ahead(function: Callable[[_Item], _Made], items: Iterable[_Item]) -> Iterato
 
 def expose(model: ir.Model, names: Sequence[str]) -> ir.Model:
     """Return a copy whose outputs are its own and the values of those names; weights are shared, not copied."""
+    return _exposed(model, names)[0]
+
+
+def _exposed(model: ir.Model, names: Sequence[str]) -> tuple[ir.Model, dict[str, str]]:
+    """The copy of `expose`, and what the values are called as its outputs."""
     copy = model.clone()
-    known = {value.name for value in copy.graph.outputs}
-    by_name = {output.name: output for node in copy.graph for output in node.outputs}
+    known, fixed = {value.name for value in copy.graph.outputs}, set(copy.graph.inputs)
+    called = Names(copy)
+    computed = (value for value in called.values() if not value.is_initializer() and value not in fixed)
+    by_name = {called.key(value): value for value in computed}
+    inside = [name for name in names if name in by_name and by_name[name].graph is not copy.graph]
+    by_name |= dict(zip(inside, lift(copy, [by_name[name] for name in inside]), strict=True))
     for name in names:
         if name not in known and name in by_name:
             by_name[name].shape = None  # the runtime knows better than a stale annotation
             copy.graph.outputs.append(by_name[name])
-    return copy
+    return copy, {name: by_name[name].name or "" for name in names if name in by_name}
 
 
 def _sizes(names: Sequence[str], shapes: Shapes) -> dict[str, int]:

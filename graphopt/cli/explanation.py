@@ -7,9 +7,11 @@ from typing import Any
 
 from graphopt.options import specs
 from graphopt.pass_base import Pass
-from graphopt.targets import IntegerRules, Target
+from graphopt.targets import WEIGHT_AXES, IntegerRules, Target
 
 __all__ = ["explain_pass", "explain_target"]
+
+_WIDTH = max(map(len, WEIGHT_AXES))
 
 
 def explain_pass(cls: type[Pass]) -> str:
@@ -41,6 +43,9 @@ def explain_target(target: Target) -> str:
         f"  forms        {'static only' if rules.static_only else 'static, dynamic, weights only'}",
         f"  integers     {', '.join(sorted(rules.operators))}",
     ]
+    if rules.per_channel:
+        lines += ["  scales along axis"]
+        lines += [f"    {name:{_WIDTH}} {'; '.join(map(str, axes))}" for name, axes in WEIGHT_AXES.items()]
     if target.isa is not None:
         isa = target.isa
         features = " ".join(isa.features) or "none beyond the baseline"

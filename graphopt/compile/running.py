@@ -114,7 +114,8 @@ def run_guarded(state: Run, number: int, step: Pass) -> Done | None:
     if sites:
         _log.info("%s: %d layers became slower and are left alone", step, len(sites))
         state.start_from(before)
-        done = run_once(state, number, step, [Reverted(number, sites, "slower than before otherwise")])
+        where = "" if request.target.backend in (None, "ort") else " in ONNX Runtime"  # its kernels are not timed
+        done = run_once(state, number, step, [Reverted(number, sites, f"slower than before otherwise{where}")])
     if done.report.modified and slowdown(request, before, ctx.model) > SLOWER:
         state.start_from(before)
         state.left_out.append(LeftOut(number, "it made the model slower"))

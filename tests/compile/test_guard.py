@@ -96,6 +96,12 @@ def test_only_the_slower_region_stays_as_it_was(guarded: Compile) -> None:
     assert "burden: 1 layer left alone, slower than before otherwise: second" in result.report.notes
 
 
+def test_a_target_with_kernels_of_its_own_is_told_which_clock_decided(guarded: Compile) -> None:
+    pytest.importorskip("tvm")
+    result = guarded(Burden(), guard=True, target="x86", verify=False)
+    assert "burden: 1 layer left alone, slower than before otherwise in ONNX Runtime: second" in result.report.notes
+
+
 def test_a_replay_gives_the_same_bytes_and_looks_at_no_clock(
     guarded: Compile, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import ClassVar, Self
+from typing import Any, ClassVar, Self
 
 import numpy as np
 import onnx_ir as ir
@@ -175,10 +175,20 @@ def test_steps_that_there_was_no_time_for_stay_left_out_in_a_replay(chain: Compi
 
 
 def test_layers_of_a_quantization_are_reverted(chain: Compile) -> None:
-    result = chain(Quant(bits=4, algorithm="rtn"), limits=Limits(min_sqnr=22.0))
+    result = chain(Quant(mode="weight"), limits=Limits(min_sqnr=40.0))
     assert result.exit_code == ExitCode.OK
     assert 0 < len(reverted(result)) < len(LAYERS)
-    assert result.report.fidelity.outputs[0].sqnr_db >= 22
+    assert result.report.fidelity.outputs[0].sqnr_db >= 40
+
+
+@pytest.mark.parametrize(("dtype", "limit"), [("fp16", 66.0), ("bf16", 48.0), ("fp8", 28.0)])
+def test_nodes_are_reverted_from_narrow_floats(chain: Compile, dtype: Any, limit: float) -> None:
+    whole = chain(Quant(dtype=dtype))
+    assert whole.report.fidelity.outputs[0].sqnr_db < limit, "the limit is missed with all of it"
+    result = chain(Quant(dtype=dtype), limits=Limits(min_sqnr=limit))
+    assert result.exit_code == ExitCode.OK
+    assert 0 < len(reverted(result)) < len(LAYERS)
+    assert result.report.fidelity.outputs[0].sqnr_db >= limit
 
 
 def test_decisions_that_name_sites_are_replayed_without_a_search(chain: Compile, tmp_path: Path) -> None:

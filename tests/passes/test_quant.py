@@ -474,8 +474,19 @@ def test_a_kept_opset_allows_what_it_allows() -> None:
 
 
 def test_a_model_that_cannot_be_raised_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("graphopt_passes.quant.prepare._difference", lambda *_: "output 'y'")
+    monkeypatch.setattr("graphopt_passes.quant.prepare._difference", lambda *_: "y")
     with pytest.raises(PassError, match="raised to opset 13 it computes something else: output 'y'"):
+        quantize(build("g (float[2,64] x) => (float[2,64] y) { y = MatMul(x, w) }", opset=9, w=(64, 64)))
+
+
+def test_a_model_that_does_not_run_with_a_raised_opset_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(model: ir.Model, version: int) -> bool:
+        model.opset_imports[""] = version
+        model.graph[0].op_type = "NoSuchOperator"
+        return True
+
+    monkeypatch.setattr("graphopt_passes.quant.prepare.raise_opset", broken)
+    with pytest.raises(PassError, match=r"raised to opset 13 it does not run: .*NoSuchOperator"):
         quantize(build("g (float[2,64] x) => (float[2,64] y) { y = MatMul(x, w) }", opset=9, w=(64, 64)))
 
 

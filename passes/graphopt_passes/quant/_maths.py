@@ -18,10 +18,12 @@ __all__ = [
     "bias_floor",
     "decibel",
     "dequantize",
+    "pair_reach",
     "quantize",
     "quantize_bias",
     "quantize_weight",
     "raise_scales",
+    "top_integer",
     "weight_scales",
 ]
 
@@ -100,14 +102,14 @@ def weight_scales(weight: Array, axis: int | None, bits: int = 8, *, power_of_tw
     others = None if axis is None else tuple(i for i in range(weight.ndim) if i != axis % weight.ndim)
     reach = np.max(np.abs(weight), axis=others, initial=0.0).astype(np.float64)
     if axis is not None and bits < 8:
-        reach = np.maximum(reach, _pair_reach(np.moveaxis(weight, axis, 0)))
-    scales = np.where(reach > 0, np.maximum(reach / _top(8 if axis is not None else bits), _LEAST_SCALE), 1.0)
+        reach = np.maximum(reach, pair_reach(np.moveaxis(weight, axis, 0)))
+    scales = np.where(reach > 0, np.maximum(reach / top_integer(axis, bits), _LEAST_SCALE), 1.0)
     if power_of_two:
         scales = np.exp2(np.ceil(np.log2(scales)))
     return scales.astype(np.float32)
 
 
-def _pair_reach(rows: Array) -> Array:
+def pair_reach(rows: Array) -> Array:
     """Greatest magnitude of the sum of two neighbours in each row, float64[channels].
 
     Kernels read a row [channel, ...] as it stands or with the first of the other axes innermost; the opposite signs
@@ -126,7 +128,7 @@ def quantize_weight(weight: Array, scales: Array, axis: int | None, bits: int = 
     shape = [1] * weight.ndim
     if axis is not None:
         shape[axis % weight.ndim] = -1
-    top = _top(8 if axis is not None else bits)
+    top = top_integer(axis, bits)
     return np.clip(np.rint(weight / scales.reshape(shape)), -top, top).astype(np.int8)
 
 
@@ -168,8 +170,9 @@ def decibel(signal: float, noise: float) -> float:
     return 10 * math.log10(signal / noise) if signal > 0 and noise < math.inf else -math.inf
 
 
-def _top(bits: int) -> int:
-    return 2 ** (bits - 1) - 1
+def top_integer(axis: int | None, bits: int) -> int:
+    """Greatest integer of a weight; with a scale for each channel `weight_scales` looks after pairs instead."""
+    return 2 ** ((8 if axis is not None else bits) - 1) - 1
 
 
 def _float32(scale: float, power_of_two: bool) -> float:

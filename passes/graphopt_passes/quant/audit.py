@@ -13,12 +13,13 @@ import numpy as np
 import onnx_ir as ir
 
 from graphopt.analyses import Ranges
+from graphopt.analyses.lifting import lift
 from graphopt.pass_base import Context
 from graphopt.reference import Feed, Reference
 from graphopt_passes.quant._maths import Grid, decibel
 from graphopt_passes.quant.builder import Builder
 from graphopt_passes.quant.plan import Plan, result_of
-from graphopt_passes.quant.sites import Site, key_of
+from graphopt_passes.quant.sites import Site, graph_of, key_of, keyed_nodes
 from graphopt_passes.quant.static import integer_inputs
 
 __all__ = ["layer_quality", "output_quality", "powers", "sample_feeds"]
@@ -47,24 +48,29 @@ def layer_quality(
     bits: int,
     per_channel: bool,
     power_of_two: bool = False,
+    products: Collection[str] = (),
 ) -> dict[str, float]:
-    """Signal to noise in dB of every linear layer computed on integers while all others stay float, by site.
+    """Signal to noise in dB of every linear layer computed on integers while all others stay float, by key.
 
-    The mean over feeds of decibels, so that quiet samples count like loud ones.
+    The mean over feeds of decibels, so that quiet samples count like loud ones. `products` are keys of products of two
+    activations, judged in the same way.
     """
-    if not sites:
+    wanted: dict[str, Site | None] = {**dict.fromkeys(products), **{site.key: site for site in sites}}
+    if not wanted:
         return {}
-    shadowed, probes = _shadow(model, plan, grids, sites, bits=bits, per_channel=per_channel, power_of_two=power_of_two)
+    shadowed, probes = _shadow(
+        model, plan, grids, wanted, bits=bits, per_channel=per_channel, power_of_two=power_of_two
+    )
     session = Reference(shadowed, threads=ctx.threads, extensions=ctx.extensions)
     found: dict[str, list[float]] = {key: [] for key in probes}
-    wanted = [name for pair in probes.values() for name in pair]
+    outputs = [name for pair in probes.values() for name in pair]
     for feed in ctx.progress(feeds, "judging layers"):
-        sums = session.run(feed, wanted)
+        sums = session.run(feed, outputs)
         for key, (signal, noise) in probes.items():
-            power = float(sums[signal])
+            power = float(sums[signal].sum())  # one number, in a loop one for each turn, none in a branch not taken
             if power > 0 and math.isfinite(power):
-                found[key].append(min(_BEST, decibel(power, float(sums[noise]))))
-    by_key = {key_of(node): node for node in model.graph}
+                found[key].append(min(_BEST, decibel(power, float(sums[noise].sum()))))
+    by_key = keyed_nodes(model)
     quality: dict[str, float] = {}
     for key, levels in found.items():
         level = float(np.mean(levels)) if levels else _BEST
@@ -80,39 +86,43 @@ def _shadow(
     model: ir.Model,
     plan: Plan,
     grids: Mapping[str, Grid],
-    sites: Collection[Site],
+    wanted: Mapping[str, Site | None],
     *,
     bits: int,
     per_channel: bool,
     power_of_two: bool = False,
 ) -> tuple[ir.Model, dict[str, tuple[str, str]]]:
-    """Build the copy; returns it and the names of (signal, noise) by site."""
+    """Build the copy; returns it and the names of (signal, noise) by key."""
     copy = model.clone()
-    builder, by_key = Builder(copy, bits, power_of_two=power_of_two), {site.key: site for site in sites}
-    probes: dict[str, tuple[str, str]] = {}
+    builder = Builder(copy, bits, power_of_two=power_of_two)
+    probes: dict[str, tuple[ir.Value, ir.Value]] = {}
     copy.graph.outputs.clear()
-    for node in list(copy.graph):
-        site = by_key.get(key_of(node))
-        if site is None:
+    for node in list(copy.graph.all_nodes()):
+        key = key_of(node)
+        if key not in wanted:
             continue
-        output = ir.Value(name=builder.name(f"{site.key}_shadow"), type=ir.TensorType(ir.DataType.FLOAT))
+        graph, site = graph_of(node), wanted[key]
+        output = ir.Value(name=builder.name(f"{key}_shadow"), type=ir.TensorType(ir.DataType.FLOAT))
         shadow = ir.node(node.op_type, list(node.inputs), dict(node.attributes), outputs=[output])
         shadow.name = output.name
-        copy.graph.insert_after(node, shadow)
-        integer_inputs(builder, plan, grids, site, shadow, per_channel=per_channel)
-        for index in plan.inputs[site.key]:
+        graph.insert_after(node, shadow)
+        if site is not None:
+            integer_inputs(builder, plan, grids, site, shadow, per_channel=per_channel)
+        for index in plan.inputs[key]:
             value = node.inputs[index]
             if value is not None:
-                shadow.replace_input_with(index, builder.pair(value, grids[plan.grid_of(value.name or "")]))
-        error = builder.node("Sub", [node.outputs[0], output], f"{site.key}_error")
+                shadow.replace_input_with(index, builder.pair(value, grids[plan.grid_of(value.name or "")], graph))
+        error = builder.node("Sub", [node.outputs[0], output], f"{key}_error")
         sums = [
-            builder.node("ReduceSumSquare", [value], f"{site.key}_{word}", {"keepdims": 0})
+            builder.node("ReduceSumSquare", [value], f"{key}_{word}", {"keepdims": 0})
             for value, word in ((node.outputs[0], "signal"), (error.outputs[0], "noise"))
         ]
-        copy.graph.insert_after(shadow, [error, *sums])
-        copy.graph.outputs.extend(total.outputs[0] for total in sums)
-        probes[site.key] = (sums[0].outputs[0].name or "", sums[1].outputs[0].name or "")
-    return copy, probes
+        graph.insert_after(shadow, [error, *sums])
+        probes[key] = (sums[0].outputs[0], sums[1].outputs[0])
+    seen = lift(copy, [value for pair in probes.values() for value in pair])
+    copy.graph.outputs.extend(seen)
+    names = iter([value.name or "" for value in seen])
+    return copy, {key: (next(names), next(names)) for key in probes}
 
 
 def output_quality(original: Reference, result: Reference, feeds: Sequence[Feed], ctx: Context) -> dict[str, float]:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import numpy as np
 import onnx_ir as ir
 
 from graphopt_passes.quant._maths import Grid
 from graphopt_passes.quant.sites import tensor_of
 
-__all__ = ["existing_grid", "existing_pair"]
+__all__ = ["existing_grid", "existing_pair", "leads_to_other_integers"]
 
 
 def existing_pair(value: ir.Value) -> tuple[ir.Value, Grid] | None:
@@ -32,10 +34,34 @@ def existing_pair(value: ir.Value) -> tuple[ir.Value, Grid] | None:
     return None
 
 
-def existing_grid(value: ir.Value | None) -> Grid | None:
-    """The grid of `existing_pair`."""
+def existing_grid(value: ir.Value | None, dtype: Literal["uint8", "int8"]) -> Grid | None:
+    """The grid that an activation of the model is on, or is rounded to, in integers of a type.
+
+    Between int8 and uint8 the zero point moves by 128 and the numbers stay the same, so a second rounding is exact.
+    """
     found = existing_pair(value) if value is not None else None
-    return found[1] if found is not None else None
+    grid = found[1] if found is not None else _rounded_to(value)
+    if grid is None or grid.dtype == dtype:
+        return grid
+    return Grid(grid.scale, grid.zero_point + (128 if dtype == "uint8" else -128), dtype)
+
+
+def leads_to_other_integers(value: ir.Value, dtype: Literal["uint8", "int8"]) -> bool:
+    """Whether the model rounds a value to 8-bit integers of another type.
+
+    Runtimes have no kernel whose input and result differ in that, so the result is rounded to both.
+    """
+    grid = _rounded_to(value)
+    return grid is not None and grid.dtype != dtype
+
+
+def _rounded_to(value: ir.Value | None) -> Grid | None:
+    """The grid of the first QuantizeLinear beside a value's maker that reads it."""
+    if value is None:
+        return None
+    near = (reader for reader in value.consumers() if reader.graph is value.graph)
+    grids = (_grid(reader) for reader in near if reader.op_type == "QuantizeLinear" and reader.inputs[0] is value)
+    return next((grid for grid in grids if grid is not None), None)
 
 
 def _grid(node: ir.Node) -> Grid | None:

@@ -14,7 +14,7 @@ from graphopt_passes.quant.adjust.prepared import prepared_weight
 from graphopt_passes.quant.borders import existing_pair
 from graphopt_passes.quant.sites import graph_of
 
-__all__ = ["NAME_LENGTH", "Builder", "Integers"]
+__all__ = ["NAME_LENGTH", "Builder", "Integers", "insert_behind"]
 
 Array = np.ndarray[Any, np.dtype[Any]]
 _LOOPS = frozenset({"Loop", "Scan", "SequenceMap"})
@@ -36,6 +36,17 @@ class Integers:
     sqnr_db: float
 
 
+def insert_behind(value: ir.Value, graph: ir.Graph, nodes: Sequence[ir.Node]) -> None:
+    """Insert nodes into a graph as early as they can read a value: behind its maker, or first of all."""
+    producer = value.producer()
+    if producer is not None and producer.graph is graph:
+        graph.insert_after(producer, nodes)
+    elif len(graph):
+        graph.insert_before(graph[0], nodes)
+    else:
+        graph.extend(nodes)
+
+
 class Builder:
     """Adds nodes and initializers to one model.
 
@@ -54,11 +65,11 @@ class Builder:
         self._scalars: dict[tuple[str, tuple[int, ...], bytes], ir.Value] = {}
         self._integers: dict[tuple[ir.Value, int | None, bool, float, int, bytes], Integers] = {}
         self._scales: dict[tuple[ir.Value, int | None, int], Array] = {}
-        self._dequantized: dict[ir.Value, ir.Value] = {}  # integers -> their real numbers
+        self._dequantized: dict[tuple[ir.Value, ir.Graph], ir.Value] = {}  # integers -> their real numbers
         self._multiplied: dict[ir.Value, ir.Value] = {}
         self._spare: list[ir.Value] = []
         self._places: dict[ir.Value, ir.Graph] = {}
-        self._pairs: dict[str, ir.Value] = {}
+        self._pairs: dict[tuple[ir.Value, ir.Graph], ir.Value] = {}
         for graph in model.graphs():
             self._taken |= {name for value in (*graph.inputs, *graph.initializers.values()) if (name := value.name)}
             for node in graph:
@@ -101,32 +112,30 @@ class Builder:
         name = self.name(output)
         return ir.node(kind, inputs, dict(attributes or {}), outputs=[ir.Value(name=name)], name=name)
 
-    def pair(self, value: ir.Value, grid: Grid) -> ir.Value:
-        """Round an activation of the main graph to a grid and back: QuantizeLinear and DequantizeLinear, made once.
+    def pair(self, value: ir.Value, grid: Grid, graph: ir.Graph | None = None) -> ir.Value:
+        """Round an activation to a grid and back: QuantizeLinear and DequantizeLinear, made once.
 
         A pair that the model came with serves, if it is on that grid.
+
+        Args:
+            value: The activation.
+            grid: The grid.
+            graph: Where the pair is to stand, a graph inside of the value's; None: where the value does. Runtimes see
+                the pair only beside the operator that reads it.
         """
-        name = value.name or ""
-        if name not in self._pairs and (old := existing_pair(value)) is not None and old[1] == grid:
-            self._pairs[name] = old[0]
-        if name not in self._pairs:
+        here = value.graph if isinstance(value.graph, ir.Graph) else self.model.graph
+        graph, name = here if graph is None else graph, value.name or ""
+        key = (value, graph)
+        if key not in self._pairs and graph is here and (old := existing_pair(value)) is not None and old[1] == grid:
+            self._pairs[key] = old[0]
+        if key not in self._pairs:
             scale = self.scalar(f"{name}_scale", np.array(grid.scale, np.float32))
             zero = self.scalar(f"{name}_zero", np.array(grid.zero_point, grid.dtype))
             down = self.node("QuantizeLinear", [value, scale, zero], f"{name}_q")
             up = self.node("DequantizeLinear", [down.outputs[0], scale, zero], f"{name}_dq")
-            self.insert_behind(value, [down, up])
-            self._pairs[name] = up.outputs[0]
-        return self._pairs[name]
-
-    def insert_behind(self, value: ir.Value, nodes: Sequence[ir.Node]) -> None:
-        """Insert nodes right after the node of the main graph that makes a value, first of all for an input."""
-        graph, producer = self.model.graph, value.producer()
-        if producer is not None:
-            graph.insert_after(producer, nodes)
-        elif len(graph):
-            graph.insert_before(graph[0], nodes)
-        else:
-            graph.extend(nodes)
+            insert_behind(value, graph, [down, up])
+            self._pairs[key] = up.outputs[0]
+        return self._pairs[key]
 
     def integers(
         self,
@@ -200,17 +209,19 @@ class Builder:
         paired: bool = True,
         least: Array | None = None,
         zero_point: bool = False,
+        graph: ir.Graph | None = None,
     ) -> tuple[ir.Value, float]:
         """A weight behind DequantizeLinear, made once; `paired` and `least` as in `integers`.
 
         With `zero_point` it carries its zeros, which it needs for ONNX Runtime to compute a Gemm on integers. Layers
-        share them.
+        share them. The DequantizeLinear stands in `graph`, where a layer on integers needs it, or else in `place`.
 
         Returns:
             The value, and the signal to noise of the rounding in dB.
         """
-        graph, integers = self.place(value), self.integers(value, tensor, axis, paired=paired, least=least)
-        key = integers.value
+        integers = self.integers(value, tensor, axis, paired=paired, least=least)
+        graph = graph or self.place(value)
+        key = (integers.value, graph)
         if key not in self._dequantized:
             inputs, attributes = [integers.value, integers.scale], {} if axis is None else {"axis": axis}
             up = self.node("DequantizeLinear", inputs, f"{value.name}_dq", attributes)

@@ -79,6 +79,7 @@ class Workbench:
         feeds: Samples to judge layers and outputs on.
         settings: What was asked for.
         methods: How the ranges of single values are cut, by name.
+        products: Products of two activations that were asked for, by key: why they stay float, empty if they do not.
     """
 
     model: ir.Model
@@ -88,19 +89,32 @@ class Workbench:
     feeds: Sequence[Feed]
     settings: Settings
     methods: Mapping[str, Method] = field(default_factory=dict[str, Method])
+    products: Mapping[str, str] = field(default_factory=dict[str, str])
+
+    @property
+    def allowed_products(self) -> tuple[str, ...]:
+        """Keys of the products that do not stay float."""
+        return tuple(key for key, why in self.products.items() if not why)
 
     def plan(self, decisions: Sequence[Decision]) -> tuple[Plan, dict[str, Grid]]:
         """Plan the static layers and fit the grids."""
         static = [d.site for d in decisions if d.kind == "static"]
-        if not static or self.ranges is None:
+        products = self.allowed_products
+        if not (static or products) or self.ranges is None:
             return Plan(), {}
-        plan = make_plan(self.model, static, self.shapes, self.settings.rules)
+        plan = make_plan(self.model, static, self.shapes, self.settings.rules, products)
         usual = "minmax" if self.settings.calibrator == "auto" else self.settings.calibrator
         return plan, make_grids(self.model, plan, self.ranges, usual, self.settings.rules, self.methods)
 
 
 def first_choice(
-    model: ir.Model, sites: Sequence[Site], settings: Settings, *, static: bool, why: str = ""
+    model: ir.Model,
+    sites: Sequence[Site],
+    settings: Settings,
+    *,
+    static: bool,
+    why: str = "",
+    hidden: Mapping[str, str] | None = None,
 ) -> list[Decision]:
     """The strongest form that each site allows.
 
@@ -110,12 +124,16 @@ def first_choice(
         settings: What was asked for.
         static: Ranges can be calibrated.
         why: Said of layers that are not on integers because they cannot.
+        hidden: Reasons why ranges of single layers cannot be calibrated, by key.
     """
     nodes, chosen = keyed_nodes(model), list[Decision]()
     for site in sites:
         node = nodes[site.key]
         wanted = Decision(site, "static")
-        refusal = why_not_static(site, node, settings.rules, settings.per_channel) if static else why
+        refusal = why
+        if static:
+            unseen = (hidden or {}).get(site.key, "")
+            refusal = why_not_static(site, node, settings.rules, settings.per_channel) or unseen
         chosen.append(wanted if static and not refusal else fall_back(wanted, node, settings, refusal))
     return chosen
 
@@ -161,10 +179,11 @@ def assemble(bench: Workbench, decisions: Sequence[Decision]) -> tuple[ir.Model,
         if d.kind == "float":
             by_key[d.site.key] = Change.skipped(d.site.name, d.why)
     changes = [by_key[d.site.key] for d in decisions]
-    names = {node_key: node for node_key, node in keyed_nodes(bench.model).items() if node_key in plan.nodes}
+    names = keyed_nodes(bench.model)
     for key, role in plan.nodes.items():
-        if role in ("curve", "join"):
+        if role in ("curve", "join", "product"):
             changes.append(Change(names[key].name or key, f"{names[key].op_type} on int8"))
+    changes += [Change.skipped(names[key].name or key, why) for key, why in bench.products.items() if why]
     return model, changes
 
 

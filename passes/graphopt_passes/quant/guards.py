@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from functools import cached_property
 
 import onnx_ir as ir
 
+from graphopt.analyses import COST
 from graphopt.analyses.ranges import Method
 from graphopt.model_io import weight_bytes
 from graphopt.pass_base import Change
-from graphopt.reference import Reference
+from graphopt.reference import Feed, Reference
 from graphopt_passes.quant.audit import layer_quality, output_quality
 from graphopt_passes.quant.decide import Decision, Workbench, assemble, fall_back
+from graphopt_passes.quant.layer_noise import LayerNoise, Weights
 from graphopt_passes.quant.plan import Plan
-from graphopt_passes.quant.sites import key_of, keyed_nodes
-from graphopt_passes.quant.switches import output_noise
+from graphopt_passes.quant.sites import Site, key_of, keyed_nodes
 
-__all__ = ["fit_ranges", "floors_of", "guard_layers", "guard_outputs"]
+__all__ = ["fit_ranges", "floors_of", "guard_layers", "guard_outputs", "makes_scores", "step_noisiest"]
 
 _METHODS: tuple[Method, ...] = ("minmax", "mse", "percentile", "entropy")
 _WORTH = 0.1  # dB that another way must gain
@@ -29,7 +31,8 @@ _SCORES = 8.0  # dB that class scores may be noisier than other outputs
 _LARGE = 1 << 30  # bytes of weights above which only a missed limit is worth the many runs
 _CARRIERS = frozenset({"Cast", "Flatten", "Identity", "Reshape", "Squeeze"})
 _NOISE_FEEDS = 4
-_NOISE_RUNS = 64
+_NOISE_RUNS = 64  # of the model to find out which layers are to blame,
+_NOISE_MACS = 20_000_000_000  # or as many as take a second
 
 
 def fit_ranges(bench: Workbench, decisions: Sequence[Decision]) -> Workbench:
@@ -59,7 +62,7 @@ def fit_ranges(bench: Workbench, decisions: Sequence[Decision]) -> Workbench:
 def _levels_of_inputs(model: ir.Model, plan: Plan, quality: Mapping[str, float]) -> dict[str, float]:
     """Mean decibels of the layers that read a value, by the value whose grid it has."""
     found: dict[str, list[float]] = {}
-    for node in model.graph:
+    for node in model.graph.all_nodes():
         key = key_of(node)
         if key in quality:
             for index in plan.inputs[key]:
@@ -102,8 +105,8 @@ def guard_outputs(
     Returns:
         The model, what happened at each site, the decisions, and the signal to noise of each output in dB.
     """
-    settings, current, round_ = bench.settings, list(decisions), 0
-    shares, floors = _Shares(), floors_of(bench)
+    settings, current, round_ = bench.settings, _stored_once(decisions), 0
+    shares, floors = _Shares(bench, current), floors_of(bench)
     comfort = _COMFORT if weight_bytes(bench.model) <= _LARGE else 0.0
     original = Reference(bench.model, threads=bench.context.threads, extensions=bench.context.extensions)
     while True:
@@ -111,9 +114,12 @@ def guard_outputs(
         result = Reference(model, threads=bench.context.threads, extensions=bench.context.extensions)
         quality = output_quality(original, result, bench.feeds, bench.context)
         margin = min((level - floors[name] for name, level in quality.items()), default=comfort)
+        if margin < 0 and bench.allowed_products and not settings.rules.static_only:
+            why = "with it and others in int8 an output would be too noisy"
+            bench = replace(bench, products={key: old or why for key, old in bench.products.items()})
+            continue
         if margin >= comfort or settings.rules.static_only or all(d.kind == "float" for d in current):
             return model, changes, current, quality
-        shares.measure(bench, current)
         stepped = _step_back(bench, current, round_, margin, shares)
         if stepped == current:
             return model, changes, current, quality
@@ -125,26 +131,39 @@ def floors_of(bench: Workbench) -> dict[str, float]:
     """Least signal to noise of each output in dB; of class scores only the greatest matters."""
     floors: dict[str, float] = {}
     for output in bench.model.graph.outputs:
-        value: ir.Value | None = output
-        while value is not None and (node := value.producer()) is not None and node.op_type in _CARRIERS:
-            value = node.inputs[0]
-        maker = value.producer() if value is not None else None
-        scores = maker is not None and maker.op_type in ("LogSoftmax", "Softmax")
-        floors[output.name or ""] = bench.settings.min_output_sqnr - (_SCORES if scores else 0.0)
+        floors[output.name or ""] = bench.settings.min_output_sqnr - (_SCORES if makes_scores(output) else 0.0)
     return floors
 
 
-@dataclass
+def makes_scores(output: ir.Value) -> bool:
+    """Whether an output holds the scores of classes."""
+    value: ir.Value | None = output
+    while value is not None and (node := value.producer()) is not None and node.op_type in _CARRIERS:
+        value = node.inputs[0]
+    maker = value.producer() if value is not None else None
+    return maker is not None and maker.op_type in ("LogSoftmax", "Softmax")
+
+
 class _Shares:
     """Noise over signal at the worst output that each site makes alone.
 
-    Attributes:
-        static: With its input, weights and result rounded, by key; no entry where it never was static.
-        weights: With its weights rounded only.
+    Args:
+        bench: The model.
+        decisions: The strongest form that each site can take from now on.
     """
 
-    static: dict[str, float] = field(default_factory=dict[str, float])
-    weights: dict[str, float] = field(default_factory=dict[str, float])
+    def __init__(self, bench: Workbench, decisions: Sequence[Decision]) -> None:
+        self._bench, self._decisions = bench, tuple(decisions)
+
+    @cached_property
+    def _static(self) -> LayerNoise:
+        """With input, weights and result rounded."""
+        return self._measured([d.site for d in self._decisions if d.kind == "static"], activations=True)
+
+    @cached_property
+    def _weights(self) -> LayerNoise:
+        """With weights rounded only."""
+        return self._measured([d.site for d in self._decisions if d.kind != "float"], activations=False)
 
     def of(self, decision: Decision) -> float:
         """The share of a site in the form that was chosen.
@@ -155,24 +174,26 @@ class _Shares:
         key, kind = decision.site.key, decision.kind
         if kind == "float":
             return 0.0
-        weights = self.weights[key]
-        whole = self.static.get(key, weights)
-        return {"static": whole, "dynamic": (whole + weights) / 2, "weight": weights}[kind]
+        if kind == "weight" or key not in self._static.flags:
+            return self._weights.of(key)
+        whole = self._static.of(key)
+        return whole if kind == "static" else (whole + self._weights.of(key)) / 2
 
-    def measure(self, bench: Workbench, decisions: Sequence[Decision]) -> None:
-        """Measure what was not before."""
-        static = [d.site for d in decisions if d.kind == "static" and d.site.key not in self.static]
-        weights = [d.site for d in decisions if d.kind != "float" and d.site.key not in self.weights]
-        plan, grids = bench.plan(decisions)
-        for integers, stored, found in ((static, [], self.static), ([], weights, self.weights)):
-            count = len(integers) + len(stored)
-            if count:
-                feeds = bench.feeds[: max(1, min(_NOISE_FEEDS, _NOISE_RUNS // count))]
-                found |= output_noise(
-                    bench.model, plan, grids, integers, stored, feeds, bench.context,
-                    bits=bench.settings.bits,
-                    power_of_two=bench.settings.rules.power_of_two, per_channel=bench.settings.per_channel,
-                )  # fmt: skip
+    def _measured(self, sites: Sequence[Site], *, activations: bool) -> LayerNoise:
+        bench, settings = self._bench, self._bench.settings
+        plan, grids = bench.plan(self._decisions)
+        weights = Weights(settings.bits, settings.per_channel, settings.rules.power_of_two)
+        feeds = self._feeds(len(sites))
+        return LayerNoise.prepare(
+            bench.model, plan, grids, sites, feeds, bench.context, weights, activations=activations
+        )  # fmt: skip
+
+    def _feeds(self, count: int) -> Sequence[Feed]:
+        """A few samples from all over the data, one where layers are many or large."""
+        bench = self._bench
+        macs = max(1, bench.context.fact(COST).macs) * max(1, count)
+        few = max(1, min(_NOISE_FEEDS, max(_NOISE_RUNS // max(1, count), _NOISE_MACS // macs), len(bench.feeds)))
+        return bench.feeds[:: max(1, len(bench.feeds) // few)][:few]
 
 
 def _step_back(
@@ -196,9 +217,6 @@ def _step_back(
     before = sum(noise.values())
     limit = before * 10 ** (margin / 10) / 2 ** (round_ + 1)
 
-    def noisiest() -> str:
-        return min(noise, key=lambda key: (-noise[key], key))
-
     def step(key: str) -> None:
         share = 100 * noise[key]
         why = f"its int8 noise would be {share:.2g} % of the signal at an output"
@@ -214,9 +232,40 @@ def _step_back(
             step(key)
     else:
         while (left := sum(noise.values())) > before * 10 ** ((margin - _COMFORT) / 10):
-            if noise[noisiest()] < max(_OUTLIER, _EVEN / len(noise)) * left:
+            if noise[_noisiest(noise)] < max(_OUTLIER, _EVEN / len(noise)) * left:
                 break
-            step(noisiest())
-    while margin < 0 and any(d.kind != "float" for d in current.values()) and sum(noise.values()) > limit:
-        step(noisiest())
-    return [current[d.site.key] for d in decisions]
+            step(_noisiest(noise))
+    if margin < 0:
+        step_noisiest(noise, limit, step)
+    return _stored_once([current[d.site.key] for d in decisions])
+
+
+def _stored_once(decisions: Sequence[Decision]) -> list[Decision]:
+    """A weight that one layer needs in float is not stored in integers too for others that compute in float."""
+    kept = {(d.site.main, w.value) for d in decisions if d.kind == "float" for w in d.site.weights}
+    why = "another layer reads its weight in float"
+    return [
+        replace(d, kind="float", why="; ".join(filter(None, (d.why, why))))
+        if d.kind == "weight" and all((d.site.main, w.value) in kept for w in d.site.weights)
+        else d
+        for d in decisions
+    ]
+
+
+def step_noisiest(
+    noise: Mapping[str, float], limit: float, step: Callable[[str], None], cost: Mapping[str, float] | None = None
+) -> None:
+    """Step back with the noisiest layers until all together are within the limit.
+
+    Args:
+        noise: Noise over signal at the worst output that each layer makes alone; `step` lowers that of a layer.
+        limit: What their sum may be.
+        step: Gives a layer its next weaker form.
+        cost: What that takes; the layer with the most noise for what it costs goes first then.
+    """
+    while any(noise.values()) and sum(noise.values()) > limit:
+        step(_noisiest(noise, cost))
+
+
+def _noisiest(noise: Mapping[str, float], cost: Mapping[str, float] | None = None) -> str:
+    return min(noise, key=lambda key: (-noise[key] / (1.0 if cost is None else cost[key]), key))

@@ -1,7 +1,8 @@
-"""Decide which values of the main graph become 8-bit integers; nothing is changed here.
+"""Decide which values become 8-bit integers; nothing is changed here.
 
     role        operators                                        on integers if
     linear      Conv, Gemm, MatMul with a constant weight         chosen
+    product     MatMul of two activations                         asked for
     join        Add, Mul, Concat, GlobalAveragePool, AveragePool  all its inputs come from integer operators
     curve       Softmax, LayerNormalization, Gelu, Sigmoid, ...   asked for, and its input does
     move        MaxPool, Reshape, Transpose, Slice, ...           its input comes from an integer operator; same grid
@@ -9,6 +10,9 @@
 A Relu or Clip that alone reads a result belongs to its producer. Integers that only float operators would read are
 not made, with one exception: runtimes compute a Conv on integers only if its result is integer too, so a Conv whose
 result leads to another integer layer rounds it. The last results before the model's outputs stay float.
+
+Subgraphs are planned like the main graph, each by itself: what it reads from outside is rounded inside, what it hands
+out stays float. Values of a model to plan have names of their own (`tell_apart`).
 """
 
 from __future__ import annotations
@@ -19,7 +23,10 @@ from dataclasses import dataclass, field
 import onnx_ir as ir
 
 from graphopt.analyses import Shapes
+from graphopt.analyses.lifting import steady_dimensions, why_hidden
+from graphopt.analyses.names import subgraphs
 from graphopt.targets import IntegerRules
+from graphopt_passes.quant.borders import leads_to_other_integers
 from graphopt_passes.quant.sites import Site, key_of, tensor_of
 
 __all__ = ["CURVES", "Plan", "make_plan", "result_of"]
@@ -35,6 +42,7 @@ _MOVES = frozenset(
     {"Flatten", "Identity", "MaxPool", "Pad", "Relu", "Reshape", "Resize", "Slice", "Split", "Squeeze", "Transpose",
      "Unsqueeze", "DepthToSpace", "SpaceToDepth", "Clip"}
 )  # fmt: skip
+_STARTS = frozenset({"linear", "product"})  # their activations are rounded for them, wherever they come from
 _ACTIVATIONS = frozenset({"Relu", "Clip"})
 _OWN_GRID = frozenset({"Relu", "Clip"})
 
@@ -44,7 +52,8 @@ class Plan:
     """What becomes integer.
 
     Attributes:
-        nodes: Keys of the nodes computed on integers, with their role: linear, join, curve or move.
+        nodes: Keys of the nodes computed on integers, with their role: linear, product, join, curve or
+            move.
         inputs: For each of them, the indices of its inputs that are integer activations.
         results: Values rounded where they are made; every reader gets the rounded ones.
         like: Value -> the value whose grid it shares.
@@ -58,7 +67,7 @@ class Plan:
     def values(self, model: ir.Model) -> tuple[str, ...]:
         """Names of all values that need a grid of their own, in graph order."""
         found: dict[str, None] = {}
-        for node in model.graph:
+        for node in model.graph.all_nodes():
             for index in self.inputs.get(key_of(node), ()):
                 value = node.inputs[index]
                 found[self.grid_of(value.name or "" if value is not None else "")] = None
@@ -69,7 +78,7 @@ class Plan:
     def touched(self, model: ir.Model) -> tuple[str, ...]:
         """Names of all values that nodes on integers read or make, with or without a grid of their own."""
         found: dict[str, None] = {}
-        for node in model.graph:
+        for node in model.graph.all_nodes():
             for index in self.inputs.get(key_of(node), ()):
                 value = node.inputs[index]
                 found[value.name or "" if value is not None else ""] = None
@@ -90,21 +99,30 @@ class _Facts:
     linear: Mapping[str, Site]
     shapes: Shapes
     rules: IntegerRules
+    products: frozenset[str]
+    steady: frozenset[str]
 
 
-def make_plan(model: ir.Model, linear: Collection[Site], shapes: Shapes, rules: IntegerRules) -> Plan:
-    """Plan the main graph.
+def make_plan(
+    model: ir.Model,
+    linear: Collection[Site],
+    shapes: Shapes,
+    rules: IntegerRules,
+    products: Collection[str] = (),
+) -> Plan:
+    """Plan the main graph and its subgraphs.
 
     Args:
-        model: The model.
+        model: The model, its values told apart.
         linear: Sites to compute on integers.
         shapes: Types of its values.
         rules: What the target can compute on integers.
+        products: Keys of products of two activations to compute on integers.
     """
-    facts = _Facts({site.key: site for site in linear}, shapes, rules)
+    facts = _Facts({site.key: site for site in linear}, shapes, rules, frozenset(products), steady_dimensions(model))
     plan = Plan()
     integer = _offer(model, facts, plan)
-    _prune(model, plan, integer)
+    _prune(model, plan, integer, rules)
     return plan
 
 
@@ -131,12 +149,12 @@ def fused_activation(value: ir.Value) -> ir.Node | None:
 def _offer(model: ir.Model, facts: _Facts, plan: Plan) -> set[str]:
     """Mark every node that could compute on integers, in order; returns the values they make."""
     made: set[str] = set()
-    for node in model.graph:
+    for node in model.graph.all_nodes():
         role, key = _role(node, facts), key_of(node)
         if role is None or _is_fused(node, plan):
             continue
         inputs = _activations(node, role, facts)
-        if role != "linear" and not _all_made(node, role, inputs, made):
+        if role not in _STARTS and not _all_made(node, role, inputs, made):
             continue
         plan.nodes[key], plan.inputs[key] = role, inputs
         for output in node.outputs if role == "move" else (result_of(node),):
@@ -148,9 +166,13 @@ def _offer(model: ir.Model, facts: _Facts, plan: Plan) -> set[str]:
 def _role(node: ir.Node, facts: _Facts) -> str | None:
     if key_of(node) in facts.linear:
         return "linear"
+    if key_of(node) in facts.products:
+        return "product"
     if node.domain not in ("", "ai.onnx") or node.op_type not in facts.rules.operators:
         return None
     if facts.shapes.dtype(node.outputs[0]) not in (ir.DataType.FLOAT, None):
+        return None
+    if any(why_hidden(value, facts.shapes, facts.steady) for value in (*node.outputs, result_of(node)) if value.name):
         return None
     if node.op_type == "MaxPool" and any(output.name for output in node.outputs[1:]):
         return None  # runtimes have no integer form that also returns indices
@@ -178,6 +200,8 @@ def _activations(node: ir.Node, role: str, facts: _Facts) -> tuple[int, ...]:
     """Indices of the inputs that are float activations."""
     if role == "linear":
         return tuple(i for i in (0, 1) if i != facts.linear[key_of(node)].weights[0].index)
+    if role == "product":
+        return (0, 1)
     if role in ("curve", "move") or node.op_type in ("AveragePool", "GlobalAveragePool"):
         return (0,)
     return tuple(i for i, value in enumerate(node.inputs) if value is not None and tensor_of(value) is None)
@@ -187,7 +211,8 @@ def _all_made(node: ir.Node, role: str, inputs: tuple[int, ...], made: set[str])
     """All inputs are integers already; a constant operand keeps a node in float, where it costs no resolution."""
     with_constant = role == "join" and len(inputs) < sum(value is not None for value in node.inputs)
     values = [node.inputs[i] for i in inputs]
-    return bool(inputs) and not with_constant and all(v is not None and v.name in made for v in values)
+    near = all(v is not None and v.name in made and v.graph is node.graph for v in values)
+    return bool(inputs) and not with_constant and near
 
 
 def _is_fused(node: ir.Node, plan: Plan) -> bool:
@@ -198,37 +223,55 @@ def _is_fused(node: ir.Node, plan: Plan) -> bool:
     return producer is not None and key_of(producer) in plan.nodes and fused_activation(node.inputs[0]) is node
 
 
-def _prune(model: ir.Model, plan: Plan, made: set[str]) -> None:
+def _prune(model: ir.Model, plan: Plan, made: set[str], rules: IntegerRules) -> None:
     """Give up what would make integers for nobody, from the end; then fix results and shared grids."""
-    leads: set[str] = set()  # values from which a linear node on integers can be reached
-    for node in reversed(model.graph):
-        key, outputs = key_of(node), [o for o in node.outputs if o.name]
+    leads = _leading(model, plan)
+    for node in reversed(list(model.graph.all_nodes())):
+        key = key_of(node)
         role = plan.nodes.get(key)
-        if role is not None:
-            results = outputs if role == "move" else [result_of(node)]
-            read = any(_read_by_integers(value, plan) for value in results)
-            onward = any(value.name in leads for value in results)
-            if role != "linear" and not read:
-                del plan.nodes[key], plan.inputs[key]
-            elif read or (node.op_type == "Conv" and onward):
-                plan.results |= {value.name or "" for value in results}
-                if role == "move" and node.op_type not in _OWN_GRID:
-                    source = node.inputs[0].name if node.inputs[0] is not None else ""
-                    plan.like |= {value.name or "": source or "" for value in results}
-        if plan.nodes.get(key) == "linear" or any(output.name in leads for output in outputs):
-            leads |= {value.name for value in _all_inputs(node) if value.name}
+        if role is None:
+            continue
+        results = [o for o in node.outputs if o.name] if role == "move" else [result_of(node)]
+        read = any(
+            _read_by_integers(value, plan) or leads_to_other_integers(value, rules.activation) for value in results
+        )
+        if role not in _STARTS and not read:
+            del plan.nodes[key], plan.inputs[key]
+        elif read or (node.op_type == "Conv" and any(value.name in leads for value in results)):
+            plan.results |= {value.name or "" for value in results}
+            if role == "move" and node.op_type not in _OWN_GRID:
+                source = node.inputs[0].name if node.inputs[0] is not None else ""
+                plan.like |= {value.name or "": source or "" for value in results}
     plan.results &= made
+
+
+def _leading(model: ir.Model, plan: Plan) -> set[str]:
+    """Names of the values from which a linear node or product on integers can be reached."""
+    leads: set[str] = set()
+    nodes, handed = list(reversed(list(model.graph.all_nodes()))), _handed_out(model)
+    before = -1
+    while before < len(leads):  # twice where a loop hands something to its next turn
+        before = len(leads)
+        leads |= {value for value, behind in handed if behind in leads}
+        for node in nodes:
+            if plan.nodes.get(key_of(node)) in _STARTS or any(output.name in leads for output in node.outputs):
+                leads |= {value.name for value in node.inputs if value is not None and value.name}
+    leads.discard("")
+    return leads
+
+
+def _handed_out(model: ir.Model) -> list[tuple[str, str]]:
+    """What subgraphs take and hand out, each with what it becomes: inside, outside, on the next turn of a loop."""
+    found: list[tuple[str, str]] = []
+    for node in model.graph.all_nodes():
+        loop, skip = node.op_type == "Loop", 2 if node.op_type == "Loop" else 0
+        for _, graph in subgraphs(node):
+            starts, ends = graph.inputs[skip:], graph.outputs[1 if loop else 0 :]
+            ways = ((node.inputs[skip:], starts), (ends, node.outputs), (ends, starts))
+            pairs = (pair for left, right in ways for pair in zip(left, right, strict=False))
+            found += [(one.name or "", other.name or "") for one, other in pairs if one is not None]
+    return found
 
 
 def _read_by_integers(value: ir.Value, plan: Plan) -> bool:
     return any(index in plan.inputs.get(key_of(user), ()) for user, index in value.uses())
-
-
-def _all_inputs(node: ir.Node) -> list[ir.Value]:
-    """Inputs of a node, and what its subgraphs read from outside."""
-    found = [value for value in node.inputs if value is not None]
-    for attribute in node.attributes.values():
-        if attribute.type == ir.AttributeType.GRAPH and not attribute.is_ref():
-            for inner in attribute.as_graph().all_nodes():
-                found += [value for value in inner.inputs if value is not None]
-    return found

@@ -55,10 +55,10 @@ def lift_opset(model: ir.Model, version: int, ctx: Context) -> str:
         raise_opset(model, version)
     except ModelError as e:
         return e.fact
-    different = _difference(before, model, ctx)
-    if different:
+    problem = _problem(before, model, ctx)
+    if problem:
         model.graph, model.ir_version = before.graph, before.ir_version
-        return f"raised to opset {version} it computes something else: {different}"
+        return f"raised to opset {version} it {problem}"
     return ""
 
 
@@ -78,22 +78,34 @@ def grown_file(before: ir.Model, after: ir.Model) -> str:
     return f"the file would grow from {old} to {new} bytes" if new >= old else ""
 
 
-def _difference(before: ir.Model, after: ir.Model, ctx: Context) -> str:
-    """What differs between two models on calibration data or on random inputs; empty if nothing does."""
-    left, right = (Reference(model, threads=ctx.threads, extensions=ctx.extensions) for model in (before, after))
+def _problem(before: ir.Model, after: ir.Model, ctx: Context) -> str:
+    """What is wrong with the second of two models, on calibration data or on random inputs; empty if nothing is."""
+    left = Reference(before, threads=ctx.threads, extensions=ctx.extensions)
+    expected: list[tuple[Feed, Feed]] = []
     for feed in _feeds(before, ctx):
         try:
-            expected = left.run(feed)
+            expected.append((feed, left.run(feed)))
         except ModelError:  # random values can be outside of what a model takes, an index for instance
             ctx.log.warning("%s: the raised opset was not compared: the model takes no random input", before.graph.name)
             return ""
-        for name, got in right.run(feed).items():
-            reference = expected[name]
-            if not np.issubdtype(reference.dtype, np.floating):
-                if not np.array_equal(reference, got):
-                    return f"output {name!r}"
-            elif not np.allclose(got, reference, rtol=_TOLERANCE, atol=_scale(reference), equal_nan=True):
-                return f"output {name!r}"
+    del left
+    try:
+        right = Reference(after, threads=ctx.threads, extensions=ctx.extensions)
+        different = next(filter(None, (_difference(wanted, right.run(feed)) for feed, wanted in expected)), "")
+    except ModelError as e:
+        return f"does not run: {e.fact}"
+    return f"computes something else: output {different!r}" if different else ""
+
+
+def _difference(expected: Feed, got: Feed) -> str:
+    """Name of an output that differs; empty if none does."""
+    for name, array in got.items():
+        reference = expected[name]
+        if not np.issubdtype(reference.dtype, np.floating):
+            if not np.array_equal(reference, array):
+                return name
+        elif not np.allclose(array, reference, rtol=_TOLERANCE, atol=_scale(reference), equal_nan=True):
+            return name
     return ""
 
 

@@ -9,7 +9,7 @@ from typing import ClassVar, Literal, Self
 
 import onnx_ir as ir
 
-from graphopt.analyses import SHAPES, RangesAnalysis
+from graphopt.analyses import SHAPES
 from graphopt.errors import OptionError, nearest
 from graphopt.opset import opset_version
 from graphopt.options import opt
@@ -18,18 +18,18 @@ from graphopt.reference import Feed
 from graphopt_passes.fold.affine import fold_affine
 from graphopt_passes.fold.rewiring import FreshNames
 from graphopt_passes.quant.adjust.steps import Help, adjust_floats, adjust_integers
-from graphopt_passes.quant.audit import sample_feeds
 from graphopt_passes.quant.blockwise import Method, needs_data, quantize_blocks
 from graphopt_passes.quant.blockwise.store import BLOCKWISE_SINCE
 from graphopt_passes.quant.decide import Decision, Settings, Workbench, first_choice
 from graphopt_passes.quant.dynamic import note_ranks
 from graphopt_passes.quant.existing import as_floats
-from graphopt_passes.quant.floats import Choice, FloatSettings, check_patterns, convert
+from graphopt_passes.quant.floats import Choice, FloatSettings, check_patterns, convert, noise_by_site
+from graphopt_passes.quant.gemm import plain_gemms
 from graphopt_passes.quant.guards import fit_ranges, guard_layers, guard_outputs
 from graphopt_passes.quant.mixed.auto import Aim, Mixed, mix
 from graphopt_passes.quant.mixed.forms import current_forms, switchboard
 from graphopt_passes.quant.mixed.ranking import rank_alone, rank_by_leaving_out
-from graphopt_passes.quant.plan import CURVES, make_plan
+from graphopt_passes.quant.plan import CURVES
 from graphopt_passes.quant.prepare import (
     DYNAMIC_SINCE,
     PER_CHANNEL_SINCE,
@@ -39,13 +39,15 @@ from graphopt_passes.quant.prepare import (
     lift_opset,
     needed_opset,
 )
-from graphopt_passes.quant.sites import Site, choose, find_sites, unshared
+from graphopt_passes.quant.products import PRODUCTS, find_products, judge_products, told_before
+from graphopt_passes.quant.seen import hidden_layers, with_data, workbench
+from graphopt_passes.quant.sites import Site, choose, find_sites, keyed_nodes, tell_apart, usable
 
 __all__ = ["Quant"]
 
-_FEEDS = 8
 _SIZE = 0.2  # between 8 bits and 4 in blocks of 32
 _LEAST_GROUP = 8
+Narrow = Literal["fp16", "bf16", "fp8"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,13 +100,15 @@ class Quant(Pass):
         "minmax", help="how activation ranges are cut; auto: for each the way that leaves its layers least noise"
     )
     also: tuple[str, ...] = opt(
-        (), help="operators to compute on static int8 that stay float otherwise: Softmax, LayerNormalization, Gelu, ..."
+        (), help="operators to compute on static int8 that else stay float: Softmax, ...; MatMul: of two activations"
     )
     dynamic_convs: bool = opt(False, help="ranges found on every run for Conv too; ONNX Runtime is slower that way")
     per_channel: bool = opt(True, help="one weight scale for each output channel instead of one for the tensor")
     min_sqnr: float = opt(22.0, help="signal to noise in dB below which a layer leaves static int8")
     min_output_sqnr: float = opt(
-        16.0, help="signal to noise of outputs in dB below which the noisiest layers step back; class scores: 8 less"
+        16.0,
+        help="signal to noise of outputs in dB below which the noisiest layers step back; class scores: 8 less, and 4 "
+        "more where weights are stored in blocks",
     )
     equalize: bool = opt(True, help="move ranges of channels between layers, so that 8 bits fit them all")
     smooth: bool = opt(True, help="move outliers of activations into weights, by data, normalizations included")
@@ -157,9 +161,8 @@ class Quant(Pass):
             if ctx.calibration is None:
                 fact = f"{ctx.target} computes on static int8 only, which needs calibration data"
                 raise OptionError("quant", fact, "give --calibration")
-        source = as_floats(model)[0] if self.requantize else model
         if self._blocks() is None:  # blocks see layers behind a Transpose as well, and check by themselves
-            choose(find_sites(source)[0], self.only, self.skip)
+            self._choose(self._floats(model))
 
     def _check_combination(self) -> None:
         if self.dtype != "int":
@@ -171,8 +174,8 @@ class Quant(Pass):
         elif self.keep:
             raise OptionError("quant.keep", "belongs to narrow floats, and dtype=int stores integers", "use skip")
         for name in self.also:
-            if name not in CURVES:
-                raise OptionError("quant.also", f"{name!r} has no int8 form", nearest(name, CURVES))
+            if name not in CURVES | PRODUCTS:
+                raise OptionError("quant.also", f"{name!r} has no int8 form", nearest(name, CURVES | PRODUCTS))
         if self.bits in (4, 2) and self.mode in ("static", "dynamic"):
             fact = f"{self.mode!r} computes on 8-bit integers, {self.bits} bits store weights only"
             raise OptionError("quant.mode", fact, "leave mode out, or use bits=8")
@@ -200,9 +203,9 @@ class Quant(Pass):
             model.graph, model.ir_version = floats.graph, floats.ir_version
         return replace(result, changes=undone.told(result.changes))
 
-    def _narrow(self, model: ir.Model, ctx: Context, dtype: Literal["fp16", "bf16", "fp8"]) -> PassResult:
+    def _narrow(self, model: ir.Model, ctx: Context, dtype: Narrow) -> PassResult:
         """Convert a copy to narrower floats and, if that saves something, let its graph replace the model's."""
-        found = convert(model, ctx, FloatSettings(dtype, self._float_choice(), self.min_output_sqnr))
+        found = convert(model, ctx, self._float_settings(dtype))
         if found.model is None:
             return PassResult(False, found.changes)
         grown = grown_file(model, found.model)
@@ -219,6 +222,9 @@ class Quant(Pass):
         group = 32 if self.group_size is None else self.group_size
         return Method(self.bits, group, self.symmetric, self.algorithm, self.damping, self.act_order)
 
+    def _float_settings(self, dtype: Narrow) -> FloatSettings:
+        return FloatSettings(dtype, self._float_choice(), self.min_output_sqnr)
+
     def _float_choice(self) -> Choice:
         return Choice(only=self.only, skip=self.skip, keep=self.keep)
 
@@ -226,7 +232,7 @@ class Quant(Pass):
         """Quantize a copy and, if it is better, let its graph replace the model's."""
         method = self._blocks()
         if method is not None:
-            return quantize_blocks(model, ctx, method, only=self.only, skip=self.skip)
+            return quantize_blocks(model, ctx, method, only=self.only, skip=self.skip, floor=self.min_output_sqnr)
         sites, skipped = self._sites(model)
         if not sites:
             return PassResult(False, skipped)
@@ -236,7 +242,7 @@ class Quant(Pass):
             return self._take_mixed(model, mix(bench, decisions, self._aim(bench)), told)
         result, made, decisions, quality = guard_outputs(bench, decisions)
         changes = (*told, *made)
-        if all(d.kind == "float" for d in decisions):
+        if not any(change.done for change in made):
             return PassResult(False, changes)
         grown = "" if settings.rules.static_only else grown_file(model, result)
         if grown:
@@ -271,6 +277,8 @@ class Quant(Pass):
         if static:
             fold_affine(work, inner.fact(SHAPES), FreshNames(work), 0)
             drop_unread(work)
+            tell_apart(work)
+            plain_gemms(work, self._sites(work)[0])
             inner.drop_facts()
         sites, skipped = self._sites(work)
         asked = Help(self.equalize, self.smooth, self.bias_correction, self.rounding, self.outliers)
@@ -279,25 +287,43 @@ class Quant(Pass):
         why = "no calibration data" if ctx.calibration is None and self.mode == "auto" else ""
         if settings.dynamic:
             note_ranks(work, sites, inner.fact(SHAPES))
-        decisions = first_choice(work, sites, settings, static=static, why=why)
-        bench = fit_ranges(_bench(work, inner, settings, decisions), decisions)
+        hidden = hidden_layers(work, sites, inner.fact(SHAPES)) if static else {}
+        decisions = first_choice(work, sites, settings, static=static, why=why, hidden=hidden)
+        asks = static and self.bits == 8 and ("MatMul" in self.also or settings.rules.static_only)
+        products = find_products(work, inner.fact(SHAPES), self.only, self.skip) if asks else {}
+        bench = workbench(work, inner, settings, decisions, products)
+        decisions = with_data(bench, decisions)
+        bench = fit_ranges(bench, decisions)
         decisions = guard_layers(bench, decisions)
+        bench = judge_products(bench, decisions)
         adjusted += adjust_integers(bench, decisions, asked)
-        return bench, decisions, (*adjusted, *skipped)
+        return bench, decisions, (*adjusted, *told_before(skipped, bench))
 
     def revertible(self, model: ir.Model, sites: Sequence[str]) -> tuple[str, ...]:
-        """Layers whose weights are stored in integers."""
-        known = {site.name for site in find_sites(model)[0]} if self.dtype == "int" and not self.requantize else set()
+        """Layers whose weights are stored in integers; with `dtype`, nodes."""
+        if self.dtype != "int":
+            known = {node.name for node in keyed_nodes(model).values()}
+        else:
+            known = {site.name for site in find_sites(self._floats(model))[0]}
         return tuple(site for site in sites if site in known)
 
     def worst_first(
         self, model: ir.Model, ctx: Context, sites: Sequence[str], reverted: Sequence[str], feeds: Sequence[Feed]
     ) -> tuple[str, ...]:
-        """Order layers by the noise that they make at the outputs; see `mixed.ranking`."""
+        """Order layers by the noise that they make at the outputs; see `mixed.ranking`.
+
+        With `dtype=fp16` nodes by the noise that they add to their own results, otherwise as above.
+        """
+        if self.dtype != "int":
+            settings = self._float_settings(self.dtype)
+            settings = replace(settings, choice=replace(settings.choice, skip=self.without(reverted).skip))
+            noise = noise_by_site(model, ctx, settings, feeds)
+            return tuple(sorted(sites, key=lambda name: -noise.get(name, 0.0)))
         method, step = self._blocks(), self
         if method is not None:  # weights alone are rounded, and nothing is adjusted before
             step = Quant(mode="weight", equalize=False, smooth=False, only=self.only, skip=self.skip)
-        bench, decisions, _ = step._prepare(model.clone(), ctx)
+        floats = self._floats(model)
+        bench, decisions, _ = step._prepare(floats.clone(), replace(ctx, model=floats, _facts={}))
         forms = current_forms(bench, [d for d in decisions if d.site.name in {*sites, *reverted}], method)
         board = switchboard(bench, decisions)
         if reverted:
@@ -307,15 +333,25 @@ class Quant(Pass):
         ranked = tuple(name for name in ranked if name in sites)
         return (*ranked, *(name for name in sites if name not in ranked))
 
+    def _floats(self, model: ir.Model) -> ir.Model:
+        """What is quantized: the model, or what `requantize` makes of it."""
+        return as_floats(model)[0] if self.requantize else model
+
     def without(self, sites: Sequence[str]) -> Self:
         """The same with these layers among `skip`."""
         return replace(self, skip=(*self.skip, *map(glob.escape, sites)))
 
     def _sites(self, model: ir.Model) -> tuple[tuple[Site, ...], tuple[Change, ...]]:
-        sites, skipped = find_sites(model)
-        chosen, left = choose(sites, self.only, self.skip)
-        kept, shared = unshared(model, chosen)
-        return kept, (*skipped, *left, *shared)
+        chosen, skipped = self._choose(model)
+        kept, shared = usable(model, chosen)
+        return kept, (*skipped, *shared)
+
+    def _choose(self, model: ir.Model) -> tuple[tuple[Site, ...], tuple[Change, ...]]:
+        """Find the sites that `only` and `skip` leave; the patterns may name products of activations if asked for."""
+        wanted, (sites, skipped) = PRODUCTS & frozenset(self.also), find_sites(model)
+        others = tuple(node.name or "" for node in model.graph.all_nodes() if node.op_type in wanted)
+        kept, left = choose(sites, self.only, self.skip, others)
+        return kept, (*skipped, *left)
 
     def _settings(self, work: ir.Model, ctx: Context) -> Settings:
         """Raise the opset of the copy as far as needed, and settle for less where that cannot be done."""
@@ -341,16 +377,6 @@ class Quant(Pass):
             rules=rules,
             dynamic_convs=self.dynamic_convs,
         )
-
-
-def _bench(work: ir.Model, inner: Context, settings: Settings, decisions: Sequence[Decision]) -> Workbench:
-    """Calibrate what the static layers among the decisions touch."""
-    shapes, static = inner.fact(SHAPES), [d.site for d in decisions if d.kind == "static"]
-    ranges = None
-    if static:
-        touched = make_plan(work, static, shapes, settings.rules).touched(work)
-        ranges = inner.fact(RangesAnalysis(values=touched))
-    return Workbench(work, inner, shapes, ranges, sample_feeds(inner, _FEEDS), settings)
 
 
 def _metrics(decisions: Sequence[Decision], quality: dict[str, float]) -> dict[str, int | float | str | bool]:

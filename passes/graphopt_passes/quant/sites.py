@@ -9,9 +9,11 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
+from graphopt.analyses.names import Names
 from graphopt.analyses.quantized import find_quantized
 from graphopt.errors import OptionError
 from graphopt.pass_base import Change
+from graphopt.targets import WEIGHT_AXES
 
 __all__ = [
     "KEPT",
@@ -19,13 +21,15 @@ __all__ = [
     "RECURRENT",
     "Site",
     "Weight",
+    "bias_place",
     "choose",
     "find_sites",
     "graph_of",
     "key_of",
     "keyed_nodes",
+    "tell_apart",
     "tensor_of",
-    "unshared",
+    "usable",
 ]
 
 KEPT = "graphopt.quant.kept"
@@ -90,7 +94,10 @@ class Site:
 
 
 def key_of(node: ir.Node) -> str:
-    """Name of the first named output of a node; unlike node names these are unique within a graph."""
+    """Name of the first named output of a node; unlike node names these are unique within a graph.
+
+    In a model whose values are told apart it is the node's key.
+    """
     return next((output.name for output in node.outputs if output.name), "")
 
 
@@ -106,9 +113,23 @@ def graph_of(node: ir.Node) -> ir.Graph:
 
 
 def keyed_nodes(model: ir.Model) -> dict[str, ir.Node]:
-    """All nodes by key: in the main graph `key_of`, in subgraphs, which may use a name twice, after their number."""
-    graphs = enumerate(model.graphs())
-    return {f"{i}/{key_of(node)}" if i else key_of(node): node for i, graph in graphs for node in graph}
+    """All nodes by key: what `Names` calls their first named output, in a model of `tell_apart` its name.
+
+    A node comes before those in its subgraphs, and these before the nodes behind it.
+    """
+    names = Names(model)
+    return {_called(node, names): node for node in model.graph.all_nodes()}
+
+
+def tell_apart(model: ir.Model) -> None:
+    """Rename values inside subgraphs, in place, so that no two values that nodes make or read share a name."""
+    for value, name in Names(model).renamed.items():
+        if not value.is_initializer():
+            value.name = name
+
+
+def _called(node: ir.Node, names: Names) -> str:
+    return next((names.key(output) for output in node.outputs if output.name), "")
 
 
 def tensor_of(value: ir.Value | None) -> ir.TensorProtocol | None:
@@ -120,6 +141,17 @@ def tensor_of(value: ir.Value | None) -> ir.TensorProtocol | None:
         return value.const_value if value.is_initializer() else None
     attribute = producer.attributes.get("value") if producer.op_type == "Constant" and not producer.domain else None
     return attribute.as_tensor() if attribute is not None and not attribute.is_ref() else None
+
+
+def bias_place(node: ir.Node) -> tuple[ir.Node, int] | None:
+    """The node and input that hold the bias of a MatMul; None for other layers, and where there is none."""
+    if node.op_type != "MatMul" or node.outputs[0].is_graph_output():
+        return None
+    uses = tuple(node.outputs[0].uses())
+    if len(uses) != 1 or uses[0].node.op_type != "Add" or uses[0].node.graph is not node.graph:
+        return None
+    index = 1 - uses[0].idx
+    return (uses[0].node, index) if tensor_of(uses[0].node.inputs[index]) is not None else None
 
 
 def find_sites(model: ir.Model) -> tuple[tuple[Site, ...], tuple[Change, ...]]:
@@ -143,34 +175,48 @@ def find_sites(model: ir.Model) -> tuple[tuple[Site, ...], tuple[Change, ...]]:
     return tuple(sites), tuple(skipped)
 
 
-def unshared(model: ir.Model, sites: Sequence[Site]) -> tuple[tuple[Site, ...], tuple[Change, ...]]:
-    """Leave out sites whose weight something else reads as well: the float weight would have to stay."""
+def usable(model: ir.Model, sites: Sequence[Site]) -> tuple[tuple[Site, ...], tuple[Change, ...]]:
+    """Leave out sites whose weight something else reads as well, which keeps it float, or that holds infinities."""
     nodes = keyed_nodes(model)
     known = {nodes[site.key] for site in sites}
     kept: list[Site] = []
     skipped: list[Change] = []
     for site in sites:
-        values = [nodes[site.key].inputs[weight.index] for weight in site.weights]
-        others = [user for value in values if value is not None for user in value.consumers() if user not in known]
+        values = [value for w in site.weights if (value := nodes[site.key].inputs[w.index]) is not None]
+        others = [user for value in values for user in value.consumers() if user not in known]
         if others:
             reason = f"its weight is shared with {others[0].name or others[0].op_type!r}, which stays in float"
             skipped.append(Change.skipped(site.name, reason))
+        elif not all(_is_finite(tensor_of(value)) for value in values):
+            skipped.append(Change.skipped(site.name, "its weight holds infinities"))
         else:
             kept.append(site)
     return tuple(kept), tuple(skipped)
 
 
+def _is_finite(tensor: ir.TensorProtocol | None) -> bool:
+    array = np.zeros(1, np.float32) if tensor is None else np.asarray(tensor.numpy())
+    return bool(np.isfinite(array.min()) and np.isfinite(array.max()))  # one pass each, and no copy
+
+
 def choose(
-    sites: Sequence[Site], only: Sequence[str], skip: Sequence[str]
+    sites: Sequence[Site], only: Sequence[str], skip: Sequence[str], others: Sequence[str] = ()
 ) -> tuple[tuple[Site, ...], tuple[Change, ...]]:
     """Keep the sites that the options `only` and `skip` leave; both hold shell patterns of node names.
 
+    Args:
+        sites: The sites.
+        only: Patterns of those to keep; none: all.
+        skip: Patterns of those to leave out.
+        others: Names that patterns may mean as well.
+
     Raises:
-        OptionError: A pattern matches no site.
+        OptionError: A pattern matches no site, and none of the others.
     """
+    known = (*(site.name for site in sites), *others)
     for option, patterns in (("only", only), ("skip", skip)):
         for pattern in patterns:
-            if not any(fnmatch.fnmatchcase(site.name, pattern) for site in sites):
+            if not any(fnmatch.fnmatchcase(name, pattern) for name in known):
                 names = ", ".join(site.name for site in sites[:4])
                 hint = f"there are {len(sites)}, such as {names}" if sites else "the model has none"
                 raise OptionError(f"quant.{option}", f"{pattern!r} matches no layer that can be quantized", hint)
@@ -199,7 +245,7 @@ def _site(key: str, node: ir.Node, *, main: bool) -> Site | str | None:
         return _matmul(key, node, main=main)
     ports = _ports(node)
     if not ports:
-        worth = kind not in _MOVERS and _holds_weights(node)
+        worth = kind not in _MOVERS and _holds_weights(node) and not _is_bias(node)
         return f"{kind} stays in float" if worth else None
     if kind == "Gather" and not _is_table(node):
         return None
@@ -210,13 +256,10 @@ def _site(key: str, node: ir.Node, *, main: bool) -> Site | str | None:
 def _matmul(key: str, node: ir.Node, *, main: bool) -> Site | str:
     """A MatMul holds its weight on the right, or on the left with the roles exchanged."""
     if tensor_of(node.inputs[1]) is None and tensor_of(node.inputs[0]) is None:
-        if _is_quantized(node.inputs[1]) or _is_quantized(node.inputs[0]):
-            return "already quantized"
-        if any(_is_replaceable(value) for value in node.inputs):
-            return "its weight is also an input, which a caller may replace"
-        return "both operands are computed"
-    index = 1 if tensor_of(node.inputs[1]) is not None else 0
-    return _join(key, node, (_weight(node, index, -1 if index else -2),), main=main)
+        reasons = filter(None, map(_why_not_constant, (node.inputs[1], node.inputs[0])))
+        return next(reasons, "both operands are computed")
+    side = next(side for side in WEIGHT_AXES["MatMul"] if tensor_of(node.inputs[side.input]) is not None)
+    return _join(key, node, (_weight(node, side.input, side.axis),), main=main)
 
 
 def _join(key: str, node: ir.Node, weights: tuple[Weight | str, ...], *, main: bool) -> Site | str:
@@ -229,27 +272,23 @@ def _join(key: str, node: ir.Node, weights: tuple[Weight | str, ...], *, main: b
 
 def _ports(node: ir.Node) -> tuple[tuple[int, int], ...]:
     """(input, axis of its output channels) for every weight of an operator."""
-    if node.op_type == "Gemm":
-        return ((1, 0 if node.attributes.get_int("transB", 0) else 1),)
-    if node.op_type in RECURRENT:
-        return ((1, 1), (2, 1))
-    return {"Conv": ((1, 0),), "ConvTranspose": ((1, 1),), "Gather": ((0, -1),)}.get(node.op_type, ())
+    ports = WEIGHT_AXES.get(node.op_type, ())
+    flipped = (bool(port.flipped_by) and node.attributes.get_int(port.flipped_by, 0) for port in ports)
+    return tuple((port.input, 1 - port.axis if flip else port.axis) for port, flip in zip(ports, flipped, strict=True))
 
 
 def _weight(node: ir.Node, index: int, axis: int) -> Weight | str:
     value = node.inputs[index]
     tensor = tensor_of(value)
     if value is None or tensor is None:
-        if _is_quantized(value):
-            return "already quantized"
-        if _is_replaceable(value):
-            return "its weight is also an input, which a caller may replace"
-        return "its weight is computed; fold constants first"
+        return _why_not_constant(value) or "its weight is computed; fold constants first"
     if tensor.dtype != ir.DataType.FLOAT:
         return f"its weight is {tensor.dtype.name.lower()}, only float32 is quantized"
     shape = tuple(int(size) for size in tensor.shape.numpy())
     if len(shape) < 2:
         return "its weight is a vector"
+    if 0 in shape:
+        return "its weight is empty"
     if value.is_graph_output():
         return "its weight is also an output of the model"
     return Weight(index, value.name or "", axis % len(shape), shape)
@@ -264,15 +303,29 @@ def _is_table(node: ir.Node) -> bool:
     return tensor is not None and tensor.dtype == ir.DataType.FLOAT and len(tensor.shape) == 2 and axis == 0
 
 
-def _is_quantized(value: ir.Value | None) -> bool:
+def _why_not_constant(value: ir.Value | None) -> str:
+    """What keeps a value that looks like a weight from being one; empty if it is just computed."""
+    if value is not None and value.is_initializer() and value.is_graph_input():
+        return "its weight is also an input, which a caller may replace"
     producer = value.producer() if value is not None else None
     while producer is not None and producer.op_type in _MOVERS and producer.inputs and producer.inputs[0] is not None:
+        stored = tensor_of(producer.inputs[0])
+        if stored is not None and stored.dtype.is_floating_point() and stored.dtype != ir.DataType.FLOAT:
+            return f"its weight is stored in {stored.dtype.name.lower()} already"
         producer = producer.inputs[0].producer()
-    return producer is not None and producer.op_type in QUANTIZED_OPERATORS
+    return "already quantized" if producer is not None and producer.op_type in QUANTIZED_OPERATORS else ""
 
 
-def _is_replaceable(value: ir.Value | None) -> bool:
-    return value is not None and value.is_initializer() and value.is_graph_input()
+def _is_bias(node: ir.Node) -> bool:
+    """Whether a node is the Add whose vector belongs to the layer before it."""
+    makers = (value.producer() for value in node.inputs if value is not None and node.op_type == "Add")
+    for maker in makers:
+        place = bias_place(maker) if maker is not None else None
+        if maker is not None and place is not None and place[0] is node:
+            vector = tensor_of(node.inputs[place[1]])
+            weighed = any(tensor_of(factor) is not None for factor in maker.inputs)
+            return weighed and vector is not None and len(vector.shape) == 1
+    return False
 
 
 def _holds_weights(node: ir.Node) -> bool:

@@ -12,12 +12,12 @@ from graphopt.analyses import Ranges
 from graphopt.analyses.ranges import Method
 from graphopt.targets import IntegerRules
 from graphopt_passes.quant._maths import Grid, activation_grid, bias_floor, quantize_bias
-from graphopt_passes.quant.adjust.bias import bias_place, shift_bias
+from graphopt_passes.quant.adjust.bias import shift_bias
 from graphopt_passes.quant.adjust.prepared import prepared_bias
 from graphopt_passes.quant.borders import existing_grid
 from graphopt_passes.quant.builder import Builder
 from graphopt_passes.quant.plan import Plan
-from graphopt_passes.quant.sites import Site, key_of, tensor_of
+from graphopt_passes.quant.sites import Site, bias_place, graph_of, key_of, tensor_of
 from graphopt_passes.quant.weight import saved_bytes
 
 __all__ = ["adds_pairs", "apply_plan", "integer_inputs", "make_grids", "scale_axis", "why_not_static"]
@@ -28,8 +28,6 @@ _SHARE = 0.5  # a pool keeps its input's grid if its own range is at least this 
 def why_not_static(site: Site, node: ir.Node, rules: IntegerRules, per_channel: bool) -> str:
     """Reason why a site cannot be computed on static integers; empty if it can."""
     weight = site.weights[0]
-    if not site.main:
-        return "inside a subgraph, where activations are not calibrated"
     if site.operator not in rules.operators or site.operator == "Gather" or len(site.weights) > 1:
         return f"{site.operator} has no integer form on the target"
     bias = _bias(node, site)
@@ -53,11 +51,11 @@ def make_grids(
     _share_pools(model, plan, ranges)
     grids: dict[str, Grid] = {}
     symmetric = rules.symmetric_activations
-    values = {value.name: value for value in (*model.graph.inputs, *(o for node in model.graph for o in node.outputs))}
+    values = _activations(model)
     for name in plan.values(model):
-        old = existing_grid(values.get(name))
-        fits = old is not None and old.dtype == rules.activation and (not symmetric or old.zero_point in (0, 128))
-        if old is not None and fits and not rules.power_of_two:
+        old = existing_grid(values.get(name), rules.activation)
+        centre = 128 if rules.activation == "uint8" else 0
+        if old is not None and not rules.power_of_two and (not symmetric or old.zero_point == centre):
             grids[name] = old
             continue
         histogram = ranges.histograms[name]
@@ -66,9 +64,16 @@ def make_grids(
     return grids
 
 
+def _activations(model: ir.Model) -> dict[str, ir.Value]:
+    """What nodes make and graphs are given, by name."""
+    given = (value for graph in model.graphs() for value in graph.inputs)
+    made = (output for node in model.graph.all_nodes() for output in node.outputs)
+    return {value.name or "": value for value in (*given, *made)}
+
+
 def _share_pools(model: ir.Model, plan: Plan, ranges: Ranges) -> None:
     """An AveragePool keeps the grid of its input, as integer kernels want, unless that would waste resolution."""
-    for node in model.graph:
+    for node in model.graph.all_nodes():
         if node.op_type != "AveragePool" or key_of(node) not in plan.nodes or node.inputs[0] is None:
             continue
         source, result = node.inputs[0].name or "", node.outputs[0].name or ""
@@ -91,12 +96,10 @@ def apply_plan(
     *,
     per_channel: bool,
 ) -> dict[str, float]:
-    """Put a plan into the main graph; returns the signal to noise of each weight in dB, by site."""
-    graph, by_key = builder.model.graph, {site.key: site for site in sites}
-    values = {value.name: value for value in (*graph.inputs, *(o for node in graph for o in node.outputs))}
-    original = list(graph)
+    """Put a plan into a model; returns the signal to noise of each weight in dB, by site."""
+    by_key, values = {site.key: site for site in sites}, _activations(builder.model)
     quality: dict[str, float] = {}
-    for node in original:
+    for node in list(builder.model.graph.all_nodes()):
         key = key_of(node)
         if key not in plan.nodes:
             continue
@@ -105,14 +108,24 @@ def apply_plan(
         for index in plan.inputs[key]:
             value = node.inputs[index]
             if value is not None:
-                node.replace_input_with(index, builder.pair(value, grids[plan.grid_of(value.name or "")]))
+                grid = grids[plan.grid_of(value.name or "")]
+                node.replace_input_with(index, builder.pair(value, grid, graph_of(node)))
     for name in sorted(plan.results):
         rounded = builder.pair(values[name], grids[plan.grid_of(name)])
         quantizer = rounded.producer().inputs[0].producer()  # type: ignore[union-attr]
         for user, index in tuple(values[name].uses()):
             if user is not quantizer:
                 user.replace_input_with(index, rounded)
+        _hand_out(builder.model, values[name], rounded)
     return quality
+
+
+def _hand_out(model: ir.Model, value: ir.Value, rounded: ir.Value) -> None:
+    """Let a subgraph hand out the rounded form of a value: no runtime rounds a result that is also needed in float."""
+    graph = value.graph
+    if value.is_graph_output() and isinstance(graph, ir.Graph) and graph is not model.graph:
+        rounded.type, rounded.shape = value.type, value.shape
+        graph.outputs[:] = [rounded if output is value else output for output in graph.outputs]
 
 
 def integer_inputs(
@@ -141,7 +154,9 @@ def integer_inputs(
     if bias is not None:
         least = bias_floor(bias.tensor.numpy(), grid.scale, weight.channels if axis is not None else 1)
     product = site.operator == "Gemm" or (site.operator == "MatMul" and bias is not None)  # a Gemm to ONNX Runtime
-    dequantized, quality = builder.dequantized(value, tensor, axis, paired=paired, least=least, zero_point=product)
+    dequantized, quality = builder.dequantized(
+        value, tensor, axis, paired=paired, least=least, zero_point=product, graph=graph_of(node)
+    )
     scale = builder.integers(value, tensor, axis, paired=paired, least=least).scale
     node.replace_input_with(weight.index, dequantized)
     builder.discard(value)
@@ -177,22 +192,20 @@ class _Bias:
 
 
 def _bias(node: ir.Node, site: Site) -> _Bias | None:
-    """Constant bias of a convolution, of a Gemm that adds it unscaled, or in an Add behind a MatMul.
+    """Constant bias of a convolution, of a Gemm (see `plain_gemms`), or in an Add behind a MatMul.
 
     ONNX Runtime makes a Gemm of MatMul and Add, and computes a Gemm on integers only if its bias is integer too.
     """
     holder, index = node, 2
     if site.operator == "MatMul":
         place = bias_place(node) if site.weights[0].index == 1 and len(site.weights[0].shape) == 2 else None
-        if place is None or place[0].graph is not node.graph:
+        if place is None:
             return None
         holder, index = place
     tensor = tensor_of(holder.inputs[index]) if index < len(holder.inputs) else None
     if tensor is None or tensor.dtype != ir.DataType.FLOAT or len(tensor.shape) != 1:
         return None
     if site.operator in ("Gemm", "MatMul") and tensor.size != site.weights[0].channels:
-        return None
-    if site.operator == "Gemm" and any(node.attributes.get_float(name, 1.0) != 1.0 for name in ("alpha", "beta")):
         return None
     return _Bias(holder, index, tensor)
 
@@ -210,6 +223,6 @@ def _round_bias(builder: Builder, bias: _Bias, grid: Grid, weight_scale: ir.Valu
     name = value.name or "bias"
     inputs = [builder.constant(f"{name}_q", integers), builder.constant(f"{name}_scale", scale)]
     up = builder.node("DequantizeLinear", inputs, f"{name}_dq", {"axis": 0} if scale.ndim else {})
-    builder.model.graph.insert_before(bias.node, up)
+    graph_of(bias.node).insert_before(bias.node, up)
     bias.node.replace_input_with(bias.index, up.outputs[0])
     builder.discard(value)

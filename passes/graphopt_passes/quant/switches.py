@@ -1,60 +1,26 @@
-"""What each layer's rounding does to the outputs of the whole model, while all other layers stay float.
+"""Boolean inputs of a model that switch layers to rounded activations, so that one session answers for all of them.
 
-One copy of the model carries a boolean input for every layer: true, and it reads its rounded input and weights. One
-session then answers for all layers; a layer that looks harmless by itself but sits in front of something sensitive
-is found, which no figure of the layer alone can do.
+A layer that looks harmless by itself but sits in front of something sensitive is found, which no figure of the layer
+alone can do.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping
 
 import numpy as np
 import onnx_ir as ir
 
-from graphopt.pass_base import Context
-from graphopt.reference import Feed, Reference
+from graphopt.reference import Feed
 from graphopt_passes.quant._maths import Grid
 from graphopt_passes.quant.audit import powers
 from graphopt_passes.quant.builder import Builder
 from graphopt_passes.quant.plan import Plan, result_of
-from graphopt_passes.quant.sites import Site, graph_of, keyed_nodes, tensor_of
-from graphopt_passes.quant.static import adds_pairs, scale_axis
+from graphopt_passes.quant.sites import Site, graph_of, keyed_nodes
 
-__all__ = ["Switches", "output_noise", "worst_noise"]
+__all__ = ["Switches", "worst_noise"]
 
 _USELESS = 1e9  # a finite stand-in for infinite noise, so that shares can be added
-
-
-def output_noise(
-    model: ir.Model,
-    plan: Plan,
-    grids: Mapping[str, Grid],
-    static: Collection[Site],
-    weight_only: Collection[Site],
-    feeds: Sequence[Feed],
-    ctx: Context,
-    *,
-    bits: int,
-    per_channel: bool,
-    power_of_two: bool = False,
-) -> dict[str, float]:
-    """Noise power over signal power at the worst output, the mean over feeds, for every site by key."""
-    copy = model.clone()
-    board = _Board(Builder(copy, bits, power_of_two=power_of_two), plan, grids)
-    for site in static:
-        board.add(site, activations=True, per_channel=per_channel)
-    for site in weight_only:
-        board.add(site, activations=False, per_channel=per_channel)
-    flags = board.flags
-    session = Reference(copy, threads=ctx.threads, extensions=ctx.extensions)
-    off = {name: np.array(False) for name in flags.values()}
-    found: dict[str, list[float]] = {key: [] for key in flags}
-    for feed in ctx.progress(feeds, "finding sensitive layers"):
-        exact = session.run({**feed, **off})
-        for key, flag in flags.items():
-            found[key].append(worst_noise(exact, session.run({**feed, **off, flag: np.array(True)})))
-    return {key: float(np.mean(ratios)) for key, ratios in found.items()}
 
 
 class Switches:
@@ -88,11 +54,11 @@ class Switches:
         for index in self.plan.inputs[site.key]:
             value = node.inputs[index]
             if value is not None:
-                self.choose(flag, self._rounded(self.exact(value)), value, node, index)
+                self.choose(flag, self.rounded(self.exact(value)), value, node, index)
         result = result_of(node)
         if result.name in self.plan.results:
             for user, index in tuple(result.uses()):
-                self.choose(flag, self._rounded(result), result, user, index)
+                self.choose(flag, self.rounded(result), result, user, index)
 
     def exact(self, value: ir.Value) -> ir.Value:
         """What a value was before any switch stood in front of it."""
@@ -105,28 +71,9 @@ class Switches:
         user.replace_input_with(index, node.outputs[0])
         self._exact[node.outputs[0]] = self.exact(exact)
 
-    def _rounded(self, value: ir.Value) -> ir.Value:
-        return self.builder.pair(value, self.grids[self.plan.grid_of(value.name or "")])
-
-
-class _Board(Switches):
-    """Switches that round weights as well."""
-
-    def add(self, site: Site, *, activations: bool, per_channel: bool) -> None:
-        """Give a site its switch."""
-        node, flag = self.nodes[site.key], self.flag(site)
-        for weight in site.weights:
-            value = node.inputs[weight.index]
-            tensor = tensor_of(value)
-            if value is not None and tensor is not None:
-                axis = weight.axis if per_channel else None
-                if activations:
-                    axis = scale_axis(site, per_channel=per_channel)
-                paired = activations and adds_pairs(site, node)
-                rounded, _ = self.builder.dequantized(value, tensor, axis, paired=paired)
-                self.choose(flag, rounded, value, node, weight.index)
-        if activations:
-            self.round_activations(site, flag)
+    def rounded(self, value: ir.Value, graph: ir.Graph | None = None) -> ir.Value:
+        """A value rounded to its grid, in its own graph or in one inside of that."""
+        return self.builder.pair(value, self.grids[self.plan.grid_of(value.name or "")], graph)
 
 
 def worst_noise(exact: Feed, rounded: Feed) -> float:

@@ -21,6 +21,8 @@ from typing import Any
 
 import numpy as np
 
+from graphopt_passes.quant._maths import weight_scales
+
 __all__ = ["STRENGTHS", "Activation", "Problem", "Reader", "best_factors", "family"]
 
 Array = np.ndarray[Any, np.dtype[Any]]
@@ -29,6 +31,8 @@ STRENGTHS = (0.0, 0.125, 0.25, 0.375, 0.5, 0.625, 0.75, 0.875)  # 1 would bring 
 _LEVELS = 255
 _REACH = 2.0**12  # factors within one tensor differ by this much at most
 _LEAST = 1e-30
+_TURNS = 4
+_SETTLED = 0.01  # relative; factors that move less are where they belong
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,12 +69,14 @@ class Reader:
         weight: `[rows, columns, taps]`, maybe not all rows of the layer.
         importance: `[rows]` what one unit of noise power in a row counts; one over the power of the row, and so many
             times as there are rows like it.
+        bits: Bits of the weight, as `weight_scales` takes them.
     """
 
     activation: Activation
     columns: Array
     weight: Array
     importance: Array
+    bits: int = 8
 
     @property
     def energy(self) -> Array:
@@ -89,14 +95,12 @@ class Problem:
         count: Number of factors; a slot of this number is fixed at one.
         readers: Layers that read the channels.
         relays: Activations that are rounded on their way, by addition for instance, and read by no layer themselves.
-        top: Greatest integer of a weight.
         per_channel: A weight has one scale for each row.
     """
 
     count: int
     readers: Sequence[Reader]
     relays: Sequence[Activation]
-    top: int
     per_channel: bool
 
     def noise(self, factors: Array) -> float:
@@ -120,30 +124,27 @@ class Problem:
 
     def _weight_noise(self, reader: Reader, s: Array) -> float:
         scaled = (reader.weight / s[:, :, None]).astype(np.float32)
-        reach = np.abs(scaled).max(axis=(1, 2), initial=0.0)
-        if not self.per_channel:
-            reach = np.full_like(reach, reach.max(initial=0.0))
-        step = np.where(reach > 0, reach / self.top, 1.0)[:, None, None]
+        step = weight_scales(scaled, 0 if self.per_channel else None, reader.bits).reshape(-1, 1, 1)
         errors = np.square(scaled - np.rint(scaled / step) * step).sum(axis=2)
         inputs = reader.activation.square[reader.columns] * np.square(s)
         return float(reader.importance @ (errors * inputs).sum(axis=1))
 
-    def reach(self) -> Array:
+    def reach(self, factors: Array) -> Array:
         """`[count]` greatest magnitude of each channel over that of its tensor."""
-        found = np.zeros(self.count + 1)
+        s, found = np.append(factors, 1.0), np.zeros(self.count + 1)
         for activation in (*(reader.activation for reader in self.readers), *self.relays):
-            size = np.maximum(np.abs(activation.low), np.abs(activation.high))
+            size = np.maximum(np.abs(activation.low), np.abs(activation.high)) * s[activation.slots]
             np.maximum.at(found, activation.slots, size / max(float(size.max(initial=0.0)), _LEAST))
         return found[: self.count]
 
-    def columns(self) -> Array:
+    def columns(self, factors: Array) -> Array:
         """`[count]` greatest magnitude of what each channel is multiplied with, over that of its row."""
-        found = np.zeros(self.count + 1)
+        s, found = np.append(factors, 1.0), np.zeros(self.count + 1)
         for reader in self.readers:
-            peak = np.abs(reader.weight).max(axis=2)
+            slots = reader.activation.slots[reader.columns]
+            peak = np.abs(reader.weight).max(axis=2) / s[slots]
             rows = np.maximum(peak.max(axis=1, keepdims=True, initial=0.0), _LEAST)
-            slots = np.broadcast_to(reader.activation.slots[reader.columns], peak.shape)
-            np.maximum.at(found, slots, peak / rows)
+            np.maximum.at(found, np.broadcast_to(slots, peak.shape), peak / rows)
         return found[: self.count]
 
 
@@ -176,15 +177,25 @@ def family(reach: Array, columns: Array, strength: float) -> Array:
 def best_factors(problem: Problem, strengths: Sequence[float] = STRENGTHS) -> tuple[Array, float, float]:
     """The factors of the family with the least noise.
 
+    A channel's range counts relative to its tensor and its row, which the other channels' factors change; so each
+    member of the family is found in a few turns, and does not depend on the scales that the model came with.
+
     Returns:
         Factors `[count]`, their strength, and the noise before over that after; ones and 1 where none is better.
     """
-    reach, columns = problem.reach(), problem.columns()
     best, chosen = np.ones(problem.count), 0.0
     start = least = problem.noise(best)
     for strength in strengths:
-        factors = family(reach, columns, strength)
+        factors = np.ones(problem.count)
+        for _ in range(_TURNS):
+            before, factors = factors, _turned(problem, factors, strength)
+            if np.allclose(factors, before, rtol=_SETTLED):
+                break
         noise = problem.noise(factors)
         if noise < least:
             best, chosen, least = factors, strength, noise
     return best, chosen, start / least if least > 0 else 1.0
+
+
+def _turned(problem: Problem, factors: Array, strength: float) -> Array:
+    return factors * family(problem.reach(factors), problem.columns(factors), strength)

@@ -30,7 +30,7 @@ __all__ = ["Aims", "balance_channels"]
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
-_GAIN = 2.0  # three decibels: what ranges of some samples promise beyond that others keep
+_GAIN = 1.25  # one decibel: what ranges of some samples promise beyond that others keep
 _ROWS = 1024
 _NORMAL_REACH = 3.0  # an activation without data reaches three standard deviations
 _SWEEPS = 2
@@ -47,7 +47,7 @@ class Aims:
     Attributes:
         form: The strongest form that layers can take: static, dynamic or weight.
         keys: Keys of the nodes to be quantized.
-        top: Greatest integer of a weight.
+        bits: Bits of weights that kernels add in pairs.
         per_channel: A weight has one scale for each output channel.
         equalize: Balance channels between linear layers.
         smooth: Balance channels by data, and those that normalizations make.
@@ -55,7 +55,7 @@ class Aims:
 
     form: str
     keys: Collection[str]
-    top: int
+    bits: int
     per_channel: bool
     equalize: bool
     smooth: bool
@@ -153,7 +153,7 @@ class _Work:
         """Give outliers that nothing before a layer can scale a Mul of their own."""
 
         def problem(count: int, readers: Sequence[Reader]) -> Problem:
-            return Problem(count, readers, (), self.aims.top, self.aims.per_channel)
+            return Problem(count, readers, (), self.aims.per_channel)
 
         return migrate_outliers(self.model, self._fixed_inputs(), self.seen, self._reader, problem, self.names)
 
@@ -206,7 +206,7 @@ class _Work:
             relay = self._activation(component, value, expected, rounded=True)
             if value not in activations and not isinstance(relay, str):
                 relays.append(relay)
-        return Problem(len(component.roots), readers, relays, self.aims.top, self.aims.per_channel)
+        return Problem(len(component.roots), readers, relays, self.aims.per_channel)
 
     def _activation(
         self, component: Component, value: ir.Value, expected: Array | None, *, rounded: bool
@@ -268,7 +268,8 @@ class _Work:
         else:
             power = (np.square(flat, dtype=np.float64).sum(axis=2) * activation.square[columns]).sum(axis=1)
         least = _QUIET * float(np.median(power)) or 1.0  # a row that is almost silent is not the most important one
-        return Reader(activation, columns, flat, groups * count / len(kept) / np.maximum(power, least))
+        importance = groups * count / len(kept) / np.maximum(power, least)
+        return Reader(activation, columns, flat, importance, 8 if inputs == 1 < groups else self.aims.bits)
 
     # ------------------------------------------------------------ change
 

@@ -16,9 +16,9 @@ from graphopt_passes.quant._maths import Grid, dequantize, quantize, quantize_we
 from graphopt_passes.quant.adjust._bias import mean_shift
 from graphopt_passes.quant.adjust.layout import channel_axis, layout_of
 from graphopt_passes.quant.adjust.prepared import prepare_bias, prepared_weight
-from graphopt_passes.quant.sites import Site, keyed_nodes, tensor_of
+from graphopt_passes.quant.sites import Site, bias_place, keyed_nodes, tensor_of
 
-__all__ = ["bias_place", "correct_biases", "shift_bias"]
+__all__ = ["correct_biases", "shift_bias"]
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -91,17 +91,6 @@ def shift_bias(constants: _Constants, node: ir.Node, shift: Array) -> None:
     holder.replace_input_with(index, held)
     if old is not None:
         constants.discard(old)
-
-
-def bias_place(node: ir.Node) -> tuple[ir.Node, int] | None:
-    """The node and input that hold the bias of a MatMul; None for other layers, and where there is none."""
-    if node.op_type != "MatMul" or node.outputs[0].is_graph_output():
-        return None
-    uses = tuple(node.outputs[0].uses())
-    if len(uses) != 1 or uses[0].node.op_type != "Add":
-        return None
-    index = 1 - uses[0].idx
-    return (uses[0].node, index) if tensor_of(uses[0].node.inputs[index]) is not None else None
 
 
 def _no_place(node: ir.Node, site: Site) -> str:

@@ -11,8 +11,8 @@ import onnx_ir as ir
 
 from graphopt.analyses import CONSTANTS, LINEAR_LAYERS, LayerMoments, MomentsAnalysis
 from graphopt.pass_base import Change, Context
-from graphopt_passes.quant._maths import weight_scales
-from graphopt_passes.quant.adjust._rounding import damped, flip, gptq, nearest, output_error
+from graphopt_passes.quant._maths import pair_reach, quantize_weight, top_integer, weight_scales
+from graphopt_passes.quant.adjust._rounding import damped, flip, gptq, output_error
 from graphopt_passes.quant.adjust.layout import Layout, layout_of
 from graphopt_passes.quant.adjust.prepared import prepare_weight
 from graphopt_passes.quant.sites import Site, keyed_nodes, tensor_of
@@ -24,6 +24,7 @@ Rounding = Literal["nearest", "gptq", "adaround"]
 
 _SAMPLES = 128
 _WIDEST = 8192  # inputs; the inverse of more takes minutes
+_PAIR = 128  # two weights of one sign that kernels add in pairs: 255 * 128 is the most that 16 bits hold
 
 
 def round_weights(
@@ -95,33 +96,46 @@ def _round(
         return "the products of its inputs take too much memory, or are not finite"
     if value is None or tensor is None or layout is None:
         raise TypeError(f"{site.name!r} has lost its weight")
-    array, top = tensor.numpy(), 2 ** (bits - 1) - 1
-    axis = weight.axis if per_channel else None
-    scales = _scales_like(array, weight_scales(array, axis, bits), axis)
-    rows, steps = _rows(layout, array, moments), _rows(layout, np.ascontiguousarray(scales), moments)
-    found, before, after = np.empty(rows.shape), 0.0, 0.0
-    for group, (part, step, xx) in enumerate(zip(rows, steps[:, :, 0], moments.xx, strict=True)):
-        found[group], plain, better = _round_group(
-            part.astype(np.float64), step.astype(np.float64), top, xx, moments, how
-        )
-        before, after = before + plain, after + better
-    gain = 10 * math.log10(before / after) if before > 0 and after > 0 else 0.0
-    prepare_weight(value, axis, bits, _weight(layout, found.astype(np.int8), rows.shape))
-    return gain
+    array, axis = tensor.numpy(), weight.axis if per_channel else None
+    top = top_integer(axis, bits)
+    scales = weight_scales(array, axis, bits)
+    plain = quantize_weight(array, scales, axis, bits)
+    spread = np.ascontiguousarray(_scales_like(array, scales, axis))
+    rows, steps, nearest = (_rows(layout, part, moments) for part in (array, spread, plain))
+    steps = steps[:, :, 0].astype(np.float64)
+    found = np.empty(rows.shape)
+    for group, xx in enumerate(moments.xx):
+        parts = rows[group].astype(np.float64), steps[group], nearest[group].astype(np.float64)
+        found[group] = _round_group(*parts, top, damped(xx, moments.rows), how)
+    chosen = _weight(layout, found.astype(np.int8), rows.shape)
+    if axis is not None and bits < 8:
+        chosen = _unsaturated(chosen, plain, axis)
+    prepare_weight(value, axis, bits, chosen)
+    before, after = (_error(rows, steps, _rows(layout, integers, moments), moments) for integers in (plain, chosen))
+    return 10 * math.log10(before / after) if before > 0 and after > 0 else 0.0
 
 
-def _round_group(
-    weight: Array, scales: Array, top: int, xx: Array, moments: LayerMoments, how: Rounding
-) -> tuple[Array, float, float]:
+def _round_group(weight: Array, scales: Array, plain: Array, top: int, product: Array, how: Rounding) -> Array:
     """Round the rows of one group; each keeps what is best for it, nearest among the choices."""
-    product = damped(xx, moments.rows)
-    plain = nearest(weight, scales, top)
     better = gptq(weight, scales, top, product)
     if how == "adaround":
         better = flip(weight, scales, better, top, product)
-    better = _better(weight, scales, plain, better, product)
-    errors = [float(output_error(weight, scales, chosen, product).sum()) for chosen in (plain, better)]
-    return better, errors[0], errors[1]
+    return _better(weight, scales, plain, better, product)
+
+
+def _unsaturated(chosen: Array, plain: Array, axis: int) -> Array:
+    """Rows of the nearest integers where two neighbours among the chosen would saturate 16 bits with uint8."""
+    saturated = pair_reach(np.moveaxis(chosen, axis, 0).astype(np.float64)) > _PAIR
+    shape = tuple(-1 if i == axis % chosen.ndim else 1 for i in range(chosen.ndim))
+    return np.where(saturated.reshape(shape), plain, chosen)
+
+
+def _error(rows: Array, steps: Array, integers: Array, moments: LayerMoments) -> float:
+    """Mean square of what the rounding of all rows does to the result."""
+    if moments.xx is None:
+        return 0.0
+    parts = zip(rows, steps, integers, moments.xx, strict=True)
+    return sum(float(output_error(w, s, i, damped(xx, moments.rows)).sum()) for w, s, i, xx in parts)
 
 
 def _better(weight: Array, scales: Array, first: Array, second: Array, product: Array) -> Array:

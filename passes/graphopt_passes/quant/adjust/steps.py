@@ -66,7 +66,7 @@ def adjust_floats(
     aims = Aims(
         form=strongest,
         keys=frozenset(site.key for site in sites if site.main),
-        top=2 ** (settings.bits - 1) - 1,
+        bits=settings.bits,
         per_channel=settings.per_channel,
         equalize=asked.equalize,
         smooth=asked.smooth,

@@ -7,7 +7,9 @@
 | all others | DequantizeLinear, and Reshape for a convolution's kernel | the weight as float, made on every run |
 
 ONNX Runtime fuses a MatMul only with integers, scales and zero points that no other node reads, so layers that share a
-weight get copies, as long as these are smaller than the float weight.
+weight get copies, as long as these are smaller than the float weight. It would take rows that were looked up and
+dequantized for a product's activations and compute on their integers, which it cannot with a scale for every block: a
+Clip without bounds keeps them apart.
 """
 
 from __future__ import annotations
@@ -32,6 +34,8 @@ BLOCKWISE_SINCE = 21
 TWO_BITS_SINCE = 25
 FUSED_GROUPS = (16, 32, 64, 128, 256)
 """Group sizes that MatMulNBits takes; 0, one group, is among what it makes of its own."""
+_PRODUCTS = frozenset({"Gemm", "MatMul"})
+_REMOVED = frozenset({"Cast", "Dropout", "Flatten", "Identity", "Reshape", "Squeeze", "Transpose", "Unsqueeze"})
 
 _DTYPES = {
     (2, False): ir.DataType.UINT2,
@@ -152,11 +156,15 @@ class BlockStore:
         )
         output.metadata_props.update(found.metadata_props)
         inputs, attributes = [parts[0], chain[1].outputs[0], parts[1]], {"axis": -1, "block_size": table.rule.group}
-        up = ir.node("DequantizeLinear", inputs, attributes, outputs=[output], name=node.name)
-        up.metadata_props.update(node.metadata_props)
+        if _meets_product(found):
+            chain.append(make.node("DequantizeLinear", inputs, f"{name}_dq", attributes))
+            last = ir.node("Clip", chain[-1].outputs, outputs=[output], name=node.name)
+        else:
+            last = ir.node("DequantizeLinear", inputs, attributes, outputs=[output], name=node.name)
+        last.metadata_props.update(node.metadata_props)
         found.replace_all_uses_with(output, replace_graph_outputs=True)
         found.name = make.name(f"{name}_float")
-        graph.insert_before(node, [*chain, up])
+        graph.insert_before(node, [*chain, last])
         graph.remove(node, safe=True)
 
     def has_table(self, value: ir.Value) -> bool:
@@ -235,6 +243,14 @@ class BlockStore:
         value = ir.Value(name=name, type=ir.TensorType(dtype), shape=ir.Shape(codes.shape), const_value=tensor)
         graph.register_initializer(value)
         return value
+
+
+def _meets_product(value: ir.Value) -> bool:
+    """Whether a product reads a value, straight or behind operators that runtimes may remove or move."""
+    return any(
+        use.node.op_type in _PRODUCTS or (use.node.op_type in _REMOVED and _meets_product(use.node.outputs[0]))
+        for use in value.uses()
+    )
 
 
 def _is_plain(layout: Layout, blocks: Blocks) -> bool:

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 
 from graphopt_passes.quant._maths import decibel, quantize_weight, weight_scales
-from graphopt_passes.quant.builder import Builder, Integers
+from graphopt_passes.quant.builder import Builder, Integers, insert_behind
 
-__all__ = ["Rounding", "insert_after_value"]
+__all__ = ["Rounding"]
 
 Array = np.ndarray[Any, np.dtype[Any]]
 _MIDDLE = 128
@@ -39,7 +38,7 @@ class Rounding:
             words = ("u8", "u8_scale", "u8_zero")
             outputs = [ir.Value(name=self.builder.name(f"{source.name}_{word}")) for word in words]
             node = ir.node("DynamicQuantizeLinear", [source], outputs=outputs, name=outputs[0].name)
-            insert_after_value(source, graph, [node])
+            insert_behind(source, graph, [node])
             self._activations[key] = (outputs[0], outputs[1], outputs[2])
         return self._activations[key]
 
@@ -90,12 +89,3 @@ class Rounding:
             self.builder.constant(f"{name}_scale", scales, graph),
             sqnr,
         )
-
-
-def insert_after_value(value: ir.Value, graph: ir.Graph, nodes: Sequence[ir.Node]) -> None:
-    """Insert nodes into a graph as early as they can read a value: behind its maker, or first of all."""
-    producer = value.producer()
-    if producer is not None and producer.graph is graph:
-        graph.insert_after(producer, nodes)
-    else:
-        graph.insert_before(graph[0], nodes)

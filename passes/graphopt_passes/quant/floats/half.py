@@ -14,13 +14,13 @@ from graphopt.model_io import EMBED_LIMIT, weight_bytes
 from graphopt.pass_base import Change, Context
 from graphopt.reference import Feed, Reference
 from graphopt_passes.quant.floats.extremes import EXTREMES
-from graphopt_passes.quant.floats.levels import blame, output_levels, value_levels, worst_level
+from graphopt_passes.quant.floats.levels import added_noise, blame, output_levels, value_levels, worst_level
 from graphopt_passes.quant.floats.outcome import Converted
 from graphopt_passes.quant.floats.plan import Choice, Plan, Survey
 from graphopt_passes.quant.floats.rewrite import write_plan
 from graphopt_passes.quant.floats.storage import StoredWeight, cast_weights, find_weights
 
-__all__ = ["to_half"]
+__all__ = ["half_noise", "to_half"]
 
 _HALF = ir.DataType.FLOAT16
 _ROUNDS = 6
@@ -98,6 +98,23 @@ def to_half(work: ir.Model, ctx: Context, choice: Choice, feeds: Sequence[Feed],
     if not tried.plan.narrow and all(weight.refusal for weight in stored):
         return Converted(None, changes)
     return Converted(result, changes, _metrics(tried))
+
+
+def half_noise(work: ir.Model, ctx: Context, choice: Choice, feeds: Sequence[Feed]) -> dict[str, float]:
+    """Noise over signal that each node adds in fp16, see `added_noise`, by the name of its site.
+
+    Args:
+        work: The model; it does not change.
+        ctx: Facts about it.
+        choice: What the user leaves to the pass.
+        feeds: Samples to judge on.
+    """
+    ranges = ctx.fact(EXTREMES) if ctx.calibration is not None else None
+    survey = Survey(work, ctx.fact(SHAPES), ranges, choice)
+    plan = survey.plan({})
+    levels = value_levels(survey, plan, write_plan(survey, plan, simulate=True), feeds, ctx)
+    added = added_noise(survey, levels)
+    return {node.name or key: added[key] for key, node in survey.nodes if key in plan.narrow}
 
 
 def _judged(bench: _Bench) -> _Tried:

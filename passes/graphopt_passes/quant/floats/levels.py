@@ -21,7 +21,7 @@ from graphopt_passes.quant.audit import powers
 from graphopt_passes.quant.floats.plan import Plan, Survey
 from graphopt_passes.quant.sites import keyed_nodes
 
-__all__ = ["blame", "output_levels", "value_levels", "worst_level"]
+__all__ = ["added_noise", "blame", "output_levels", "value_levels", "worst_level"]
 
 _BEST = 80.0
 _MARGIN = 10.0  # dB above the limit from which on a node is not suspected
@@ -106,6 +106,19 @@ def blame(
             kept.setdefault(key, f"the result of {suspect.node.name!r}, which it leads to, {lost} in fp16")
     kept |= _inside(survey, plan, [s.node for s in suspects])
     return kept
+
+
+def added_noise(survey: Survey, levels: Mapping[str, float]) -> dict[str, float]:
+    """Noise over signal that each node adds, by key: at its own results, or at those of a reader that amplifies it."""
+    seen = {key: _seen(key, node, levels) for key, node in survey.nodes}
+    added = {key: math.inf if s.after == -math.inf else _ratio(s.after) - _ratio(s.before) for key, s in seen.items()}
+    keys = {node: key for key, node in survey.nodes}
+    readers = {key: {keys[user] for value in node.outputs for user in value.consumers()} for key, node in survey.nodes}
+    return {key: max([own, *(added[reader] for reader in readers[key])]) for key, own in added.items()}
+
+
+def _ratio(level: float) -> float:
+    return math.inf if level == -math.inf else 10 ** (-level / 10)
 
 
 def _level(signal: float, noise: float) -> float:

@@ -24,10 +24,10 @@ from graphopt_passes.quant.floats.outcome import Converted
 from graphopt_passes.quant.floats.plan import Choice
 from graphopt_passes.quant.floats.rewrite import insert_behind
 from graphopt_passes.quant.floats.storage import cast_weights, constants_of, find_weights, store
-from graphopt_passes.quant.sites import Site, find_sites, keyed_nodes, unshared
+from graphopt_passes.quant.sites import Site, find_sites, keyed_nodes, usable
 from graphopt_passes.quant.weight import saved_bytes
 
-__all__ = ["to_bfloat16", "to_float8"]
+__all__ = ["bfloat16_noise", "float8_noise", "to_bfloat16", "to_float8"]
 
 _FLOAT8 = ir.DataType.FLOAT8E4M3FN
 _GROUPS = 32  # sets of weights whose noise is measured, each alone
@@ -62,15 +62,7 @@ def to_bfloat16(work: ir.Model, ctx: Context, choice: Choice, feeds: Sequence[Fe
         feeds: Samples to judge outputs on; none without calibration data.
         limit: Least signal to noise of every output in dB.
     """
-    dtype, nodes = ir.DataType.BFLOAT16, keyed_nodes(work)
-    units, skipped = list[_Unit](), list[Change]()
-    for weight in find_weights(work, dtype, lambda _, node: choice.refusal(node)):
-        if weight.refusal:
-            skipped.append(Change.skipped(weight.site, weight.refusal))
-            continue
-        sites = tuple(nodes[key].name or key for key in weight.readers)
-        write = lambda model, weight=weight: cast_weights(model, [weight], dtype)  # noqa: E731
-        units.append(_Unit(sites, write, weight.size, weight.sqnr))
+    units, skipped = _bfloat16_units(work, choice)
     return _settled(work, ctx, units, skipped, feeds, limit, "bf16")
 
 
@@ -84,6 +76,48 @@ def to_float8(work: ir.Model, ctx: Context, choice: Choice, feeds: Sequence[Feed
         feeds: Samples to judge outputs on; none without calibration data.
         limit: Least signal to noise of every output in dB.
     """
+    units, skipped = _float8_units(work, choice)
+    return _settled(work, ctx, units, skipped, feeds, limit, "fp8")
+
+
+def bfloat16_noise(work: ir.Model, ctx: Context, choice: Choice, feeds: Sequence[Feed]) -> dict[str, float]:
+    """Noise over signal at the worst output with the weights of each site in bf16; arguments as of `to_bfloat16`."""
+    return _noise_by_site(work, ctx, _bfloat16_units(work, choice)[0], feeds)
+
+
+def float8_noise(work: ir.Model, ctx: Context, choice: Choice, feeds: Sequence[Feed]) -> dict[str, float]:
+    """Noise over signal at the worst output with the weights of each site in E4M3; arguments as of `to_float8`."""
+    return _noise_by_site(work, ctx, _float8_units(work, choice)[0], feeds)
+
+
+def _noise_by_site(work: ir.Model, ctx: Context, units: Sequence[_Unit], feeds: Sequence[Feed]) -> dict[str, float]:
+    noise = _noise(work, units, _session(work, ctx), feeds[:_NOISE_FEEDS], ctx)
+    found: dict[str, float] = {}
+    for index, unit in enumerate(units):
+        for site in unit.sites:
+            found[site] = found.get(site, 0.0) + noise[index]
+    return found
+
+
+def _bfloat16_units(work: ir.Model, choice: Choice) -> tuple[list[_Unit], list[Change]]:
+    """One unit for every constant that is worth it, and why the others are left."""
+    dtype, nodes = ir.DataType.BFLOAT16, keyed_nodes(work)
+    units, skipped = list[_Unit](), list[Change]()
+    for weight in find_weights(work, dtype, lambda _, node: choice.refusal(node)):
+        if weight.refusal:
+            skipped.append(Change.skipped(weight.site, weight.refusal))
+            continue
+        sites = tuple(nodes[key].name or key for key in weight.readers)
+        write = lambda model, weight=weight: cast_weights(model, [weight], dtype)  # noqa: E731
+        units.append(_Unit(sites, write, weight.size, weight.sqnr))
+    told = {site for unit in units for site in unit.sites} | {change.site for change in skipped}
+    layers, others = find_sites(work)
+    small = (Change.skipped(s.name, "so few weights that a Cast would cost more than bf16 saves") for s in layers)
+    return units, [*skipped, *(change for change in (*others, *small) if change.site not in told)]
+
+
+def _float8_units(work: ir.Model, choice: Choice) -> tuple[list[_Unit], list[Change]]:
+    """One unit for every weight of a layer, and why the others are left."""
     found, skipped = find_sites(work)
     nodes, changes, chosen = keyed_nodes(work), list(skipped), list[Site]()
     for site in found:
@@ -92,12 +126,12 @@ def to_float8(work: ir.Model, ctx: Context, choice: Choice, feeds: Sequence[Feed
             changes.append(Change.skipped(site.name, refusal))
         else:
             chosen.append(site)
-    kept, shared = unshared(work, chosen)
-    units, small = _float8_units(work, kept)
-    return _settled(work, ctx, units, [*changes, *shared, *small], feeds, limit, "fp8")
+    kept, shared = usable(work, chosen)
+    units, small = _units_of(work, kept)
+    return units, [*changes, *shared, *small]
 
 
-def _float8_units(work: ir.Model, sites: Sequence[Site]) -> tuple[list[_Unit], list[Change]]:
+def _units_of(work: ir.Model, sites: Sequence[Site]) -> tuple[list[_Unit], list[Change]]:
     """One unit for every weight, which several sites may read along different axes."""
     nodes, keys = keyed_nodes(work), {value: key for key, value in constants_of(work).items()}
     readers: dict[ir.Value, list[tuple[Site, int]]] = {}
@@ -249,13 +283,18 @@ def _loudest(noise: Mapping[int, float], left: Mapping[int, str], room: float) -
 def _noise(
     work: ir.Model, units: Sequence[_Unit], original: Reference, feeds: Sequence[Feed], ctx: Context
 ) -> dict[int, float]:
-    """Noise over signal at the worst output for each weight; many weights are measured in groups, as they come."""
+    """Noise over signal at the worst output for each weight.
+
+    Many weights are measured in groups, as they come; what a group makes is shared out by the noise of its weights.
+    """
     groups = [list(group) for group in np.array_split(np.arange(len(units)), min(_GROUPS, len(units)))]
     found: dict[int, float] = {}
     for group in ctx.progress(groups, "finding sensitive layers"):
         session = _session(_built(work, [units[i] for i in group]), ctx)
         level = worst_level(output_levels(original, session, feeds, ctx))
-        found |= dict.fromkeys(map(int, group), 10 ** (-max(level, -300.0) / 10) / len(group))
+        own = np.array([10 ** (-units[i].sqnr / 10) for i in group])
+        shares = own / own.sum() if own.any() else np.full(len(group), 1 / len(group))
+        found |= dict(zip(map(int, group), map(float, shares * 10 ** (-max(level, -300.0) / 10)), strict=True))
     return found
 
 

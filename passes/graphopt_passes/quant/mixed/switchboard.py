@@ -17,8 +17,7 @@ import onnx_ir as ir
 from graphopt.pass_base import Context
 from graphopt.reference import Feed, Reference
 from graphopt_passes.quant._maths import Grid
-from graphopt_passes.quant.builder import Builder
-from graphopt_passes.quant.dynamic.rounding import insert_after_value
+from graphopt_passes.quant.builder import Builder, insert_behind
 from graphopt_passes.quant.plan import Plan
 from graphopt_passes.quant.sites import Site, graph_of, tensor_of
 from graphopt_passes.quant.switches import Switches
@@ -125,6 +124,6 @@ class _Board(Switches):
             outputs = [ir.Value(name=self.builder.name(f"{exact.name}_{word}")) for word in ("u8", "step", "zero")]
             down = ir.node("DynamicQuantizeLinear", [exact], outputs=outputs, name=outputs[0].name)
             up = self.builder.node("DequantizeLinear", outputs, f"{exact.name}_rounded")
-            insert_after_value(exact, graph, [down, up])
+            insert_behind(exact, graph, [down, up])
             self._dynamic[exact, graph] = up.outputs[0]
         self.choose(self.flag(site), self._dynamic[exact, graph], value, node, index)

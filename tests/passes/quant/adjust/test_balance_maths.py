@@ -14,7 +14,7 @@ def problem(spread: float, rows: int = 16, columns: int = 12, seed: int = 0) -> 
     activation = Activation(np.arange(columns), x.min(0), x.max(0), np.square(x).mean(0))
     power = np.square(x @ weight.T).mean(0)
     reader = Reader(activation, np.arange(columns)[None], weight[:, :, None], 1 / power)
-    return Problem(columns, [reader], [], 127, per_channel=True), x, weight
+    return Problem(columns, [reader], [], per_channel=True), x, weight
 
 
 def measured(x: np.ndarray, weight: np.ndarray, factors: np.ndarray) -> float:
@@ -65,7 +65,7 @@ def test_a_fixed_slot_stays_at_one() -> None:
     reader = stated.readers[0]
     slots = np.array([0, 1, 2, *[3] * 9])  # nine channels are fixed
     one = Activation(slots, reader.activation.low, reader.activation.high, reader.activation.square)
-    partly = Problem(3, [Reader(one, reader.columns, reader.weight, reader.importance)], [], 127, per_channel=True)
+    partly = Problem(3, [Reader(one, reader.columns, reader.weight, reader.importance)], [], per_channel=True)
     factors, _, gain = best_factors(partly)
     assert factors.shape == (3,)
     assert gain >= 1.0
@@ -77,5 +77,23 @@ def test_one_scale_for_the_tensor_counts_the_widest_row() -> None:
     weight, importance = reader.weight.copy(), reader.importance.copy()
     weight[0], importance[0] = weight[0] * 100, importance[0] / 10_000
     wide = Reader(reader.activation, reader.columns, weight, importance)
-    rows, tensor = (Problem(stated.count, [wide], [], 127, per_channel=p) for p in (True, False))
+    rows, tensor = (Problem(stated.count, [wide], [], per_channel=p) for p in (True, False))
     assert tensor.noise(np.ones(12)) > 10 * rows.noise(np.ones(12))
+
+
+def test_factors_do_not_depend_on_the_scales_that_the_model_came_with() -> None:
+    stated, *_ = problem(0.0)
+    factors = 2.0 ** np.random.default_rng(3).integers(-4, 5, stated.count)
+    reader, seen = stated.readers[0], stated.readers[0].activation
+    wide = Activation(seen.slots, seen.low * factors, seen.high * factors, seen.square * factors**2)
+    scaled = Reader(wide, reader.columns, reader.weight / factors[None, :, None], reader.importance)
+    hard = Problem(stated.count, [scaled], [], per_channel=True)
+    undone = hard.noise(best_factors(hard)[0])
+    assert undone < 1.05 * stated.noise(best_factors(stated)[0])
+
+
+def test_weights_that_add_in_pairs_have_coarser_steps() -> None:
+    stated, *_ = problem(0.0)
+    paired = [Reader(r.activation, r.columns, r.weight, r.importance, bits=7) for r in stated.readers]
+    ones = np.ones(stated.count)
+    assert Problem(stated.count, paired, [], per_channel=True).noise(ones) > stated.noise(ones)

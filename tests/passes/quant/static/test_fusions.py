@@ -124,3 +124,51 @@ def test_a_shared_weight_stays_one_where_every_bias_fits() -> None:
     quantize(model)
     matrices = [name for name, tensor in tensors(model).items() if len(tensor.shape) == 2]
     assert matrices == ["w_q"]
+
+
+GEMMS: dict[str, tuple[str, dict[str, Shape]]] = {
+    "alpha": ("[it] y = Gemm<alpha = 0.5>(x, w, b)", {"w": (32, 64), "b": (64,)}),
+    "negative alpha": ("[it] y = Gemm<alpha = -2.0, transB = 1>(x, w, b)", {"w": (64, 32), "b": (64,)}),
+    "alpha alone": ("[it] y = Gemm<alpha = 0.5>(x, w)", {"w": (32, 64)}),
+    "beta": ("[it] y = Gemm<beta = 3.0>(x, w, b)", {"w": (32, 64), "b": (64,)}),
+    "no beta": ("[it] y = Gemm<beta = 0.0>(x, w, b)", {"w": (32, 64), "b": (64,)}),
+    "a row": ("[it] y = Gemm(x, w, b)", {"w": (32, 64), "b": (1, 64)}),
+    "one number": ("[it] y = Gemm<beta = 0.5>(x, w, b)", {"w": (32, 64), "b": (1,)}),
+    "a column": ("[it] y = Gemm<alpha = 2.0>(x, w, b)", {"w": (32, 64), "b": (4, 1)}),
+    "a matrix": ("[it] y = Gemm<beta = 0.5>(x, w, b)", {"w": (32, 64), "b": (4, 64)}),
+    "a computed bias": ("c = Exp(b)  [it] y = Gemm<alpha = 2.0, beta = 0.5>(x, w, c)", {"w": (32, 64), "b": (64,)}),
+    "two of one weight": (
+        "[it] h = Gemm<alpha = 0.5>(x, w, b)  [two] y = Gemm<alpha = 2.0>(h, w)", {"w": (32, 32), "b": (32,)}
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", GEMMS)
+def test_any_gemm_is_computed_on_integers(case: str, tmp_path: Path) -> None:
+    body, weights = GEMMS[case]
+    signature = f"(float[4,32] x) => (float[4,{32 if 'two' in case else 64}] y)"
+    model, original = build(signature, body, weights), build(signature, body, weights)
+    assert quantize(model)["it"] == "int8, calibrated ranges"
+    kinds = loaded(model, tmp_path)
+    assert kinds.count("QGemm") == (2 if "two" in case else 1)
+    assert "DequantizeLinear" not in kinds
+    assert decibels(original, model) > 27
+    assert "w" not in tensors(model)
+
+
+def test_a_gemm_that_is_left_alone_keeps_its_form() -> None:
+    body, weights = GEMMS["alpha"]
+    model = build("(float[4,32] x) => (float[4,64] z)", f"{body}  [other] z = MatMul(y, v)", {**weights, "v": (64, 64)})
+    quantize(model, skip=("it",))
+    gemm = next(node for node in model.graph if node.op_type == "Gemm")
+    assert gemm.attributes.get_float("alpha", 1.0) == 0.5
+
+
+@pytest.mark.parametrize("order", ["a, c", "c, a"])
+def test_what_a_product_adds_is_no_layer_of_its_own(order: str) -> None:
+    shapes: dict[str, Shape] = {"w": (32, 64), "c": (64,), "d": (4, 64)}
+    body = f"[one] a = MatMul(x, w)  [bias] b = Add({order})  [more] y = Add(b, d)"
+    model = build("(float[4,32] x) => (float[4,64] y)", body, shapes)
+    done = quantize(model)
+    assert "bias" not in done
+    assert done["more"] == "skipped: Add stays in float"

@@ -12,7 +12,7 @@ from graphopt.errors import OptionError
 from graphopt.model_io import model_bytes
 from graphopt.pass_base import PassResult
 from graphopt.runner import run_pass
-from graphopt.targets import INTEGER_OPERATORS, IntegerRules, Target
+from graphopt.targets import INTEGER_OPERATORS, WEIGHT_AXES, IntegerRules, Target
 from graphopt_passes.quant import Quant
 
 Shape = tuple[int, ...]
@@ -122,3 +122,48 @@ def test_every_calibrator_keeps_the_results_and_repeats_itself(calibrator: str) 
     quantize(again, calibrator=calibrator)
     assert decibels(original, model) > 25
     assert model_bytes(model) == model_bytes(again)
+
+
+LAYERS: dict[str, tuple[str, str, dict[str, Shape]]] = {
+    "Conv": ("(float[2,8,6,6] x) => (float[N,M,H,W] y)", "[it] y = Conv(x, w)", {"w": (16, 8, 3, 3)}),
+    "ConvTranspose": ("(float[2,8,6,6] x) => (float[N,M,H,W] y)", "[it] y = ConvTranspose(x, w)", {"w": (8, 16, 3, 3)}),
+    "Gather": ("(int64[6] x) => (float[6,16] y)", "[it] y = Gather(w, x)", {"w": (64, 16)}),
+    "Gemm": ("(float[4,32] x) => (float[4,16] y)", "[it] y = Gemm(x, w)", {"w": (32, 16)}),
+    "Gemm, transB": ("(float[4,32] x) => (float[4,16] y)", "[it] y = Gemm<transB = 1>(x, w)", {"w": (16, 32)}),
+    "MatMul": ("(float[4,32] x) => (float[4,16] y)", "[it] y = MatMul(x, w)", {"w": (32, 16)}),
+    "MatMul, left": ("(float[32,4] x) => (float[16,4] y)", "[it] y = MatMul(w, x)", {"w": (16, 32)}),
+    "GRU": ("(float[5,1,8] x) => (float[5,1,1,16] y)", "[it] y = GRU<hidden_size = 16>(x, w, r)",
+            {"w": (1, 48, 8), "r": (1, 48, 16)}),
+    "LSTM": ("(float[5,1,8] x) => (float[5,1,1,16] y)", "[it] y = LSTM<hidden_size = 16>(x, w, r)",
+             {"w": (1, 64, 8), "r": (1, 64, 16)}),
+    "RNN": ("(float[5,1,16] x) => (float[5,1,1,32] y)", "[it] y = RNN<hidden_size = 32>(x, w, r)",
+            {"w": (1, 32, 16), "r": (1, 32, 32)}),
+}  # fmt: skip
+
+
+def test_every_operator_of_the_table_is_tried() -> None:
+    assert {name.partition(",")[0] for name in LAYERS} == set(WEIGHT_AXES)
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_scales_lie_along_the_axis_of_the_table(name: str) -> None:
+    signature, body, weights = LAYERS[name]
+    model, original = build(signature, body, weights), build(signature, body, weights)
+    channels = {key: np.ones(shape, np.float32) for key, shape in weights.items()}
+    sides = WEIGHT_AXES[name.partition(",")[0]]
+    axes = dict(zip(weights, sides[1:] if "left" in name else sides, strict=False))
+    for key, shape in weights.items():  # every other channel is a thousand times smaller
+        axis = axes[key].axis % len(shape)
+        axis = 1 - axis if "transB" in name else axis
+        small = np.arange(shape[axis]) % 2 == 1
+        channels[key] = np.where(small, 1e-3, 1.0).reshape([-1 if i == axis else 1 for i in range(len(shape))])
+        for one in (model, original):
+            value = one.graph.initializers[key]
+            array = np.asarray(value.const_value.numpy()) / 4 * channels[key]  # type: ignore[union-attr]
+            value.const_value = ir.tensor(array.astype(np.float32), name=key)
+    assert actions(quantize(model, mode="weight"))["it"] == "weights in int8, arithmetic in float"
+    for key, shape in weights.items():
+        scale = tensors(model)[f"{key}_scale"].numpy()
+        assert scale.shape == (shape[channels[key].shape.index(max(channels[key].shape))],)
+        assert scale[1::2].max() < scale[::2].min() / 100
+    assert decibels(original, model) > 30
