@@ -83,6 +83,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--tools", nargs="*", choices=_ALGORITHMS, help="instead of all")
     parser.add_argument("--algorithms", nargs="*", help="instead of all")
     parser.add_argument("--groups", type=int, nargs="*")
+    parser.add_argument("--asymmetric", action="store_true", help="grids with zero points only")
     parser.add_argument("--environments", type=Path, default=quant_rivals.ENVIRONMENTS)
     parser.add_argument("--fresh", nargs="*", help="measure these tools again, or all if none is named")
     return parser.parse_args()
@@ -91,7 +92,7 @@ def _options() -> argparse.Namespace:
 def _ways(options: argparse.Namespace) -> Iterator[Way]:
     """All rows but the float one; tools that know one kind of grid have no rows of the other."""
     for group in options.groups or ((32,) if options.quick else (32, 128)):
-        for symmetric in (False,) if options.quick else (False, True):
+        for symmetric in (False,) if options.quick or options.asymmetric else (False, True):
             for tool, algorithms in _ALGORITHMS.items():
                 if options.tools and tool not in options.tools:
                     continue

@@ -14,6 +14,8 @@ from graphopt_backends.kernels.emit import (
     Frame,
     Pointer,
     bind,
+    cast,
+    constant,
     load,
     load_first,
     loop,
@@ -33,7 +35,9 @@ _MOST_PIXELS = 7
 
 @dataclass(frozen=True)
 class Depthwise:
-    """Y = epilogue(X convolved with one filter for each channel), in float32.
+    """Y = epilogue(X convolved with one filter for each channel), summed in float32.
+
+    Sums of 8-bit integers are exact there: those of 500 taps stay below 2^24.
 
     Attributes:
         isa: The CPU.
@@ -43,6 +47,8 @@ class Depthwise:
         channels: Of the image and of the result.
         window: Taps.
         epilogue: What happens to the sums.
+        dtype: Element type of the image.
+        zero_point: What is subtracted from its elements.
         source_pitch: Elements from pixel to pixel of the image; 0: `channels`.
         result_pitch: Elements from pixel to pixel of the result; 0: `channels`.
     """
@@ -54,6 +60,8 @@ class Depthwise:
     channels: int
     window: Window
     epilogue: Epilogue = PLAIN
+    dtype: str = "float32"
+    zero_point: int = 0
     source_pitch: int = 0
     result_pitch: int = 0
 
@@ -85,13 +93,13 @@ class Depthwise:
 
     def pack(self, weight: np.ndarray) -> np.ndarray:
         """Lay out a weight [channels, 1, height, width] as this kernel reads it: [taps, channels]."""
-        found = np.zeros((self.window.size[0] * self.window.size[1], self._padded), weight.dtype)
+        found = np.zeros((self.window.size[0] * self.window.size[1], self._padded), np.float32)
         found[:, : self.channels] = weight.reshape(self.channels, -1).T
         return found
 
     def pack_column(self, values: np.ndarray) -> np.ndarray:
         """Lay out numbers for each channel."""
-        found = np.zeros(self._padded, values.dtype)
+        found = np.zeros(self._padded, np.float32)
         found[: self.channels] = values.reshape(-1)
         return found
 
@@ -102,7 +110,7 @@ class Depthwise:
         )
         pitch = self.result_pitch or self.channels
         pointers = [
-            Pointer("source", "float32", (pixels - 1) * (self.source_pitch or self.channels) + self.channels),
+            Pointer("source", self.dtype, (pixels - 1) * (self.source_pitch or self.channels) + self.channels),
             Pointer("weight", "float32", self.window.size[0] * self.window.size[1] * self._padded),
             *self.epilogue.pointers(self.multiply, results, self.channels, self._padded),
             Pointer("result", self.epilogue.dtype, (results - 1) * pitch + self.channels),
@@ -159,7 +167,11 @@ class Depthwise:
                     along = i * window.strides[1] + kx * window.dilations[1]
                     if fixed is not None and not 0 <= fixed * window.strides[1] - window.pads[1] + along < self.width:
                         continue
-                    value = load_first(frame["source"], row + along * pitch, lanes, count, "float32")
+                    value = load_first(frame["source"], row + along * pitch, lanes, count, self.dtype)
+                    if self.dtype != "float32":
+                        value = cast(cast(value, "int32", lanes), "float32", lanes)
+                    if self.zero_point:
+                        value = value - constant(self.zero_point, "float32", lanes)
                     store(totals[i][0], load(totals[i][0], 0, lanes) + value * weight, 0, lanes)
         rows = [place.unit * self.result_size[1] + column + i for i in range(wide)]
         at = [row * (self.result_pitch or self.channels) + channel for row in rows]

@@ -7,13 +7,16 @@ value, and evaluated on vectors of any width.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from graphopt_backends.kernels import functions
-from graphopt_backends.kernels.emit import bind, cast, constant, tirx
+from graphopt_backends.kernels.emit import bind, cast, constant, intrinsic, tirx
 
-__all__ = ["BINARY", "UNARY", "Expression", "call", "clip", "evaluate", "number", "operand", "operands", "quantized"]
+__all__ = [
+    "BINARY", "UNARY", "Expression", "as_type", "call", "clip", "evaluate", "number", "operand", "operands",
+    "parameter", "parameters", "quantized", "simplified", "substituted",
+]  # fmt: skip
 
 Vector = Any
 
@@ -23,10 +26,11 @@ class Expression:
     """A node of the tree.
 
     Attributes:
-        op: `operand`, `number`, `cast`, or a name in `UNARY`, `BINARY`, or `where`.
+        op: `operand`, `number`, `parameter`, `cast`, `nearest` (float to int32), `where`, or a name in `UNARY` or
+            `BINARY`.
         dtype: Element type of the result.
         args: What it is computed from.
-        value: Of a number.
+        value: Of a number or parameter.
         index: Of an operand.
     """
 
@@ -48,7 +52,7 @@ class Expression:
         """The tree as text, short enough for a comment in a listing."""
         if self.op == "operand":
             return f"%{self.index}"
-        if self.op == "number":
+        if self.op in _CONSTANTS:
             return f"{self.value:g}"
         name = self.dtype if self.op == "cast" else self.op
         return f"{name}({', '.join(map(str, self.args))})"
@@ -82,11 +86,73 @@ def clip(value: Expression, least: float | None, most: float | None) -> Expressi
     return value if most is None else call("min", value, number(most, value.dtype))
 
 
-def quantized(value: Expression, scale: Expression, zero_point: float, dtype: str) -> Expression:
-    """QuantizeLinear: divided by the scale, rounded half to even, shifted, limited to the type."""
+def parameter(value: float, dtype: str = "float32") -> Expression:
+    """A constant that kernels read from memory, so that those that differ in it alone are one."""
+    return Expression("parameter", dtype, value=float(value))
+
+
+def quantized(value: Expression, scale: float, zero_point: int, dtype: str) -> Expression:
+    """QuantizeLinear: divided by the scale, limited to what the type holds, rounded half to even, shifted."""
     least, most = (0, 255) if dtype == "uint8" else (-128, 127)
-    steps = call("add", call("round", call("div", value, scale)), number(zero_point))
-    return as_type(as_type(clip(steps, least, most), "int32"), dtype)
+    steps = call("max", call("mul", value, parameter(1 / scale)), parameter(least - zero_point))
+    whole = Expression("nearest", "int32", (call("min", steps, parameter(most - zero_point)),))
+    return as_type(call("add", whole, parameter(zero_point, "int32")), dtype)
+
+
+def substituted(expression: Expression, others: Mapping[Expression, Expression]) -> Expression:
+    """An expression with others in place of parts of it."""
+    if expression in others:
+        return others[expression]
+    return replace(expression, args=tuple(substituted(arg, others) for arg in expression.args))
+
+
+def simplified(expression: Expression) -> Expression:
+    """The same with constants brought together: factors behind a limit go before it, limits of limits become one."""
+    e = replace(expression, args=tuple(simplified(arg) for arg in expression.args))
+    steps = _rounded_and_back(e)
+    if steps is not None:
+        return steps
+    if len(e.args) != 2 or e.args[1].op not in _CONSTANTS or e.args[0].op not in ("mul", "max", "min"):
+        return e
+    inner, outer = e.args[0], e.args[1]
+    if inner.args[1].op not in _CONSTANTS:
+        return e
+    if e.op == "mul" and inner.op == "mul":
+        return call("mul", inner.args[0], _product(inner.args[1], outer))
+    if e.op == "mul" and outer.value > 0 and outer.dtype == "float32":
+        before = simplified(call("mul", inner.args[0], outer))
+        return call(inner.op, before, _product(inner.args[1], outer))
+    if e.op == inner.op and e.op in ("max", "min"):
+        kept = max if e.op == "max" else min
+        return call(e.op, inner.args[0], kept(inner.args[1], outer, key=lambda constant: constant.value))
+    return e
+
+
+def _rounded_and_back(e: Expression) -> Expression | None:
+    """Steps of a grid that became bytes and floats again, the zero point taken away: floats rounded."""
+    value, zero = (e.args[0], e.args[1].value) if e.op == "sub" and e.args[1].op == "parameter" else (e, 0.0)
+    for dtype in ("float32", "int32", "bytes"):
+        if value.op != "cast" or (dtype != value.dtype and dtype != "bytes"):
+            return None
+        value = value.args[0]
+    if value.op != "add" or value.args[0].op != "nearest" or value.args[1] != parameter(zero, "int32"):
+        return None
+    return call("round", value.args[0].args[0])
+
+
+_CONSTANTS = ("number", "parameter")
+
+
+def _product(a: Expression, b: Expression) -> Expression:
+    value = a.value * b.value
+    return number(value, a.dtype) if value == 0 or a.op == b.op == "number" else parameter(value, a.dtype)
+
+
+def parameters(expression: Expression) -> tuple[Expression, ...]:
+    """All parameters of an expression, each once."""
+    if expression.op == "parameter":
+        return (expression,)
+    return tuple(dict.fromkeys(p for arg in expression.args for p in parameters(arg)))
 
 
 def operands(expression: Expression) -> dict[int, str]:
@@ -124,6 +190,10 @@ def _emit(e: Expression, args: list[Vector], values: Mapping[int, Vector] | Sequ
         return constant(e.value, e.dtype, lanes)
     if e.op == "cast":
         return bind(cast(args[0], e.dtype, lanes))
+    if e.op == "nearest":
+        # rounds half to even as it converts: one instruction
+        suffix = f"v{lanes}i32.v{lanes}f32" if lanes > 1 else "i32.f32"
+        return bind(intrinsic(f"llvm.lrint.{suffix}", "int32", lanes, args[0]))
     if e.op == "where":
         return bind(tirx.Select(*args))
     value = BINARY[e.op](*args) if e.op in BINARY else UNARY[e.op](args[0], lanes, e.dtype)

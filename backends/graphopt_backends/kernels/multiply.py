@@ -61,6 +61,13 @@ class Multiply:
         """Element type of accumulators."""
         return "float32" if self.kind == "f32" else "int32"
 
+    @property
+    def is_known(self) -> bool:
+        """There is an instruction for it on this CPU."""
+        if self.kind == "u8s8":
+            return self.isa.dot in ("vnni", "avx-vnni", "usdot")
+        return self.kind == "f32" or self.isa.dot in ("sdot", "usdot")
+
     def registers(self, rows: int, vectors: int) -> int:
         """Vector registers that a tile of accumulators and its operands take."""
         if self.isa.lane_operands:

@@ -7,7 +7,9 @@ from collections.abc import Callable, Mapping
 import onnx_ir as ir
 
 from graphopt.targets import Isa
+from graphopt_backends._fold import is_constant
 from graphopt_backends.network import linear, moves, resize, rows
+from graphopt_backends.network.integers import dequantized, pass_on
 from graphopt_backends.network.network import Network, dtype_of, shape_of
 from graphopt_backends.network.regions import Region, find_regions
 from graphopt_backends.network.views import Buffer, View, contiguous_strides
@@ -27,6 +29,7 @@ def convert(model: ir.Model, isa: Isa) -> Network:
         model: Fixed shapes, constants folded, nodes in order.
         isa: The CPU.
     """
+    pass_on(model)
     network, graph = Network(isa), model.graph
     for value in graph.inputs:
         shape = shape_of(value)
@@ -35,9 +38,9 @@ def convert(model: ir.Model, isa: Isa) -> Network:
     regions = find_regions(graph, _has_epilogue, linear.accepts)
     for node in graph:
         region = regions.get(node)
-        if region is None:
+        if region is None and not _is_read_with_its_user(node):
             _OTHERS[node.op_type](network, node, None)
-        elif node is region.last:
+        elif region is not None and node is region.last:
             anchor = region.anchor
             if anchor.op_type in _ANCHORS and _has_epilogue(anchor):
                 _ANCHORS[anchor.op_type](network, anchor, region)
@@ -49,14 +52,22 @@ def convert(model: ir.Model, isa: Isa) -> Network:
 
 
 def unsupported(model: ir.Model) -> list[ir.Node]:
-    """Nodes that no kernel computes."""
+    """Nodes that no kernel computes; those of a quantized model are brought into order first."""
+    pass_on(model)
     regions = find_regions(model.graph, _has_epilogue, linear.accepts)
     return [node for node in model.graph if node not in regions and not _is_known(node)]
 
 
+def _is_read_with_its_user(node: ir.Node) -> bool:
+    """A DequantizeLinear is a part of what reads it, or of the weight that it makes."""
+    return node.op_type == "DequantizeLinear" and (
+        dequantized(node.outputs[0]) is not None or all(v is None or is_constant(v) for v in node.inputs)
+    )
+
+
 def _is_known(node: ir.Node) -> bool:
     if node.op_type not in _OTHERS:
-        return False
+        return _is_read_with_its_user(node)
     check = {**moves.CHECKS, **resize.CHECKS, **rows.CHECKS}.get(node.op_type)
     return check is None or check(node)
 
@@ -72,8 +83,19 @@ def _arithmetic(network: Network, region: Region) -> None:
         if source.shape == shape_of(region.result) and not source.is_contiguous and source.is_dense:
             order = source.order
             break
-    result = network.new(region.result, order)
+    result = network.new(region.result, order or _wanted_order(region.result))
     network.loops(region.expression, sources, result, *region.nodes)
+
+
+def _wanted_order(value: ir.Value) -> tuple[int, ...] | None:
+    """Channels last, if that is how a reader wants them."""
+    users = [user for user, _ in value.uses()]
+    users += [reader for user in users if user.op_type == "DequantizeLinear" for reader, _ in user.outputs[0].uses()]
+    rank = len(shape_of(value))
+    return linear.image_order(rank) if rank > 2 and any(user.op_type in _IMAGES for user in users) else None
+
+
+_IMAGES = frozenset({"AveragePool", "Conv", "MaxPool", "Resize"})
 
 
 def _deliver(network: Network, value: ir.Value) -> None:

@@ -7,7 +7,8 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 import onnx_ir as ir
 
-from graphopt_backends.kernels.expression import Expression, as_type, call, clip, number
+from graphopt_backends.kernels.expression import Expression, as_type, call, clip, number, quantized
+from graphopt_backends.network.integers import grid_of, real
 
 __all__ = ["expression_of", "is_elementwise"]
 
@@ -168,6 +169,16 @@ def _not_equal(_: ir.Node, args: Arguments) -> Expression:
     return call("not", call("equal", args[0], args[1]))
 
 
+def _quantize(node: ir.Node, args: Arguments) -> Expression | None:
+    grid = grid_of(node)
+    return None if grid is None else quantized(args[0], grid.scale, grid.zero_point, grid.dtype)
+
+
+def _dequantize(node: ir.Node, args: Arguments) -> Expression | None:
+    grid = grid_of(node)
+    return None if grid is None else real(args[0], grid)
+
+
 _RULES: Mapping[str, Rule] = {
     "Abs": _unary("abs"),
     "Add": _folded("add"),
@@ -176,6 +187,7 @@ _RULES: Mapping[str, Rule] = {
     "Cast": _cast,
     "Ceil": _unary("ceil"),
     "Clip": _clip,
+    "DequantizeLinear": _dequantize,
     "Div": _divide,
     "Dropout": _same,
     "Elu": _elu,
@@ -202,6 +214,7 @@ _RULES: Mapping[str, Rule] = {
     "Not": lambda _, args: call("not", args[0]),
     "Or": _folded("or"),
     "PRelu": _prelu,
+    "QuantizeLinear": _quantize,
     "Pow": _power,
     "Reciprocal": _unary("reciprocal"),
     "Relu": _relu,

@@ -3,18 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 
-from graphopt_backends._fold import is_constant, static_shape
+from graphopt_backends._fold import static_shape
 from graphopt_backends.kernels.batched import Batched
 from graphopt_backends.kernels.conv import Conv, Window
 from graphopt_backends.kernels.depthwise import Depthwise
 from graphopt_backends.kernels.epilogue import Epilogue
+from graphopt_backends.kernels.expression import (
+    Expression,
+    as_type,
+    call,
+    operand,
+    parameter,
+    simplified,
+    substituted,
+)  # fmt: skip
 from graphopt_backends.kernels.gemm import Gemm
-from graphopt_backends.network.network import Network, constant_of, shape_of
+from graphopt_backends.kernels.multiply import Kind, Multiply
+from graphopt_backends.network.integers import integers_of, is_weight, weight_of
+from graphopt_backends.network.network import Network, shape_of
 from graphopt_backends.network.regions import Region
 from graphopt_backends.network.views import View
 
@@ -46,9 +58,9 @@ def _conv_check(node: ir.Node) -> bool:
     bias = node.inputs[2] if len(node.inputs) > 2 else None
     return (
         weight is not None
-        and is_constant(weight)
+        and is_weight(weight)
         and len(shape_of(weight)) in (3, 4)
-        and (bias is None or is_constant(bias))
+        and (bias is None or is_weight(bias))
         and node.attributes.get_string("auto_pad", "NOTSET") in ("NOTSET", "VALID")
     )
 
@@ -56,7 +68,9 @@ def _conv_check(node: ir.Node) -> bool:
 def _gemm_check(node: ir.Node) -> bool:
     bias = node.inputs[2] if len(node.inputs) > 2 else None
     weight = node.inputs[1]
-    return weight is not None and is_constant(weight) and (bias is None or is_constant(bias))
+    if weight is None or not is_weight(weight) or (bias is not None and not is_weight(bias)):
+        return False
+    return bias is None or int(np.prod(shape_of(bias))) in (1, shape_of(node.outputs[0])[1])
 
 
 def _matmul_check(node: ir.Node) -> bool:
@@ -66,7 +80,7 @@ def _matmul_check(node: ir.Node) -> bool:
 def _has_packed_weight(node: ir.Node) -> bool:
     """One constant matrix stands on the right."""
     weight = _value(node, 1)
-    return is_constant(weight) and len(shape_of(weight)) == 2
+    return is_weight(weight) and len(shape_of(weight)) == 2
 
 
 _CHECKS: Mapping[str, Callable[[ir.Node], bool]] = {
@@ -113,26 +127,67 @@ def image_order(rank: int) -> tuple[int, ...]:
     return (0, *range(2, rank), 1)
 
 
+@dataclass(frozen=True)
+class _Operands:
+    """What a convolution or product with a constant works on.
+
+    Attributes:
+        source: Activations.
+        weight: The constant.
+        bias: Added to the sums, or None.
+        kind: Element types.
+        zero_point: Of the activations.
+        scale: What a step of the sums is worth; None for floats.
+    """
+
+    source: View
+    weight: np.ndarray
+    bias: np.ndarray | None
+    kind: Kind = "f32"
+    zero_point: int = 0
+    scale: np.ndarray | None = None
+
+
+def _operands(network: Network, node: ir.Node, channel_axis: int) -> _Operands:
+    """Integers where all operands are and a kernel computes them, else floats."""
+    integers = integers_of(node, channel_axis)
+    if integers is not None:
+        kind: Kind = "u8s8" if integers.grid.dtype == "uint8" else "s8s8"
+        if Multiply(network.isa, kind).is_known:
+            source = network.view(integers.source)
+            return _Operands(source, integers.weight, integers.bias, kind, integers.grid.zero_point, integers.scale)
+    bias = weight_of(_value(node, 2)) if len(node.inputs) > 2 and node.inputs[2] is not None else None
+    return _Operands(network.view(_value(node, 0)), weight_of(_value(node, 1)), bias)
+
+
 def _convolve(network: Network, node: ir.Node, region: Region | None) -> None:
     assert region is not None
-    source, weight = network.view(_value(node, 0)), constant_of(_value(node, 1))
-    source, pitch = channels_last(network, source, node)
-    bias = constant_of(_value(node, 2)) if len(node.inputs) > 2 and node.inputs[2] is not None else None
+    on = _operands(network, node, 0)
+    source, pitch = channels_last(network, on.source, node)
     batch, channels, *sizes = source.shape
     height, width = (1, sizes[0]) if len(sizes) == 1 else (sizes[0], sizes[1])
-    groups = node.attributes.get_int("group", 1)
+    groups, weight = node.attributes.get_int("group", 1), on.weight
     window, filters = window_of(node, weight.shape[2:]), weight.shape[0]
     if weight.ndim == 3:
         weight = weight[:, :, None]
     result = network.new(region.result, image_order(source.rank))
-    epilogue, operands = _epilogue(network, region, result, 1, bias is not None)
+    depthwise = groups == channels == filters and groups > 1
+    bias = on.bias
+    if on.kind != "f32" and on.zero_point and not depthwise:
+        sums = weight.reshape(filters, -1).sum(1, dtype=np.int64) * on.zero_point
+        bias = ((0 if bias is None else bias) - sums).astype(np.int32)
+    epilogue, operands = _epilogue(network, region, result, 1, bias is not None, on.scale, exact=depthwise)
     isa = network.isa
-    if groups == channels == filters and groups > 1:
-        kernel: Any = Depthwise(isa, batch, height, width, channels, window, epilogue, pitch)
+    if depthwise:
+        kernel: Any = Depthwise(
+            isa, batch, height, width, channels, window, epilogue, source.dtype, on.zero_point, pitch
+        )
     elif window == Window((1, 1)) and groups == 1:
-        kernel = Gemm(isa, "f32", batch * height * width, filters, channels, epilogue, pitch)
+        kernel = Gemm(isa, on.kind, batch * height * width, filters, channels, epilogue, pitch)
     else:
-        kernel = Conv(isa, "f32", batch, height, width, channels, filters, window, groups, epilogue, source_pitch=pitch)
+        kernel = Conv(
+            isa, on.kind, batch, height, width, channels, filters, window, groups, epilogue, on.zero_point, pitch
+        )
     packed = weight[:, :, 0, 0].T if isinstance(kernel, Gemm) else weight
     _call(network, kernel, source, packed, bias, operands, result, region)
 
@@ -142,33 +197,31 @@ def _multiply(network: Network, node: ir.Node, region: Region | None) -> None:
     if not _has_packed_weight(node):
         _multiply_batches(network, node, region)
         return
-    source, weight = network.view(_value(node, 0)), constant_of(_value(node, 1))
-    bias: np.ndarray | None = None
+    flipped = node.op_type == "Gemm" and bool(node.attributes.get_int("transB", 0))
+    on = _operands(network, node, 0 if flipped else 1)
+    source, weight, bias = on.source, on.weight.T if flipped else on.weight, on.bias
     if node.op_type == "Gemm":
         if node.attributes.get_int("transA", 0):
             source = source.permuted((1, 0))
-        if node.attributes.get_int("transB", 0):
-            weight = weight.T
         alpha, beta = node.attributes.get_float("alpha", 1.0), node.attributes.get_float("beta", 1.0)
-        if alpha != 1.0:
+        if (alpha, beta) != (1.0, 1.0):
             weight = weight * np.float32(alpha)
-        if len(node.inputs) > 2 and node.inputs[2] is not None and beta != 0:
-            bias = constant_of(_value(node, 2)) * np.float32(beta)
+            bias = None if bias is None or not beta else bias * np.float32(beta)
     depth, columns = weight.shape
     rows = source.size // depth
     flat = source.reshaped((rows, depth))
     if flat is None or (depth > 1 and flat.strides[1] != 1) or (rows > 1 and flat.strides[0] < depth):
         flat = network.copied(source, node=node).reshaped((rows, depth))
         assert flat is not None
-    result = network.new(region.result)
-    pitch = flat.strides[0] if rows > 1 else depth
-    if bias is not None and bias.size not in (1, columns):
-        whole = network.constant(np.broadcast_to(bias, (rows, columns)))
-        raise NotImplementedError(f"bias of shape {bias.shape}", whole)
     if bias is not None:
         bias = np.ascontiguousarray(np.broadcast_to(bias.reshape(-1), (columns,)))
-    epilogue, operands = _epilogue(network, region, result, result.rank - 1, bias is not None)
-    kernel = Gemm(network.isa, "f32", rows, columns, depth, epilogue, pitch)
+    if on.zero_point:
+        sums = weight.sum(0, dtype=np.int64) * on.zero_point
+        bias = ((0 if bias is None else bias) - sums).astype(np.int32)
+    result = network.new(region.result)
+    pitch = flat.strides[0] if rows > 1 else depth
+    epilogue, operands = _epilogue(network, region, result, result.rank - 1, bias is not None, on.scale)
+    kernel = Gemm(network.isa, on.kind, rows, columns, depth, epilogue, pitch)
     _call(network, kernel, flat, weight, bias, operands, result, region)
 
 
@@ -190,9 +243,13 @@ def _multiply_batches(network: Network, node: ir.Node, region: Region) -> None:
         strides.append((view.strides[-2], view.strides[-1]))
         steps.append(view.strides[:-2])
     left, right = left.broadcast((*batch, *left.shape[-2:])), right.broadcast((*batch, *right.shape[-2:]))
+    expression, held = network.bound(simplified(region.expression), len(operands) + 1)
+    operands += held
+    strides += [(0, 0)] * len(held)
+    steps += [(0,) * len(batch)] * len(held)
     kernel = Batched(
         network.isa, batch, result.shape[-2], result.shape[-1], left.shape[-1], left.strides[:-1], right.strides,
-        result.strides[:-1], Epilogue(region.expression, tuple(strides)), tuple(steps),
+        result.strides[:-1], Epilogue(expression, tuple(strides)), tuple(steps),
     )  # fmt: skip
     network.call(kernel, [left, right, *operands, result], *region.nodes)
 
@@ -213,21 +270,61 @@ def _value(node: ir.Node, index: int) -> ir.Value:
     return value
 
 
-def _epilogue(network: Network, region: Region, result: View, axis: int, bias: bool) -> tuple[Epilogue, list[View]]:
-    """The epilogue of a region and its operands; all axes but one are rows, and must follow each other alike."""
+def _epilogue(
+    network: Network, region: Region, result: View, axis: int, bias: bool, scale: np.ndarray | None, *,
+    exact: bool = False,
+) -> tuple[Epilogue, list[View]]:  # fmt: skip
+    """The epilogue of a region and its operands; all axes but one are rows, and must follow each other alike.
+
+    Args:
+        network: Where operands are.
+        region: What is computed.
+        result: Where it goes.
+        axis: That of the columns.
+        bias: Sums begin with one.
+        scale: What a step of sums of integers is worth, one number for all columns or one for each.
+        exact: Those sums are floats.
+    """
     views: list[View] = []
     strides: list[tuple[int, int]] = []
     rows = [i for i in result.order if i != axis]
+    sizes = (result.size // result.shape[axis], result.shape[axis])
     for value in region.operands:
         view = network.view(value).broadcast(result.shape)
-        flat = view.permuted((*rows, axis)).reshaped((result.size // result.shape[axis], result.shape[axis]))
+        flat = view.permuted((*rows, axis)).reshaped(sizes)
         if flat is None or (flat.shape[1] > 1 and flat.strides[1] not in (0, 1)):
-            view = network.copied(network.view(value).broadcast(result.shape), result.order)
-            flat = view.permuted((*rows, axis)).reshaped((result.size // result.shape[axis], result.shape[axis]))
+            flat = network.copied(view, result.order).permuted((*rows, axis)).reshaped(sizes)
             assert flat is not None
         views.append(flat)
         strides.append((flat.strides[0] if flat.shape[0] > 1 else 0, flat.strides[1] if flat.shape[1] > 1 else 1))
-    return Epilogue(region.expression, tuple(strides), bias), views
+    expression = region.expression
+    if scale is not None:
+        sums = as_type(operand(0, "float32" if exact else "int32"), "float32")
+        own, scale = _taken_factor(expression, scale)
+        step = parameter(float(scale[0])) if scale.size == 1 else operand(len(views) + 1)
+        if scale.size > 1:
+            views.append(network.constant(scale))
+            strides.append((0, 1))
+        expression = substituted(own, {operand(0): call("mul", sums, step)})
+    expression, held = network.bound(simplified(expression), len(views) + 1)
+    return Epilogue(expression, (*strides, *((0, 0) for _ in held)), bias), [*views, *held]
+
+
+def _taken_factor(expression: Expression, scale: np.ndarray) -> tuple[Expression, np.ndarray]:
+    """Let the scales of the columns take the one factor that all sums are multiplied with first, if there is one."""
+    whole = simplified(substituted(expression, {operand(0): call("mul", operand(0), parameter(1.0))}))
+    factors = _factors(whole)
+    if len(factors) != 1:
+        return expression, scale
+    factor = factors.pop()
+    return substituted(whole, {factor: operand(0)}), (scale * np.float32(factor.args[1].value)).astype(np.float32)
+
+
+def _factors(expression: Expression) -> set[Expression]:
+    """Products of the sums and a constant."""
+    if expression.op == "mul" and expression.args[0] == operand(0) and expression.args[1].op == "parameter":
+        return {expression}
+    return {factor for arg in expression.args for factor in _factors(arg)}
 
 
 def _call(

@@ -12,8 +12,9 @@ import onnx_ir as ir
 
 from graphopt.targets import Isa
 from graphopt_backends._fold import is_constant, static_shape
-from graphopt_backends.kernels.expression import Expression, operand
+from graphopt_backends.kernels.expression import Expression, operand, parameters, simplified, substituted
 from graphopt_backends.kernels.loops import Loops, merged_axes
+from graphopt_backends.network.integers import dequantized, real
 from graphopt_backends.network.views import Buffer, View, contiguous_strides
 
 __all__ = ["Call", "Kernel", "Network", "dtype_of", "shape_of"]
@@ -74,9 +75,16 @@ class Network:
     _known: dict[bytes, Buffer] = field(default_factory=dict[bytes, Buffer])
 
     def view(self, value: ir.Value) -> View:
-        """Where a value is; constants are put into the weights as they are."""
+        """Where a value is; constants are put into the weights, and what was dequantized for nobody so far is."""
         if value not in self.views:
-            self.views[value] = self.constant(constant_of(value))
+            found = dequantized(value)
+            if found is None:
+                self.views[value] = self.constant(constant_of(value))
+            else:
+                source = self.view(found[0])
+                keeps = source.is_dense and not value.is_graph_output()
+                result = self.new(value, source.order if keeps else None)
+                self.loops(real(operand(0, found[1].dtype), found[1]), [source], result)
         return self.views[value]
 
     def constant(self, array: np.ndarray) -> View:
@@ -116,9 +124,17 @@ class Network:
 
     def loops(self, expression: Expression, sources: Sequence[View], result: View, *nodes: ir.Node) -> None:
         """Add a call of arithmetic; sources are repeated to the shape of the result."""
+        expression, held = self.bound(simplified(expression), len(sources))
+        sources = [*sources, *held]
         wide = [source.broadcast(result.shape) for source in sources]
         shape, strides = merged_axes(result.shape, [*(v.strides for v in wide), result.strides])
         self.call(Loops(self.isa, expression, shape, strides[-1], strides[:-1]), [*wide, result], *nodes)
+
+    def bound(self, expression: Expression, first: int) -> tuple[Expression, list[View]]:
+        """An expression whose parameters are operands, numbered from `first` on, and where these are."""
+        found = parameters(expression)
+        operands = {p: operand(first + i, p.dtype) for i, p in enumerate(found)}
+        return substituted(expression, operands), [self.constant(np.array([p.value], p.dtype)) for p in found]
 
     def copied(self, view: View, order: Sequence[int] | None = None, node: ir.Node | None = None) -> View:
         """The elements in memory of their own, in an order of axes."""

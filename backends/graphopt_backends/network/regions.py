@@ -14,6 +14,7 @@ import onnx_ir as ir
 from graphopt_backends._fold import is_constant, static_shape
 from graphopt_backends.kernels.expression import Expression, number, operand
 from graphopt_backends.network.elementwise import expression_of, is_elementwise
+from graphopt_backends.network.integers import dequantized, real
 
 __all__ = ["Region", "find_regions"]
 
@@ -64,7 +65,7 @@ def find_regions(graph: ir.Graph, anchors: Callable[[ir.Node], bool], accepts: A
             continue
         if anchors(node):
             region = _grown(node, places, found, accepts)
-        elif is_elementwise(node):
+        elif is_elementwise(node) and node.op_type != "DequantizeLinear":  # which what reads it computes
             region = _grown(node, places, found, None)
         else:
             region = None
@@ -117,6 +118,10 @@ class _Growth:
             return Expression("absent", "float32")
         if value in self.values:
             return self.values[value]
+        found = dequantized(value)
+        if found is not None:  # a part of what reads it
+            integers = self._argument(node, found[0])
+            return None if integers is None else real(integers, found[1])
         dtype, shape = value.dtype, static_shape(value)
         if dtype is None or shape is None:
             return None
@@ -152,7 +157,8 @@ def _grown(
         candidates = sorted((n for n in following if n in places and n not in taken), key=lambda n: places[n])
         if not any(is_elementwise(node) and growth.take(node) for node in candidates):
             break
-        best = _region(growth) or best
+        if growth.nodes[-1].op_type != "DequantizeLinear":  # integers are what is stored
+            best = _region(growth) or best
     return best
 
 

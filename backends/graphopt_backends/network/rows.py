@@ -49,7 +49,8 @@ def _pool_check(node: ir.Node) -> bool:
     plain = node.attributes.get_string("auto_pad", "NOTSET") in ("NOTSET", "VALID")
     ceiled = node.attributes.get_int("ceil_mode", 0) and node.op_type == "AveragePool"
     indices = any(output.name and output.uses() for output in node.outputs[1:])
-    return len(kernel) in (1, 2) and plain and not ceiled and not indices and _is_float(node)
+    bytes_too = node.op_type == "MaxPool" and node.outputs[0].dtype in (ir.DataType.UINT8, ir.DataType.INT8)
+    return len(kernel) in (1, 2) and plain and not ceiled and not indices and (_is_float(node) or bytes_too)
 
 
 def _is_float(node: ir.Node) -> bool:

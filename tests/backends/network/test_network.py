@@ -2,54 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import numpy as np
-import onnx_ir as ir
 import pytest
-import tvm
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from kernel_runner import runnable
+from network_runner import run_network
 from text_models import build as model_of
 
-from graphopt.model_io import ShapeBinding
 from graphopt.reference import Reference
 from graphopt.targets import Isa
-from graphopt_backends._compile import llvm_target
-from graphopt_backends._lower import lower
-from graphopt_backends.kernels.build import build
-from graphopt_backends.network.assemble import assemble
-from graphopt_backends.network.convert import convert, unsupported
 from graphopt_backends.network.memory import Lifetime, lay_out
 from graphopt_backends.network.views import Buffer, View, contiguous_strides
 
 ISAS = runnable()
-Feed = Mapping[str, np.ndarray]
-
-
-def _run(model: ir.Model, isa: Isa, feed: Feed, tasks: int = 2) -> tuple[dict[str, np.ndarray], list[str]]:
-    """Compile and run; also returns the names of the kernels that ran, in order."""
-    lowered = lower(model, ShapeBinding(), "x86").model
-    assert not unsupported(lowered)
-    network = convert(lowered, isa)
-    made = assemble(network, tasks)
-    main = build(made.module, tvm.target.Target(llvm_target(isa, tasks)))["main"]
-    memory = {"weights": np.frombuffer(b"".join(made.weight_bytes()), np.uint8)}
-    for name, size in made.parameters.items():
-        if name.startswith("input_"):
-            memory[name] = np.ascontiguousarray(feed[name.removeprefix("input_")]).reshape(-1).view(np.uint8)
-        elif name != "weights":
-            memory[name] = np.zeros(size, np.uint8)
-    tensors = {name: tvm.runtime.tensor(memory[name]) for name in made.parameters}
-    main(*tensors.values())
-    found = {}
-    for value in lowered.graph.outputs:
-        shape = tuple(int(size) for size in value.shape or ())
-        data = tensors[f"output_{value.name}"].numpy()
-        assert value.dtype is not None
-        found[str(value.name)] = data.view(value.dtype.numpy()).reshape(shape)
-    return found, [type(call.kernel).__name__ for call in network.calls]
 
 
 def _check(text: str, isa: Isa, kernels: list[str] | None = None, **weights: np.ndarray) -> None:
@@ -61,7 +27,7 @@ def _check(text: str, isa: Isa, kernels: list[str] | None = None, **weights: np.
             str(v.name): random.standard_normal([int(size) for size in v.shape or ()]).astype(np.float32)
             for v in model.graph.inputs
         }
-        got, ran = _run(model, isa, feed, tasks=1 + seed % 2)
+        got, ran = run_network(model, isa, feed, tasks=1 + seed % 2)
         for name, expected in reference.run(feed).items():
             np.testing.assert_allclose(got[name], expected, rtol=1e-4, atol=1e-4)
         assert kernels is None or ran == kernels
