@@ -149,12 +149,13 @@ def fused_activation(value: ir.Value) -> ir.Node | None:
 def _offer(model: ir.Model, facts: _Facts, plan: Plan) -> set[str]:
     """Mark every node that could compute on integers, in order; returns the values they make."""
     made: set[str] = set()
+    rounded = _read_by_starts(model, facts)
     for node in model.graph.all_nodes():
         role, key = _role(node, facts), key_of(node)
         if role is None or _is_fused(node, plan):
             continue
         inputs = _activations(node, role, facts)
-        if role not in _STARTS and not _all_made(node, role, inputs, made):
+        if role not in _STARTS and not _all_made(node, role, inputs, made, rounded):
             continue
         plan.nodes[key], plan.inputs[key] = role, inputs
         for output in node.outputs if role == "move" else (result_of(node),):
@@ -207,12 +208,29 @@ def _activations(node: ir.Node, role: str, facts: _Facts) -> tuple[int, ...]:
     return tuple(i for i, value in enumerate(node.inputs) if value is not None and tensor_of(value) is None)
 
 
-def _all_made(node: ir.Node, role: str, inputs: tuple[int, ...], made: set[str]) -> bool:
-    """All inputs are integers already; a constant operand keeps a node in float, where it costs no resolution."""
+def _read_by_starts(model: ir.Model, facts: _Facts) -> set[str]:
+    """Names of the values that linear nodes and products on integers round, whoever makes them."""
+    found: set[str] = set()
+    for node in model.graph.all_nodes():
+        role = _role(node, facts)
+        if role in _STARTS:
+            values = [node.inputs[i] for i in _activations(node, role or "", facts)]
+            found |= {value.name or "" for value in values if value is not None}
+    return found
+
+
+def _all_made(node: ir.Node, role: str, inputs: tuple[int, ...], made: set[str], rounded: set[str]) -> bool:
+    """All inputs are integers already; a constant operand keeps a node in float, where it costs no resolution.
+
+    Where a layer made in float begins a chain of residual sums, these would all stay float for its sake: a sum takes
+    what is rounded for a convolution anyway, if its other input is made of integers.
+    """
     with_constant = role == "join" and len(inputs) < sum(value is not None for value in node.inputs)
     values = [node.inputs[i] for i in inputs]
-    near = all(v is not None and v.name in made and v.graph is node.graph for v in values)
-    return bool(inputs) and not with_constant and near
+    if with_constant or not all(value is not None and value.graph is node.graph for value in values):
+        return False
+    names = {value.name or "" for value in values if value is not None}
+    return bool(names & made) and names <= (made | rounded if role == "join" else made)
 
 
 def _is_fused(node: ir.Node, plan: Plan) -> bool:

@@ -167,3 +167,22 @@ def test_scales_lie_along_the_axis_of_the_table(name: str) -> None:
         assert scale.shape == (shape[channels[key].shape.index(max(channels[key].shape))],)
         assert scale[1::2].max() < scale[::2].min() / 100
     assert decibels(original, model) > 30
+
+
+def test_residual_sums_stay_on_integers_behind_a_layer_that_does_not() -> None:
+    model = static(
+        "(float[1,16,6,6] x) => (float[1,16,6,6] y)",
+        """[first] a = Conv<pads=[1,1,1,1]>(x, w1)
+        b = Relu(a)
+        [it] c = Conv<pads=[1,1,1,1]>(b, w2)
+        d = Add(c, b)
+        e = Relu(d)
+        [other] f = Conv<pads=[1,1,1,1]>(e, w3)
+        y = Add(f, e)""",
+        {"w1": (16, 16, 3, 3), "w2": (16, 16, 3, 3), "w3": (16, 16, 3, 3)}, skip=("first",),
+    )  # fmt: skip
+    first = next(node for node in model.graph if node.op_type == "Add")
+    assert [value.producer().op_type for value in first.inputs] == ["DequantizeLinear"] * 2  # type: ignore[union-attr]
+    result = first.outputs[0].uses()
+    assert [user.op_type for user, _ in result] == ["Relu"]
+    assert kinds(model).count("QuantizeLinear") == 3
