@@ -19,6 +19,7 @@ from graphopt_backends.kernels.emit import (
     load_first,
     loop,
     primitive,
+    reach,
     share,
     splits,
     store,
@@ -100,10 +101,10 @@ class Batched:
     def primitive(self, name: str) -> Any:
         """The function: (left, right, operands..., result, scratch?, task, tasks)."""
         pointers = [
-            Pointer("left", "float32", _reach((*self.batch, self.rows), self.left) + self.depth),
-            Pointer("right", "float32", _reach((*self.batch, self.depth, self.columns), self.right) + 1),
+            Pointer("left", "float32", reach((*self.batch, self.rows), self.left) + self.depth),
+            Pointer("right", "float32", reach((*self.batch, self.depth, self.columns), self.right) + 1),
             *self.epilogue.pointers(self.multiply, self.rows, self.columns, 0),
-            Pointer("result", self.epilogue.dtype, _reach((*self.batch, self.rows), self.result) + self.columns),
+            Pointer("result", self.epilogue.dtype, reach((*self.batch, self.rows), self.result) + self.columns),
         ]
         if self._packs:
             pointers.append(Pointer("scratch", "float32", self.scratch // 4))
@@ -219,7 +220,3 @@ def transposed(rows: Sequence[Any], lanes: int) -> list[Any]:
                 found[i], found[i + half] = bind(tirx.Shuffle(pair, low)), bind(tirx.Shuffle(pair, high))
         half //= 2
     return found
-
-
-def _reach(shape: Sequence[int], strides: Sequence[int]) -> int:
-    return sum((size - 1) * max(0, stride) for size, stride in zip(shape, strides, strict=True))

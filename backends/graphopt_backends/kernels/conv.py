@@ -20,6 +20,7 @@ from graphopt_backends.kernels.emit import (
     Pointer,
     bind,
     constant,
+    each_vector,
     either,
     load,
     loop,
@@ -33,11 +34,9 @@ from graphopt_backends.kernels.emit import (
 from graphopt_backends.kernels.epilogue import PLAIN, Epilogue, Result, begin, finish
 from graphopt_backends.kernels.gemm import pack_columns, pack_matrix
 from graphopt_backends.kernels.multiply import Kind, Multiply
-from graphopt_backends.kernels.tile import Panel, Rows, Walk, accumulate, rectangle_of
+from graphopt_backends.kernels.tile import SET_BYTES, Panel, Rows, Walk, accumulate, rectangle_of
 
 __all__ = ["Conv", "Window"]
-
-_SET_BYTES = 2048  # rows that lie a multiple of this apart share the few places that a cache has for them
 
 
 @dataclass(frozen=True)
@@ -62,6 +61,14 @@ class Window:
             (size + self.pads[i] + self.pads[i + 2] - self.dilations[i] * (self.size[i] - 1) - 1) // self.strides[i] + 1
             for i, size in enumerate((height, width))
         )  # pyright: ignore[reportReturnType]
+
+    def inside(self, index: Any, axis: int, size: int) -> tuple[Any, Any, Any]:
+        """For one result along an axis: where its first tap lies, and its first and last tap inside of the image."""
+        dilation = self.dilations[axis]
+        first = bind(index * self.strides[axis] - self.pads[axis])
+        least = bind(tirx.max(0, tirx.truncdiv(dilation - 1 - first, dilation)))
+        most = bind(tirx.min(self.size[axis], tirx.truncdiv(size - first + dilation - 1, dilation)))
+        return first, least, most
 
 
 @dataclass(frozen=True)
@@ -132,10 +139,6 @@ class Conv:
         return -(-self._group_filters // self._panel)
 
     @property
-    def _element_bytes(self) -> int:
-        return 4 if self.kind == "f32" else 1
-
-    @property
     def _copies(self) -> bool:
         return any(self.window.pads)
 
@@ -150,9 +153,9 @@ class Conv:
         if not self._copies:
             return self.width * self._pixel
         row = (self.window.pads[1] + self.width + self.window.pads[3]) * self.channels
-        vector = self.isa.vector_bits // (8 * self._element_bytes)
+        vector = self.isa.vector_bits // (8 * self.multiply.element_bytes)
         row = -(-row // vector) * vector
-        return row + vector if row * self._element_bytes % _SET_BYTES == 0 else row
+        return row + vector if row * self.multiply.element_bytes % SET_BYTES == 0 else row
 
     @cached_property
     def _run(self) -> int:
@@ -186,7 +189,7 @@ class Conv:
         count = sum(block[1] for block in self._blocks)
         if not self._copies:
             return count
-        row = self._row * self._element_bytes
+        row = self._row * self.multiply.element_bytes
         rows = max(1, self.isa.level2_bytes // 2 // row - self._reach)
         bands = -(-count // max(1, rows // (self.tile[0] * self.window.strides[0])))
         return -(-count // bands)
@@ -209,7 +212,7 @@ class Conv:
     @property
     def scratch(self) -> int:
         """Bytes of memory that every task needs for itself."""
-        return self._band_rows * self._row * self._element_bytes if self._copies else 0
+        return self._band_rows * self._row * self.multiply.element_bytes if self._copies else 0
 
     @property
     def operations(self) -> int:
@@ -249,7 +252,7 @@ class Conv:
             Pointer("result", self.epilogue.dtype, (pixels - 1) * pitch + self.filters),
         ]
         if self._copies:
-            pointers.append(Pointer("scratch", multiply.activation, self.scratch // self._element_bytes))
+            pointers.append(Pointer("scratch", multiply.activation, self.scratch // self.multiply.element_bytes))
         return primitive(name, pointers, self._body)
 
     def _body(self, frame: Frame) -> None:
@@ -294,28 +297,18 @@ class Conv:
             either(tirx.all(y >= 0, y < self.height), inside, lambda to=to: self._fill(frame, to, self._row))
 
     def _vector(self) -> int:
-        return self.isa.vector_bits // (8 * self._element_bytes)
+        return self.isa.vector_bits // (8 * self.multiply.element_bytes)
 
     def _fill(self, frame: Frame, at: Any, count: int) -> None:
-        lanes, dtype = self._vector(), self.multiply.activation
-        whole, rest = divmod(count, lanes)
-        if whole:
-            with loop(whole) as i:
-                store(frame["scratch"], constant(self.border, dtype, lanes), at + i * lanes, lanes)
-        if rest:
-            with loop(rest) as i:
-                store(frame["scratch"], constant(self.border, dtype), at + whole * lanes + i, 1)
+        dtype = self.multiply.activation
+        each_vector(
+            count, self._vector(), lambda i, n: store(frame["scratch"], constant(self.border, dtype, n), at + i, n)
+        )
 
     def _move(self, frame: Frame, to: Any, at: Any, count: int) -> None:
-        lanes = self._vector()
-        whole, rest = divmod(count, lanes)
-        if whole:
-            with loop(whole) as i:
-                store(frame["scratch"], load(frame["source"], at + i * lanes, lanes), to + i * lanes, lanes)
-        if rest:
-            with loop(rest) as i:
-                k = whole * lanes + i
-                store(frame["scratch"], load(frame["source"], at + k, 1), to + k, 1)
+        each_vector(
+            count, self._vector(), lambda i, n: store(frame["scratch"], load(frame["source"], at + i, n), to + i, n)
+        )
 
     def _block(self, frame: Frame, image: Any, band: Any, block: Any, panel: Any) -> None:
         row = bind(self._first_row(block))

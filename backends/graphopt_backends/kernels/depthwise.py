@@ -121,10 +121,7 @@ class Depthwise:
         rows = self.result_size[0]
         with share(frame, self.batch * rows) as (unit, _):
             image, row = bind(tirx.truncdiv(unit, rows)), bind(tirx.truncmod(unit, rows))
-            first = bind(row * self.window.strides[0] - self.window.pads[0])
-            dilation = self.window.dilations[0]
-            least = bind(tirx.max(0, tirx.truncdiv(dilation - 1 - first, dilation)))
-            most = bind(tirx.min(self.window.size[0], tirx.truncdiv(self.height - first + dilation - 1, dilation)))
+            first, least, most = self.window.inside(row, 0, self.height)
             place = _Row(unit, image, first, least, most)
             lanes = self.multiply.lanes
             whole, rest = divmod(self.channels, lanes)

@@ -22,6 +22,7 @@ __all__ = [
     "bind",
     "cast",
     "constant",
+    "each_vector",
     "either",
     "intrinsic",
     "lane",
@@ -30,6 +31,7 @@ __all__ = [
     "local",
     "loop",
     "primitive",
+    "reach",
     "reinterpret",
     "share",
     "splits",
@@ -223,6 +225,22 @@ def either(condition: Expr, then: Callable[[], None], otherwise: Callable[[], No
             then()
         with T.Else():
             otherwise()
+
+
+def each_vector(count: int, lanes: int, body: Callable[[Expr, int], None]) -> None:
+    """Emit code for consecutive elements: `body(index, lanes)` for vectors, then one by one for what is left."""
+    whole, rest = divmod(count, lanes)
+    if whole:
+        with loop(whole) as i:
+            body(i * lanes, lanes)
+    if rest:
+        with loop(rest) as i:
+            body(whole * lanes + i, 1)
+
+
+def reach(shape: Sequence[int], strides: Sequence[int]) -> int:
+    """Elements from the first of a tensor to its last."""
+    return sum((size - 1) * max(0, stride) for size, stride in zip(shape, strides, strict=True))
 
 
 def splits(total: int, most: int) -> tuple[tuple[int, int, int], ...]:

@@ -13,9 +13,9 @@ from graphopt_backends.kernels.emit import (
     Frame,
     Pointer,
     bind,
+    each_vector,
     either,
     load,
-    loop,
     primitive,
     share,
     splits,
@@ -25,11 +25,9 @@ from graphopt_backends.kernels.emit import (
 )  # fmt: skip
 from graphopt_backends.kernels.epilogue import PLAIN, Epilogue, Result, begin, finish
 from graphopt_backends.kernels.multiply import Kind, Multiply
-from graphopt_backends.kernels.tile import Panel, Rows, accumulate, tile_of
+from graphopt_backends.kernels.tile import SET_BYTES, Panel, Rows, accumulate, tile_of
 
 __all__ = ["Gemm", "pack_columns", "pack_matrix"]
-
-_SET_BYTES = 2048  # rows that lie a multiple of this apart share the few places that a cache has for them
 
 
 @dataclass(frozen=True)
@@ -89,20 +87,16 @@ class Gemm:
     @property
     def _copies(self) -> bool:
         """Rows are copied to where they do not fight for places in the cache."""
-        return self.rows > 1 and self._pitch * self._element_bytes % _SET_BYTES == 0
-
-    @property
-    def _element_bytes(self) -> int:
-        return 4 if self.kind == "f32" else 1
+        return self.rows > 1 and self._pitch * self.multiply.element_bytes % SET_BYTES == 0
 
     @property
     def _copied_pitch(self) -> int:
-        return self.depth + 64 // self._element_bytes
+        return self.depth + 64 // self.multiply.element_bytes
 
     @property
     def scratch(self) -> int:
         """Bytes of memory that every task needs for itself."""
-        return self.tile[0] * self._copied_pitch * self._element_bytes if self._copies else 0
+        return self.tile[0] * self._copied_pitch * self.multiply.element_bytes if self._copies else 0
 
     @property
     def operations(self) -> int:
@@ -128,7 +122,7 @@ class Gemm:
             Pointer("result", self.epilogue.dtype, (self.rows - 1) * pitch + self.columns),
         ]
         if self._copies:
-            pointers.append(Pointer("scratch", multiply.activation, self.scratch // self._element_bytes))
+            pointers.append(Pointer("scratch", multiply.activation, self.scratch // self.multiply.element_bytes))
         return primitive(name, pointers, self._body)
 
     def _body(self, frame: Frame) -> None:
@@ -155,21 +149,19 @@ class Gemm:
 
     def _weight_stays(self) -> bool:
         """The packed weight stays in the cache while rows pass by."""
-        weight = self.panels * self.width * self.packed_depth * self._element_bytes
+        weight = self.panels * self.width * self.packed_depth * self.multiply.element_bytes
         return weight <= self.isa.level2_bytes // 2 or self.rows > 4 * self.columns
 
     def _copy(self, frame: Frame, row: Any, rows: int) -> None:
         """Copy the rows of a block into this task's scratch memory."""
-        lanes = self.isa.vector_bits // (8 * self._element_bytes)
-        whole, rest = divmod(self.depth, lanes)
+        lanes = self.isa.vector_bits // (8 * self.multiply.element_bytes)
         for r in range(rows):
             source, target = (row + r) * self._pitch, r * self._copied_pitch
-            with loop(whole) as i:
-                store(frame["scratch"], load(frame["source"], source + i * lanes, lanes), target + i * lanes, lanes)
-            if rest:
-                with loop(rest) as i:
-                    k = whole * lanes + i
-                    store(frame["scratch"], load(frame["source"], source + k, 1), target + k, 1)
+
+            def move(i: Any, n: int, source: Any = source, target: int = target) -> None:
+                store(frame["scratch"], load(frame["source"], source + i, n), target + i, n)
+
+            each_vector(self.depth, lanes, move)
 
     def _rows(self, frame: Frame, row: Any, rows: int, panel: Any, fresh: Any) -> None:
         if self._copies:

@@ -21,6 +21,7 @@ from graphopt_backends.kernels.emit import (
     load,
     loop,
     primitive,
+    reach,
     share,
     spread,
     store,
@@ -75,10 +76,10 @@ class Loops:
         """The function: (operands..., result, task, tasks)."""
         dtypes = operands(self.expression)
         pointers = [
-            Pointer(f"operand{i}", dtypes.get(i, "float32"), _reach(self.shape, strides))
+            Pointer(f"operand{i}", dtypes.get(i, "float32"), reach(self.shape, strides) + 1)
             for i, strides in enumerate(self.strides)
         ]
-        pointers.append(Pointer("result", self.expression.dtype, _reach(self.shape, self.result_strides)))
+        pointers.append(Pointer("result", self.expression.dtype, reach(self.shape, self.result_strides) + 1))
         return primitive(name, pointers, self._body)
 
     def _body(self, frame: Frame) -> None:
@@ -162,7 +163,3 @@ def merged_axes(
     if not sizes:
         return (1,), tuple((0,) if i < len(strides) - 1 else (1,) for i in range(len(strides)))
     return tuple(sizes), tuple(tuple(step[i] for step in steps) for i in range(len(strides)))
-
-
-def _reach(shape: Sequence[int], strides: Sequence[int]) -> int:
-    return 1 + sum((size - 1) * max(0, stride) for size, stride in zip(shape, strides, strict=True))

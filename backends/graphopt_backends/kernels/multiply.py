@@ -18,6 +18,19 @@ __all__ = ["Kind", "Multiply"]
 
 Kind = Literal["f32", "u8s8", "s8s8"]
 
+_VNNI = ("llvm.x86.avx512.vpdpbusd.{bits}", False)
+_SDOT = ("llvm.aarch64.neon.sdot.v4i32.v16i8", True)
+_USDOT = ("llvm.aarch64.neon.usdot.v4i32.v16i8", False)
+_INSTRUCTIONS = {
+    ("u8s8", "vnni"): _VNNI,
+    ("u8s8", "avx-vnni"): _VNNI,
+    ("s8s8", "sdot"): _SDOT,
+    ("s8s8", "usdot"): _SDOT,
+    ("u8s8", "usdot"): _USDOT,
+}
+"""Integer dot products by element types and `Isa.dot`, and whether the weight stands first: LLVM folds the lane of a
+register into sdot only where it stands last."""
+
 
 @dataclass(frozen=True)
 class Multiply:
@@ -62,11 +75,14 @@ class Multiply:
         return "float32" if self.kind == "f32" else "int32"
 
     @property
+    def element_bytes(self) -> int:
+        """Bytes of an activation, and of a weight."""
+        return 4 if self.kind == "f32" else 1
+
+    @property
     def is_known(self) -> bool:
         """There is an instruction for it on this CPU."""
-        if self.kind == "u8s8":
-            return self.isa.dot in ("vnni", "avx-vnni", "usdot")
-        return self.kind == "f32" or self.isa.dot in ("sdot", "usdot")
+        return self.kind == "f32" or (self.kind, self.isa.dot) in _INSTRUCTIONS
 
     def registers(self, rows: int, vectors: int) -> int:
         """Vector registers that a tile of accumulators and its operands take."""
@@ -105,12 +121,6 @@ class Multiply:
         """`total` and the product of both."""
         if self.kind == "f32":
             return total + activation * weight
-        if self.isa.dot in ("vnni", "avx-vnni") and self.kind == "u8s8":
-            name = f"llvm.x86.avx512.vpdpbusd.{self.isa.vector_bits}"
-            return intrinsic(name, "int32", self.lanes, total, activation, weight)
-        if self.isa.dot in ("sdot", "usdot") and self.kind == "s8s8":
-            # the lane operand stands last, where LLVM folds it into the instruction
-            return intrinsic("llvm.aarch64.neon.sdot.v4i32.v16i8", "int32", 4, total, weight, activation)
-        if self.isa.dot == "usdot" and self.kind == "u8s8":
-            return intrinsic("llvm.aarch64.neon.usdot.v4i32.v16i8", "int32", 4, total, activation, weight)
-        raise NotImplementedError(f"{self.kind} on {self.isa.name}")
+        name, weight_first = _INSTRUCTIONS[self.kind, self.isa.dot]
+        values = (weight, activation) if weight_first else (activation, weight)
+        return intrinsic(name.format(bits=self.isa.vector_bits), "int32", self.lanes, total, *values)

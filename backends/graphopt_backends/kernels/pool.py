@@ -93,9 +93,9 @@ class Pool:
         rows, columns = self.result_size
         with share(frame, self.batch * rows) as (unit, _):
             image, row = bind(tirx.truncdiv(unit, rows)), bind(tirx.truncmod(unit, rows))
-            top = self._taps(row, 0, self.height)
+            top = self.window.inside(row, 0, self.height)
             with loop(columns) as column:
-                left = self._taps(column, 1, self.width)
+                left = self.window.inside(column, 1, self.width)
                 at = bind((unit * columns + column) * (self.result_pitch or self.channels))
                 whole, rest = divmod(self.channels, self._lanes)
                 if whole:
@@ -103,14 +103,6 @@ class Pool:
                         self._vector(frame, image, top, left, at, i * self._lanes, self._lanes)
                 if rest:
                     self._vector(frame, image, top, left, at, whole * self._lanes, rest)
-
-    def _taps(self, index: Any, axis: int, size: int) -> tuple[Any, Any, Any]:
-        """Where the first tap lies, and the first and last tap that lie inside."""
-        first = bind(index * self.window.strides[axis] - self.window.pads[axis])
-        dilation = self.window.dilations[axis]
-        least = bind(tirx.max(0, tirx.truncdiv(dilation - 1 - first, dilation)))
-        most = bind(tirx.min(self.window.size[axis], tirx.truncdiv(size - first + dilation - 1, dilation)))
-        return first, least, most
 
     def _vector(
         self, frame: Frame, image: Any, top: tuple[Any, Any, Any], left: tuple[Any, Any, Any], at: Any, channel: Any,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -12,8 +11,8 @@ from graphopt_backends.kernels.emit import (
     Pointer,
     bind,
     constant,
+    each_vector,
     load,
-    loop,
     primitive,
     share,
     spread,
@@ -67,15 +66,15 @@ class Softmax:
                     self.isa, "sum", source, start, columns, lambda x, n: exp_of_negative(x - spread(most, n), n)
                 )
                 shift = bind(most + log(total, 1))
-                _each(self.isa, columns, lambda i, n: store(
+                each_vector(columns, self.isa.vector_bits // 32, lambda i, n: store(
                     result, load(source, start + i, n) - spread(shift, n), start + i, n
                 ))  # fmt: skip
                 return
-            _each(self.isa, columns, lambda i, n: store(
+            each_vector(columns, self.isa.vector_bits // 32, lambda i, n: store(
                 result, exp_of_negative(load(source, start + i, n) - spread(most, n), n), start + i, n
             ))  # fmt: skip
             factor = bind(constant(1.0, "float32") / horizontal(self.isa, "sum", result, start, columns))
-            _each(self.isa, columns, lambda i, n: store(
+            each_vector(columns, self.isa.vector_bits // 32, lambda i, n: store(
                 result, load(result, start + i, n) * spread(factor, n), start + i, n
             ))  # fmt: skip
 
@@ -141,16 +140,4 @@ class Normalize:
                 value = value * spread(factor, n) * load(frame["scale"], i, n)
                 store(frame["result"], value + load(frame["bias"], i, n) if self.bias else value, start + i, n)
 
-            _each(self.isa, columns, write)
-
-
-def _each(isa: Isa, count: int, body: Callable[[Any, int], None]) -> None:
-    """Emit code for consecutive elements: vectors, then what is left one by one."""
-    lanes = isa.vector_bits // 32
-    whole, rest = divmod(count, lanes)
-    if whole:
-        with loop(whole) as i:
-            body(i * lanes, lanes)
-    if rest:
-        with loop(rest) as i:
-            body(whole * lanes + i, 1)
+            each_vector(columns, self.isa.vector_bits // 32, write)

@@ -11,7 +11,10 @@ from typing import Any
 from graphopt_backends.kernels.emit import load, loop, store
 from graphopt_backends.kernels.multiply import Multiply
 
-__all__ = ["Panel", "Rows", "Walk", "accumulate", "rectangle_of", "tile_of"]
+__all__ = ["SET_BYTES", "Panel", "Rows", "Walk", "accumulate", "rectangle_of", "tile_of"]
+
+SET_BYTES = 2048
+"""Rows that lie a multiple of this apart share the few places that a cache has for them."""
 
 _MOST_ROWS = 16
 _MOST_HIGH = 4

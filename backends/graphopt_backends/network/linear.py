@@ -157,7 +157,7 @@ def _operands(network: Network, node: ir.Node, channel_axis: int) -> _Operands:
             source = network.view(integers.source)
             return _Operands(source, integers.weight, integers.bias, kind, integers.grid.zero_point, integers.scale)
     bias = weight_of(_value(node, 2)) if len(node.inputs) > 2 and node.inputs[2] is not None else None
-    return _Operands(network.view(_value(node, 0)), weight_of(_value(node, 1)), bias)
+    return _Operands(network.input(node, 0), weight_of(_value(node, 1)), bias)
 
 
 def _convolve(network: Network, node: ir.Node, region: Region | None) -> None:
@@ -229,7 +229,7 @@ def _multiply_batches(network: Network, node: ir.Node, region: Region) -> None:
     """Two activations, or many constant matrices."""
     result = network.new(region.result, _order_of_reader(region.result))
     batch = result.shape[:-2]
-    left, right = network.view(_value(node, 0)), network.view(_value(node, 1))
+    left, right = network.input(node, 0), network.input(node, 1)
     if left.shape[-1] > 1 and left.strides[-1] != 1:
         left = network.copied(left, node=node)
     if result.strides[-1] != 1 and result.shape[-1] > 1:

@@ -20,12 +20,6 @@ from graphopt_backends.network.views import View
 __all__ = ["CHECKS", "CONVERTERS"]
 
 
-def _input(network: Network, node: ir.Node, index: int = 0) -> View:
-    value = node.inputs[index]
-    assert value is not None
-    return network.view(value)
-
-
 def _ints(node: ir.Node, index: int, name: str) -> list[int] | None:
     """An input of constant integers, or the attribute that it was before; None if neither is there."""
     if len(node.inputs) > index and node.inputs[index] is not None:
@@ -37,7 +31,7 @@ def _ints(node: ir.Node, index: int, name: str) -> list[int] | None:
 
 
 def _reshape(network: Network, node: ir.Node, _: Region | None) -> None:
-    source, shape = _input(network, node), shape_of(node.outputs[0])
+    source, shape = network.input(node), shape_of(node.outputs[0])
     view = source.reshaped(shape)
     if view is None:
         view = network.copied(source, node=node).reshaped(shape)
@@ -46,17 +40,17 @@ def _reshape(network: Network, node: ir.Node, _: Region | None) -> None:
 
 
 def _transpose(network: Network, node: ir.Node, _: Region | None) -> None:
-    source = _input(network, node)
+    source = network.input(node)
     axes = node.attributes.get_ints("perm") or list(reversed(range(source.rank)))
     network.views[node.outputs[0]] = source.permuted(axes)
 
 
 def _expand(network: Network, node: ir.Node, _: Region | None) -> None:
-    network.views[node.outputs[0]] = _input(network, node).broadcast(shape_of(node.outputs[0]))
+    network.views[node.outputs[0]] = network.input(node).broadcast(shape_of(node.outputs[0]))
 
 
 def _slice(network: Network, node: ir.Node, _: Region | None) -> None:
-    view = _input(network, node)
+    view = network.input(node)
     starts, ends = _ints(node, 1, "starts") or [], _ints(node, 2, "ends") or []
     axes = _ints(node, 3, "axes") or list(range(len(starts)))
     steps = _ints(node, 4, "steps") or [1] * len(starts)
@@ -70,7 +64,7 @@ def _slice(network: Network, node: ir.Node, _: Region | None) -> None:
 
 
 def _split(network: Network, node: ir.Node, _: Region | None) -> None:
-    source = _input(network, node)
+    source = network.input(node)
     axis, start = node.attributes.get_int("axis", 0) % source.rank, 0
     for output in node.outputs:
         size = shape_of(output)[axis]
@@ -92,7 +86,7 @@ def _concat(network: Network, node: ir.Node, _: Region | None) -> None:
 
 
 def _pad(network: Network, node: ir.Node, _: Region | None) -> None:
-    source = _input(network, node)
+    source = network.input(node)
     pads = _pads(node, source.rank)
     mode = node.attributes.get_string("mode", "constant")
     if mode != "constant":
@@ -131,7 +125,7 @@ _PAD_MODES: Mapping[str, Literal["edge", "reflect", "wrap"]] = {"edge": "edge", 
 
 
 def _tile(network: Network, node: ir.Node, _: Region | None) -> None:
-    view = _input(network, node)
+    view = network.input(node)
     repeats = [int(i) for i in constant_of(node.inputs[1]).reshape(-1)] if node.inputs[1] is not None else []
     shape = tuple(size for pair in zip(repeats, view.shape, strict=True) for size in pair)
     strides = tuple(step for stride in view.strides for step in (0, stride))
@@ -163,7 +157,7 @@ def _constant_inputs(first: int) -> Callable[[ir.Node], bool]:
 
 def _gather(network: Network, node: ir.Node, _: Region | None) -> None:
     """Constant positions at even steps are a view; all others are looked up."""
-    source, indices, output = _input(network, node), node.inputs[1], node.outputs[0]
+    source, indices, output = network.input(node), node.inputs[1], node.outputs[0]
     assert indices is not None
     axis = node.attributes.get_int("axis", 0) % source.rank
     if is_constant(indices):
@@ -174,7 +168,7 @@ def _gather(network: Network, node: ir.Node, _: Region | None) -> None:
             if view is not None:
                 network.views[output] = view
                 return
-    found = _looked_up(network, node, source, axis, network.contiguous(_input(network, node, 1), node))
+    found = _looked_up(network, node, source, axis, network.contiguous(network.input(node, 1), node))
     reshaped = found.reshaped(shape_of(output))
     assert reshaped is not None
     network.views[output] = reshaped

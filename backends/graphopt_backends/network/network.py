@@ -87,6 +87,12 @@ class Network:
                 self.loops(real(operand(0, found[1].dtype), found[1]), [source], result)
         return self.views[value]
 
+    def input(self, node: ir.Node, index: int = 0) -> View:
+        """Where an input of a node is."""
+        value = node.inputs[index]
+        assert value is not None
+        return self.view(value)
+
     def constant(self, array: np.ndarray) -> View:
         """Put an array into the weights, once."""
         array = np.ascontiguousarray(array)

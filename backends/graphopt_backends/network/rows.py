@@ -22,14 +22,8 @@ from graphopt_backends.network.views import View
 __all__ = ["CHECKS", "CONVERTERS"]
 
 
-def _input(network: Network, node: ir.Node, index: int = 0) -> View:
-    value = node.inputs[index]
-    assert value is not None
-    return network.view(value)
-
-
 def _pool(network: Network, node: ir.Node, _: Region | None) -> None:
-    source, pitch = channels_last(network, _input(network, node), node)
+    source, pitch = channels_last(network, network.input(node), node)
     batch, channels, *sizes = source.shape
     height, width = (1, sizes[0]) if len(sizes) == 1 else (sizes[0], sizes[1])
     window = window_of(node, list(node.attributes.get_ints("kernel_shape") or ()))
@@ -58,13 +52,13 @@ def _is_float(node: ir.Node) -> bool:
 
 
 def _global_pool(network: Network, node: ir.Node, _: Region | None) -> None:
-    source = _input(network, node)
+    source = network.input(node)
     operator: Operator = "max" if node.op_type == "GlobalMaxPool" else "mean"
     _reduced(network, node, source, tuple(range(2, source.rank)), operator)
 
 
 def _reduce(network: Network, node: ir.Node, _: Region | None) -> None:
-    source = _input(network, node)
+    source = network.input(node)
     axes = _axes(node, source.rank)
     operator, before, after = _OPERATORS[node.op_type]
     _reduced(network, node, source, axes, operator, before, after)
@@ -129,7 +123,7 @@ def _reduce_check(node: ir.Node) -> bool:
 
 
 def _softmax(network: Network, node: ir.Node, _: Region | None) -> None:
-    source = _input(network, node)
+    source = network.input(node)
     axis = node.attributes.get_int("axis", -1) % source.rank
     order = (*(i for i in range(source.rank) if i != axis), axis)
     moved = network.contiguous(source.permuted(order), node)
@@ -140,14 +134,14 @@ def _softmax(network: Network, node: ir.Node, _: Region | None) -> None:
 
 
 def _normalize(network: Network, node: ir.Node, _: Region | None) -> None:
-    source = network.contiguous(_input(network, node), node)
+    source = network.contiguous(network.input(node), node)
     axis = node.attributes.get_int("axis", -1) % source.rank
     columns = int(np.prod(source.shape[axis:]))
     bias = len(node.inputs) > 2 and node.inputs[2] is not None
     kind: Literal["layer", "rms"] = "rms" if node.op_type == "RMSNormalization" else "layer"
     epsilon = node.attributes.get_float("epsilon", 1e-5)
     kernel = Normalize(network.isa, kind, source.size // columns, columns, epsilon, bias)
-    scales = [network.contiguous(_input(network, node, i), node) for i in ((1, 2) if bias else (1,))]
+    scales = [network.contiguous(network.input(node, i), node) for i in ((1, 2) if bias else (1,))]
     network.call(kernel, [source, *scales, network.new(node.outputs[0])], node)
 
 
