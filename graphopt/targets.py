@@ -63,6 +63,23 @@ all of any other factor.
 """
 
 
+_AS_LINUX_SAYS: Mapping[str, str] = {
+    "avx512bf16": "avx512_bf16",
+    "avx512vnni": "avx512_vnni",
+    "avxvnni": "avx_vnni",
+    "bmi": "bmi1",
+    "dotprod": "asimddp",
+    "fullfp16": "asimdhp",
+    "lzcnt": "abm",
+    "neon": "asimd",
+    "v8.2a": "",
+    "v8.4a": "",
+    "v8.6a": "",
+    "v9a": "",
+}
+"""LLVM's features that Linux spells in another way; nothing where other features stand for it."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Isa:
     """A CPU as a kernel generator sees it.
@@ -74,7 +91,7 @@ class Isa:
         features: LLVM feature flags, each with its sign.
         vector_bits: Width of a vector register.
         registers: Number of vector registers.
-        dot: Integer dot-product instruction.
+        dot: Integer dot-product instruction; `i8mm` has those of `sdot`, and products of small matrices.
         lane_operands: Multiplications take one lane of a vector register; else they repeat a number from memory.
         level1_bytes: Data cache of a core.
         level2_bytes: The next cache, or its part that one core can count on.
@@ -87,7 +104,7 @@ class Isa:
     features: tuple[str, ...] = ()
     vector_bits: int = 128
     registers: int = 32
-    dot: Literal["none", "sdot", "usdot", "vnni", "avx-vnni"] = "none"
+    dot: Literal["none", "sdot", "i8mm", "vnni", "avx-vnni"] = "none"
     lane_operands: bool = False
     level1_bytes: int = 32 << 10
     level2_bytes: int = 512 << 10
@@ -97,6 +114,13 @@ class Isa:
     def machine(self) -> str:
         """Architecture as `uname -m` prints it."""
         return self.triple.partition("-")[0]
+
+    @property
+    def required(self) -> tuple[str, ...]:
+        """Features that a machine must have, as Linux names them."""
+        wanted = [feature[1:] for feature in self.features if feature.startswith("+")]
+        names = [_AS_LINUX_SAYS.get(name, name.replace("-", "_")) for name in wanted]
+        return tuple(name for name in names if name)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
+import functools
+import tempfile
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,8 +14,9 @@ import tvm
 
 from graphopt.targets import Isa, host_features, host_machine
 from graphopt_backends._compile import llvm_target
+from graphopt_backends._link import Linker, known_linkers
 from graphopt_backends.kernels.build import build
-from graphopt_backends.network.program import Place, Step, module
+from graphopt_backends.network.program import BEHIND, ENTRY, Place, Step, module
 
 _AVX2 = ("+avx2", "+fma", "+f16c", "+bmi", "+bmi2", "+lzcnt", "+movbe")
 _AVX512 = (*_AVX2, "+avx512f", "+avx512bw", "+avx512cd", "+avx512dq", "+avx512vl")
@@ -33,7 +38,7 @@ def runnable() -> list[Isa]:
 
 
 def run(kernel: Any, arrays: Sequence[np.ndarray], result: np.ndarray, tasks: int = 2) -> np.ndarray:
-    """Run a kernel with arrays as its pointers; what lies behind the result must not change.
+    """Run a kernel with arrays as its pointers, one task after the other; what lies behind the result must not change.
 
     Args:
         kernel: What to run.
@@ -42,15 +47,38 @@ def run(kernel: Any, arrays: Sequence[np.ndarray], result: np.ndarray, tasks: in
         tasks: Tasks that share the work.
     """
     guarded = np.full(result.nbytes + 256, 171, np.uint8)
-    names = [f"operand_{i}" for i in range(len(arrays))]
-    parameters = {name: array.nbytes for name, array in zip(names, arrays, strict=True)}
-    parameters |= {"result": guarded.nbytes, "workspace": 64 + kernel.scratch * tasks}
-    step = Step("kernel", tuple(Place(name) for name in (*names, "result")), tasks, kernel.scratch)
-    made = module({"kernel": kernel.primitive("kernel")}, parameters, [step])
-    main = build(made, tvm.target.Target(llvm_target(kernel.isa, tasks)))["main"]
     memory = [np.ascontiguousarray(array).reshape(-1).view(np.uint8) for array in arrays]
-    tensors = [tvm.runtime.tensor(a) for a in (*memory, guarded, np.zeros(parameters["workspace"], np.uint8))]
-    main(*tensors)
-    written = tensors[len(arrays)].numpy()
-    assert (written[result.nbytes :] == 171).all(), "written behind the result"
-    return written[: result.nbytes].view(result.dtype).reshape(result.shape)
+    memory += [guarded, np.zeros(kernel.scratch * tasks + 4096, np.uint8)]
+    with tempfile.TemporaryDirectory(prefix="graphopt-") as scratch:
+        entry = loaded(kernel, len(arrays), Path(scratch))
+        for task in range(tasks):
+            entry(*(ctypes.c_void_p(array.ctypes.data) for array in memory), None, task, tasks)
+    assert (guarded[result.nbytes :] == 171).all(), "written behind the result"
+    return guarded[: result.nbytes].view(result.dtype).reshape(result.shape)
+
+
+def loaded(kernel: Any, count: int, folder: Path) -> Any:
+    """A kernel as a C function: (operands..., result, workspace, team, task, tasks).
+
+    Args:
+        kernel: What to build.
+        count: Its operands.
+        folder: For what is built.
+    """
+    names = (*(f"operand {i}" for i in range(count)), "result")
+    step = Step("kernel", tuple(map(Place, names)), shared=True, scratch=kernel.scratch)
+    made = module({"kernel": kernel.primitive("kernel")}, (*names, "workspace"), [step])
+    build(made, tvm.target.Target(llvm_target(kernel.isa, 1))).write_to_file(str(folder / "kernel.o"))
+    (folder / "behind.c").write_text(f"void {BEHIND}(void* team, int task, int tasks, int step, int meet) {{}}\n")
+    (folder / "exports").write_text(f"{{ global: {ENTRY}; local: *; }};\n")
+    linker = _linker(kernel.isa)
+    linker.objects(folder, ["behind.c"])
+    linker.library(folder / "kernel.so", folder, ["kernel.o", "behind.o"], "exports")
+    entry = getattr(ctypes.CDLL(str(folder / "kernel.so")), ENTRY)
+    entry.restype = None
+    return entry
+
+
+@functools.cache
+def _linker(isa: Isa) -> Linker:
+    return known_linkers(isa)[0]

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import functools
+import tempfile
 from collections.abc import Mapping
+from pathlib import Path
 
 import numpy as np
 import onnx_ir as ir
-import tvm
 
 from graphopt.model_io import ShapeBinding
 from graphopt.targets import Isa
-from graphopt_backends._compile import llvm_target
+from graphopt_backends._engine import Engine
+from graphopt_backends._library import compile_network
+from graphopt_backends._link import known_linkers
 from graphopt_backends._lower import lower
-from graphopt_backends.kernels.build import build
-from graphopt_backends.network.assemble import assemble
-from graphopt_backends.network.convert import convert, unsupported
+from graphopt_backends.network.convert import unsupported
 
 
 def run_network(
@@ -23,21 +25,15 @@ def run_network(
     """Compile and run; also returns the names of the kernels that ran, in order."""
     lowered = lower(model, ShapeBinding(), "x86").model
     assert not unsupported(lowered)
-    network = convert(lowered, isa)
-    made = assemble(network, tasks)
-    main = build(made.module, tvm.target.Target(llvm_target(isa, tasks)))["main"]
-    memory = {"weights": np.frombuffer(b"".join(made.weight_bytes()), np.uint8)}
-    for name, size in made.parameters.items():
-        if name.startswith("input_"):
-            memory[name] = np.ascontiguousarray(feed[name.removeprefix("input_")]).reshape(-1).view(np.uint8)
-        elif name != "weights":
-            memory[name] = np.zeros(size, np.uint8)
-    tensors = {name: tvm.runtime.tensor(memory[name]) for name in made.parameters}
-    main(*tensors.values())
-    found: dict[str, np.ndarray] = {}
-    for value in lowered.graph.outputs:
-        shape = tuple(int(size) for size in value.shape or ())
-        data = tensors[f"output_{value.name}"].numpy()
-        assert value.dtype is not None
-        found[str(value.name)] = data.view(value.dtype.numpy()).reshape(shape)
-    return found, [type(call.kernel).__name__ for call in network.calls]
+    with tempfile.TemporaryDirectory(prefix="graphopt-") as scratch:
+        path = Path(scratch) / "model.so"
+        made = compile_network(lowered, isa, "x86", path, known_linkers(isa)[0], Path(_cache().name))
+        engine = Engine(path, path.with_suffix(".weights") if made.separate else None, tasks)
+    outputs = engine.run([feed[str(value.name)] for value in lowered.graph.inputs])
+    found = {str(value.name): array for value, array in zip(lowered.graph.outputs, outputs, strict=True)}
+    return found, [step.kernel.rpartition("_")[0] for step in made.steps]
+
+
+@functools.cache
+def _cache() -> tempfile.TemporaryDirectory[str]:
+    return tempfile.TemporaryDirectory(prefix="graphopt-")

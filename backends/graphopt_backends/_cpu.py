@@ -1,39 +1,37 @@
-"""What the CPU backends share: the way from a model to the libraries, runner and runtime of a bundle."""
+"""What the CPU backends share: the way from a model to the libraries, weights and programs of a bundle."""
 
 from __future__ import annotations
 
 import abc
-import hashlib
-import shutil
 import tempfile
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import onnx_ir as ir
 
 from graphopt.backend_base import Backend, Build, BuildOptions, Runnable, Unsupported
 from graphopt.errors import BackendError
 from graphopt.model_io import save_model, weight_bytes
 from graphopt.reference import Feed
-from graphopt.targets import Isa, Target, host_machine
+from graphopt.targets import Isa, Target
 from graphopt_backends._compile import compile_library
-from graphopt_backends._fold import is_constant, static_shape
-from graphopt_backends._import import import_model, unsupported_nodes
+from graphopt_backends._deploy import add_example, add_runner, add_tvm_runner
+from graphopt_backends._engines import EMBED_BYTES, Division, divide, lift_weights
+from graphopt_backends._fold import static_shape
+from graphopt_backends._import import import_model
+from graphopt_backends._library import Made, compile_network, signatures
 from graphopt_backends._link import Linker, find_linker
 from graphopt_backends._lower import Lowered, lower
 from graphopt_backends._native import quiet
-from graphopt_backends._parts import GraphPart, cut, data_dependent
+from graphopt_backends._parts import GraphPart
 from graphopt_backends._plan import PLAN, Part, Plan, TensorSpec, write_plan
-from graphopt_backends._runtime import RUNTIME, copy_runtime, fetch_runtime, runtime_folder, versions
+from graphopt_backends._runtime import fetch_runtime, runtime_folder, versions
 from graphopt_backends._session import Step, load_steps, run_plan
 from graphopt_backends._tensors import PAGE, write_tensors
 
 __all__ = ["CpuBackend", "isa_of"]
-
-EMBED_BYTES = 64 << 20
-_LIFT_BYTES = 1 << 16
-_SOURCES = Path(__file__).parent / "runtime"
 
 
 def isa_of(target: Target) -> Isa:
@@ -51,41 +49,39 @@ class CpuBackend(Backend):
     """Compiles through TVM and LLVM; a subclass says how the result is run on this machine."""
 
     def ready(self, target: Target, options: BuildOptions) -> None:
-        """Find the compiler and, for another machine than this, its runtime in the cache."""
-        isa = isa_of(target)
-        find_linker(isa, options.cc)
+        """Find the compiler."""
+        find_linker(isa_of(target), options.cc)
         versions()
-        if isa.machine != host_machine():
-            runtime_folder(isa.machine, target.name, options.cache)
 
     def unsupported(self, model: ir.Model, target: Target, options: BuildOptions) -> Sequence[Unsupported]:
-        """Name the operators that TVM's importer cannot take, and those whose shapes depend on the data."""
-        lowered = lower(model, options.binding, str(target))
-        return tuple(_unsupported(lowered.model).values())
+        """Name the operators that neither kernels nor TVM can take, and those whose shapes depend on the data."""
+        division = divide(lower(model, options.binding, str(target)).model)
+        if "tvm" in division.engines.values():
+            runtime_folder(isa_of(target).machine, target.name, options.cache)
+        return tuple(division.refused.values())
 
     def build(self, model: ir.Model, target: Target, folder: Path, options: BuildOptions) -> Build:
-        """Compile `model` into `model.so`, or with a fallback into numbered parts, beside the runtime and a runner."""
-        isa = isa_of(target)
-        linker = find_linker(isa, options.cc)
+        """Compile `model` into `model.so`, or with a fallback into numbered parts, beside a runner and an example."""
+        linker = find_linker(isa_of(target), options.cc)
         with tempfile.TemporaryDirectory(prefix="graphopt-") as scratch:
             cache = options.cache if options.cache != Path() else Path(scratch)
-            runtime = runtime_folder(isa.machine, target.name, cache)
             lowered = lower(model, options.binding, str(target))
-            refused = _unsupported(lowered.model)
-            if refused and options.fallback is None:
-                raise _refusal(target, refused)
-            parts = cut(lowered.model, refused)
-            plan = _build_parts(lowered.model, parts, target, folder, options, linker)
+            division = divide(lowered.model)
+            if division.refused and options.fallback is None:
+                raise _refusal(target, division.refused.values())
+            if "tvm" in division.engines.values():
+                runtime_folder(isa_of(target).machine, target.name, cache)
+            work = _Work(target, folder, options, linker, cache)
+            plan, made = work.parts(lowered.model, division)
             write_plan(plan, folder)
-            extra = copy_runtime(runtime, folder, _SOURCES / "model.h")
-            sources = _write_sources(plan, folder, isa)
-            _build_runner(folder, runtime, linker, isa, cache)
-        made = [name for part in plan.parts for name in (part.file, part.weights) if name]
-        made += [p.name for p in sorted(folder.glob("model*.ll")) + sorted(folder.glob("model*.s"))]
-        compiled = [part.file for part in plan.parts if part.engine == "tvm"]
-        files = (*made, PLAN, "run", *sources, *extra)
-        facts = _facts(lowered, plan, isa, linker, folder, options)
-        return Build(compiled[0] if compiled else None, files, facts, tuple(refused.values()))
+            beside = work.companions(plan, lowered.model)
+        files = [name for part in plan.parts for name in (part.file, part.weights) if name]
+        files += [p.name for p in sorted(folder.glob("model*.ll")) + sorted(folder.glob("model*.s"))]
+        compiled = [part.file for part in plan.parts if part.engine != "onnxruntime"]
+        facts = _facts(lowered, division, plan, made, work)
+        return Build(
+            compiled[0] if compiled else None, (*files, PLAN, *beside), facts, tuple(division.refused.values())
+        )
 
     def run_all(self, folder: Path, target: Target, feeds: Sequence[Feed], threads: int) -> Sequence[Feed]:
         """Run many feeds; every part is started once."""
@@ -106,75 +102,84 @@ class CpuBackend(Backend):
         """
 
     def fetch(self, target: Target, cache: Path) -> Sequence[Path]:
-        """Download the runtime for the target's machine into the cache."""
+        """Download TVM's runtime for the target's machine into the cache; only parts without kernels need it."""
         return fetch_runtime(isa_of(target).machine, cache)
 
 
-def _unsupported(model: ir.Model) -> dict[str, Unsupported]:
-    imported = model
-    if weight_bytes(model) > EMBED_BYTES:
-        imported = model.clone()
-        _lift_weights(imported)
-    with quiet():
-        found = dict(unsupported_nodes(imported))
-    for name, node in data_dependent(model).items():
-        reason = "the shape of its input or output depends on the data"
-        found.setdefault(name, Unsupported(name, node.op_type, reason))
-    return found
+@dataclass(frozen=True)
+class _Work:
+    """A build that is going on."""
+
+    target: Target
+    folder: Path
+    options: BuildOptions
+    linker: Linker
+    cache: Path
+
+    @property
+    def isa(self) -> Isa:
+        return isa_of(self.target)
+
+    def parts(self, model: ir.Model, division: Division) -> tuple[Plan, list[Made]]:
+        """Build all parts."""
+        fed = [value for value in model.graph.inputs if value.name not in model.graph.initializers]
+        inputs, outputs = _specs(fed), _specs(model.graph.outputs)
+        steps: list[Part] = []
+        networks: list[Made] = []
+        for i, part in enumerate(division.parts):
+            alone = len(division.parts) == 1 and part.engine != "onnxruntime"
+            stem = "model" if alone else f"model.part{i}"
+            if part.engine == "kernels":
+                steps.append(self._kernels(part, f"{stem}.so", networks))
+            elif part.engine == "tvm":
+                steps.append(self._tvm(part, f"{stem}.so"))
+            else:
+                save_model(part.model, self.folder / f"{stem}.onnx")
+                steps.append(Part("onnxruntime", f"{stem}.onnx", part.inputs, part.outputs))
+        return Plan(str(self.target), inputs, outputs, tuple(steps)), networks
+
+    def _kernels(self, part: GraphPart, name: str, networks: list[Made]) -> Part:
+        inputs, outputs, path = part.inputs, part.outputs, self.folder / name
+        with quiet():
+            made = compile_network(
+                part.model, self.isa, str(self.target), path, self.linker, self.cache, self.options.emit
+            )
+        networks.append(made)
+        return Part("kernels", name, inputs, outputs, path.with_suffix(".weights").name if made.separate else None)
+
+    def _tvm(self, part: GraphPart, name: str) -> Part:
+        inputs, outputs, weights = part.inputs, part.outputs, None
+        if weight_bytes(part.model) > EMBED_BYTES:
+            weights = f"{name.removesuffix('.so')}.weights"
+            lifted = lift_weights(part.model)
+            write_tensors(self.folder / weights, ((v_name, tensor.numpy()) for v_name, tensor in lifted), PAGE)
+        with quiet():
+            module = import_model(part.model)
+            threads, emit = self.options.threads, self.options.emit
+            compile_library(module, self.isa, self.folder / name, self.linker, threads, emit)
+        return Part("tvm", name, inputs, outputs, weights)
+
+    def companions(self, plan: Plan, model: ir.Model) -> list[str]:
+        """Write what lies beside the libraries."""
+        engines = {part.engine for part in plan.parts}
+        files: list[str] = []
+        if "kernels" in engines:
+            files += add_runner(self.folder, self.linker, self.isa, self.cache)
+        if "tvm" in engines:
+            runtime = runtime_folder(self.isa.machine, self.target.name, self.cache)
+            files += add_tvm_runner(self.folder, runtime, self.linker, self.isa, self.cache)
+        if engines == {"kernels"} and len(plan.parts) == 1:
+            ends = signatures(model.graph.inputs), signatures(model.graph.outputs)
+            files += add_example(self.folder, plan.parts[0].weights, *ends, self.isa)
+        return files
 
 
-def _refusal(target: Target, refused: dict[str, Unsupported]) -> BackendError:
-    items = list(refused.values())
+def _refusal(target: Target, refused: Iterable[Unsupported]) -> BackendError:
+    items = list(refused)
     named = "; ".join(f"{u.operator} at {u.site!r}: {u.reason}" for u in items[:3])
     more = f" and {len(items) - 3} more" if len(items) > 3 else ""
     fact = f"cannot take {len(items)} operator{'s' if len(items) > 1 else ''}: {named}{more}"
     return BackendError(f"target {target}", fact, "give --fallback ort to let ONNX Runtime run them")
-
-
-def _build_parts(
-    model: ir.Model, parts: list[GraphPart], target: Target, folder: Path, options: BuildOptions, linker: Linker
-) -> Plan:
-    steps: list[Part] = []
-    for i, part in enumerate(parts):
-        stem = "model" if len(parts) == 1 and part.compiled else f"model.part{i}"
-        if part.compiled:
-            steps.append(_build_library(part, f"{stem}.so", target, folder, options, linker))
-        else:
-            save_model(part.model, folder / f"{stem}.onnx")
-            steps.append(Part("onnxruntime", f"{stem}.onnx", part.inputs, part.outputs))
-    fed = [value for value in model.graph.inputs if value.name not in model.graph.initializers]
-    return Plan(str(target), _specs(fed), _specs(model.graph.outputs), tuple(steps))
-
-
-def _build_library(
-    part: GraphPart, name: str, target: Target, folder: Path, options: BuildOptions, linker: Linker
-) -> Part:
-    inputs, outputs = part.inputs, part.outputs
-    weights: str | None = None
-    if weight_bytes(part.model) > EMBED_BYTES:
-        weights = f"{name.removesuffix('.so')}.weights"
-        lifted = _lift_weights(part.model)
-        write_tensors(folder / weights, ((v_name, tensor.numpy()) for v_name, tensor in lifted), PAGE)
-    with quiet():
-        module = import_model(part.model)
-        compile_library(module, isa_of(target), folder / name, linker, options.threads, options.emit)
-    return Part("tvm", name, inputs, outputs, weights)
-
-
-def _lift_weights(model: ir.Model) -> list[tuple[str, ir.TensorProtocol]]:
-    """Turn large constants into inputs after the real ones; returns them in that order."""
-    lifted: list[tuple[str, ir.TensorProtocol]] = []
-    for name, value in list(model.graph.initializers.items()):
-        tensor = value.const_value
-        shape = static_shape(value)
-        if tensor is None or tensor.nbytes < _LIFT_BYTES or shape is None or not is_constant(value):
-            continue
-        model.graph.initializers.pop(name)
-        value.const_value = None
-        value.type, value.shape = ir.TensorType(tensor.dtype), ir.Shape(shape)
-        model.graph.inputs.append(value)
-        lifted.append((name, tensor))
-    return lifted
 
 
 def _specs(values: Sequence[ir.Value]) -> tuple[TensorSpec, ...]:
@@ -184,66 +189,28 @@ def _specs(values: Sequence[ir.Value]) -> tuple[TensorSpec, ...]:
     )
 
 
-def _write_sources(plan: Plan, folder: Path, isa: Isa) -> tuple[str, ...]:
-    """Put the runner's source and, for a model in one library, an example into the bundle."""
-    compiler = f"{isa.machine}-linux-gnu-g++"
-    run = (_SOURCES / "run.cc").read_text("utf8").replace("@COMPILER@", compiler)
-    (folder / "run.cc").write_text(run, "utf8")
-    if len(plan.parts) != 1 or plan.parts[0].engine != "tvm":
-        return ("run.cc",)
-    part, known = plan.parts[0], {spec.name: spec for spec in plan.inputs}
-    library = f'"{part.file}", 1, "{part.weights}"' if part.weights else f'"{part.file}"'
-    inputs = "\n".join(_example_input(known[name]) for name in part.inputs)
-    text = (_SOURCES / "example.cc").read_text("utf8").replace("@COMPILER@", compiler)
-    (folder / "example.cc").write_text(text.replace("@LIBRARY@", library).replace("@INPUTS@", inputs), "utf8")
-    return ("run.cc", "example.cc")
-
-
-def _example_input(spec: TensorSpec) -> str:
-    dtype = np.dtype(spec.dtype)
-    codes = {"f": "kDLFloat", "i": "kDLInt", "u": "kDLUInt", "b": "kDLBool"}
-    shape = ", ".join(map(str, spec.shape or ()))
-    code = codes.get(dtype.kind, "kDLFloat")
-    name = spec.name.replace("\\", "\\\\").replace('"', '\\"')
-    return f'      graphopt::make_tensor({{{code}, {dtype.itemsize * 8}, 1}}, {{{shape}}}, "{name}"),'
-
-
-def _build_runner(folder: Path, runtime: Path, linker: Linker, isa: Isa, cache: Path) -> None:
-    """Compile the runner, or take the one that the same compiler made from the same sources before."""
-    digest = hashlib.sha256(" ".join((linker.name, *linker.command, linker.version())).encode())
-    for source in (
-        folder / "run.cc",
-        _SOURCES / "model.h",
-        *sorted(runtime.rglob("*.so")),
-        *sorted(runtime.rglob("*.h")),
-    ):
-        digest.update(source.read_bytes())
-    known = cache / "runner" / isa.machine / digest.hexdigest()[:32]
-    if not known.is_file():
-        known.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix="graphopt-", dir=known.parent) as scratch:
-            made = Path(scratch) / "run"
-            shutil.copyfile(folder / "run.cc", Path(scratch) / "run.cc")
-            linker.program(Path(scratch) / "run.cc", made, folder / RUNTIME, [folder / RUNTIME / "include"])
-            made.replace(known)
-    shutil.copyfile(known, folder / "run")
-    (folder / "run").chmod(0o755)
-
-
 def _facts(
-    lowered: Lowered, plan: Plan, isa: Isa, linker: Linker, folder: Path, options: BuildOptions
+    lowered: Lowered, division: Division, plan: Plan, made: Sequence[Made], work: _Work
 ) -> dict[str, str | int | float | bool]:
-    tvm, ffi = versions()
-    libraries = [part for part in plan.parts if part.engine == "tvm"]
+    isa, folder = work.isa, work.folder
+    libraries = [part for part in plan.parts if part.engine != "onnxruntime"]
     facts: dict[str, str | int | float | bool] = {
-        "engine": f"TVM {tvm} (ffi {ffi})",
+        "compiler": f"TVM {versions()[0]}",
         "isa": isa.name,
         "triple": isa.triple,
         "cpu": isa.cpu or "baseline",
-        "linker": linker.version(),
+        "linker": work.linker.version(),
         "kernel_bytes": sum((folder / part.file).stat().st_size for part in libraries),
         "parts": len(plan.parts),
     }
+    if made:
+        facts["kernels"] = sum(m.kernels for m in made)
+        facts["steps"] = sum(len(m.steps) for m in made)
+        facts["workspace_bytes"] = max(m.workspace for m in made)
+    others = Counter(division.engines.values())
+    for engine in ("tvm", "onnxruntime"):
+        if others[engine]:
+            facts[f"nodes run by {engine}"] = others[engine]
     if isa.features:
         facts["features"] = " ".join(isa.features)
     weights = [folder / part.weights for part in libraries if part.weights]
@@ -251,6 +218,4 @@ def _facts(
         facts["weights_bytes"] = sum(path.stat().st_size for path in weights)
     if lowered.fixed:
         facts["fixed"] = ", ".join(lowered.fixed)
-    if options.threads:
-        facts["threads"] = options.threads
     return facts

@@ -44,17 +44,39 @@ class Linker:
             ["-shared", "-fPIC", soname, *_REPEATABLE, "-o", str(Path(output).resolve()), *given, *(options or ())]
         )
 
-    def program(self, source: Path, output: Path, runtime: Path, include: Sequence[Path]) -> None:
-        """Compile a C++ program that finds the libraries of `runtime` in the folder `runtime` beside it.
+    def objects(self, folder: Path, sources: Sequence[str]) -> None:
+        """Compile C sources of a folder, each into an object beside it.
 
         Raises:
             BackendError: The compiler fails.
         """
-        arguments = [
-            "-std=c++17", "-O2", source.name, "-o", str(output.resolve()), *(f"-I{p.resolve()}" for p in include),
-            "-Wl,--no-as-needed", *(str(p.resolve()) for p in sorted(runtime.glob("*.so"))),
-            "-Wl,-rpath,$ORIGIN/runtime", "-Wl,--allow-shlib-undefined", *_REPEATABLE,
-        ]  # fmt: skip
+        for source in sources:
+            arguments = ["-fPIC", "-O2", "-pthread", "-fvisibility=hidden", "-x", "c", "-std=c11", "-c", source]
+            self._run([*arguments, "-o", str(Path(source).with_suffix(".o"))], folder)
+
+    def library(self, output: Path, folder: Path, objects: Sequence[str], exports: str) -> None:
+        """Link objects of a folder into a shared library.
+
+        Args:
+            output: Its path.
+            folder: Where objects are.
+            objects: Their names.
+            exports: Name of a version script.
+
+        Raises:
+            BackendError: The linker fails.
+        """
+        script = f"-Wl,--version-script={exports}"
+        options = ("-shared", "-fPIC", "-pthread", f"-Wl,-soname,{output.name}", "-Wl,-Bsymbolic", script)
+        self._run([*options, *_REPEATABLE, "-o", str(output.resolve()), *objects], folder)
+
+    def program(self, source: Path, output: Path, options: Sequence[str]) -> None:
+        """Compile a C++ program.
+
+        Raises:
+            BackendError: The compiler fails.
+        """
+        arguments = ["-std=c++17", "-O2", source.name, "-o", str(output.resolve()), *options, *_REPEATABLE]
         self._run(arguments, source.parent)
 
     def version(self) -> str:

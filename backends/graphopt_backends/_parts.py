@@ -1,17 +1,19 @@
-"""Cut a graph into parts that alternate between the compiler and ONNX Runtime.
+"""Cut a graph into parts, each of which one engine runs.
 
-Every node gets a level: that of its inputs, one more where the engine changes. Levels never fall along an edge, so the
-nodes of one level form one part, and parts run in the order of their levels.
+Every node gets a level: that of its inputs, one more where the engine changes. Levels never fall along an edge, and
+rise along one between engines, so the nodes of one level and engine form one part, and parts run in the order of their
+levels.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import onnx_ir as ir
 
 from graphopt_backends._fold import is_constant, static_shape
+from graphopt_backends._plan import Engine
 
 __all__ = ["GraphPart", "cut", "data_dependent"]
 
@@ -22,11 +24,11 @@ class GraphPart:
 
     Attributes:
         model: Its inputs and outputs carry the names that they have in the whole graph.
-        compiled: False: ONNX Runtime runs it.
+        engine: What runs it.
     """
 
     model: ir.Model
-    compiled: bool
+    engine: Engine
 
     @property
     def inputs(self) -> tuple[str, ...]:
@@ -39,29 +41,26 @@ class GraphPart:
         return tuple(str(v.name) for v in self.model.graph.outputs)
 
 
-def cut(model: ir.Model, runtime_nodes: Iterable[str]) -> list[GraphPart]:
+def cut(model: ir.Model, engines: Mapping[str, Engine]) -> list[GraphPart]:
     """Cut a lowered model into parts.
 
     Args:
         model: A lowered model, its nodes in topological order.
-        runtime_nodes: Names of the nodes that ONNX Runtime must run.
+        engines: What runs the nodes with these names; kernels run all others.
     """
-    theirs = frozenset(runtime_nodes)
     levels: dict[ir.Node, int] = {}
     for node in model.graph:
-        runtime = node.name in theirs
-        level = 1 if runtime else 0
+        engine, level = engines.get(node.name or "", "kernels"), 0
         for value in _read_values(node):
             producer = value.producer()
             if producer in levels:
-                below = levels[producer]
-                level = max(level, below if below % 2 == int(runtime) else below + 1)
+                changes = engines.get(producer.name or "", "kernels") != engine
+                level = max(level, levels[producer] + changes)
         levels[node] = level
-    parts: list[GraphPart] = []
-    for level in sorted(set(levels.values())):
-        nodes = [node for node in model.graph if levels[node] == level]
-        parts.append(GraphPart(_extract(model, nodes), compiled=level % 2 == 0))
-    return parts
+    parts: dict[tuple[int, Engine], list[ir.Node]] = {}
+    for node in model.graph:
+        parts.setdefault((levels[node], engines.get(node.name or "", "kernels")), []).append(node)
+    return [GraphPart(_extract(model, parts[key]), key[1]) for key in sorted(parts)]
 
 
 def data_dependent(model: ir.Model) -> dict[str, ir.Node]:

@@ -9,10 +9,14 @@ from typing import Any, Literal
 
 from graphopt.errors import BackendError
 
-__all__ = ["PLAN", "Part", "Plan", "TensorSpec", "read_plan", "write_plan"]
+__all__ = ["PLAN", "Engine", "Part", "Plan", "TensorSpec", "read_plan", "write_plan"]
 
 PLAN = "model.plan.json"
-_FORMAT = 1
+_FORMAT = 2
+
+
+Engine = Literal["kernels", "tvm", "onnxruntime"]
+"""What runs a part: kernels written by hand, TVM's own lowering, or ONNX Runtime."""
 
 
 @dataclass(frozen=True)
@@ -29,14 +33,15 @@ class Part:
     """One step: a file, the engine that runs it, and its tensors in the order in which it takes and returns them.
 
     Attributes:
-        engine: `tvm` for a library, `onnxruntime` for a model.
+        engine: `kernels` for a library that runs by itself, `tvm` for one that needs TVM's runtime, `onnxruntime` for a
+            model.
         file: The library or model.
         inputs: Names of the tensors it takes.
         outputs: Names of the tensors it makes.
-        weights: File of weights that follow the inputs, if any.
+        weights: File of weights of a library, if it has one.
     """
 
-    engine: Literal["tvm", "onnxruntime"]
+    engine: Engine
     file: str
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]

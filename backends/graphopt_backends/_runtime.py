@@ -71,12 +71,10 @@ def runtime_folder(machine: str, family: str, cache: Path) -> Path:
     raise BackendError(f"runtime for {machine}", "not in the cache", f"run: graphopt doctor --fetch {family}")
 
 
-def copy_runtime(folder: Path, bundle: Path, header: Path) -> tuple[str, ...]:
+def copy_runtime(folder: Path, bundle: Path) -> tuple[str, ...]:
     """Copy a runtime into a bundle; returns the files relative to it."""
     target = bundle / RUNTIME
     shutil.copytree(folder, target, dirs_exist_ok=True, copy_function=shutil.copyfile)
-    (target / "include" / "graphopt").mkdir(parents=True, exist_ok=True)
-    shutil.copyfile(header, target / "include" / "graphopt" / header.name)
     return tuple(sorted(p.relative_to(bundle).as_posix() for p in target.rglob("*") if p.is_file()))
 
 

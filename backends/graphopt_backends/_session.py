@@ -17,6 +17,8 @@ import numpy as np
 
 from graphopt.errors import BackendError, DataError
 from graphopt.reference import Feed, Reference
+from graphopt_backends._deploy import RUNNERS
+from graphopt_backends._engine import Engine
 from graphopt_backends._plan import Part, Plan, read_plan
 from graphopt_backends._tensors import read_tensors, write_tensors
 
@@ -52,19 +54,30 @@ def in_process(part: Part, folder: Path, threads: int) -> Step:
     """
     if part.engine == "onnxruntime":
         return _reference_step(part, folder, threads)
-    return _library_step(part, folder, threads)
+    if part.engine == "kernels":
+        return _kernels_step(part, folder, threads)
+    return _tvm_step(part, folder, threads)
 
 
 def through_program(part: Part, folder: Path, threads: int, command: Sequence[str]) -> Step:
-    """Run a part with the bundle's runner, started by `command`; ONNX Runtime's parts run in this process."""
+    """Run a part with the bundle's program for it, started by `command`; ONNX Runtime's run in this process."""
     if part.engine == "onnxruntime":
         return _reference_step(part, folder, threads)
+    program = str(folder / RUNNERS[part.engine])
 
     def step(feeds: Sequence[Mapping[str, Array]]) -> Sequence[Feed]:
         with tempfile.TemporaryDirectory(prefix="graphopt-") as scratch:
             source, result = Path(scratch) / "inputs.tensors", Path(scratch) / "outputs.tensors"
             write_tensors(source, ((name, feed[name]) for feed in feeds for name in part.inputs))
-            words = [*command, str(folder / part.file), str(source), str(result), "--threads", str(max(threads, 1))]
+            words = [
+                *command,
+                program,
+                str(folder / part.file),
+                str(source),
+                str(result),
+                "--threads",
+                str(max(threads, 1)),
+            ]
             if part.weights:
                 words += ["--weights", str(folder / part.weights)]
             done = subprocess.run(words, capture_output=True, text=True, errors="replace", check=False)
@@ -102,7 +115,16 @@ def _reference_step(part: Part, folder: Path, threads: int) -> Step:
     return step
 
 
-def _library_step(part: Part, folder: Path, threads: int) -> Step:
+def _kernels_step(part: Part, folder: Path, threads: int) -> Step:
+    engine = Engine(folder / part.file, folder / part.weights if part.weights else None, threads)
+
+    def run(feed: Mapping[str, Array]) -> Feed:
+        return dict(zip(part.outputs, engine.run([feed[name] for name in part.inputs]), strict=True))
+
+    return lambda feeds: [run(feed) for feed in feeds]
+
+
+def _tvm_step(part: Part, folder: Path, threads: int) -> Step:
     ffi = _load_runtime()
     path = folder / part.file
     try:

@@ -68,7 +68,7 @@ class ArmBackend(CpuBackend):
         if root is None:
             raise BackendError(f"target {target}", "compiled only: no aarch64 libraries for qemu", _QEMU_HINT)
         cpu = _emulated_cpu(emulator, isa_of(target).name)
-        command = [emulator, "-cpu", cpu, "-L", str(root), str(folder / "run")]
+        command = [emulator, "-cpu", cpu, "-L", str(root)]
         return through_program(part, folder, threads, command)
 
     def doctor(self, cache: Path) -> Sequence[Finding]:

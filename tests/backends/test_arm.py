@@ -34,7 +34,7 @@ def arm(backend):
 def test_library_runner_and_runtime_are_aarch64(cnn, arm, arm_cache: Path, tmp_path: Path) -> None:
     backend, target = arm
     build = backend.build(cnn, target, tmp_path, BuildOptions(cache=arm_cache))
-    for name in ("model.so", "run", "runtime/libtvm_runtime.so", "runtime/libtvm_ffi.so"):
+    for name in ("model.so", "run"):
         assert name in build.files
         assert _machine(tmp_path / name) == _AARCH64
     assert build.facts["isa"] == "cortex-a76"
@@ -57,22 +57,45 @@ def test_quantized_cnn_under_qemu_gives_the_numbers_of_onnx_runtime(
 
 
 def test_fallback_runs_its_parts_on_the_host_and_the_rest_under_qemu(
-    lstm_model, arm, arm_cache: Path, tmp_path: Path
+    det_model, arm, arm_cache: Path, tmp_path: Path
 ) -> None:
     engine, target = arm
     if engine.how(target) == "compiled only":
         pytest.skip("compiled only: qemu-aarch64 not found")
-    engine.build(lstm_model, target, tmp_path, BuildOptions(cache=arm_cache, fallback="ort"))
-    feed = {"x": np.random.default_rng(0).standard_normal((200, 1, 3)).astype(np.float32)}
+    engine.build(det_model, target, tmp_path, BuildOptions(cache=arm_cache, fallback="ort"))
+    feed = {"x": np.random.default_rng(0).standard_normal((6, 4, 4)).astype(np.float32)}
     output = engine.load(tmp_path, target, 1)(feed)
-    np.testing.assert_allclose(output["y"], Reference(lstm_model).run(feed)["y"], atol=1e-6)
+    np.testing.assert_allclose(output["y"], Reference(det_model).run(feed)["y"], atol=1e-6)
 
 
+@pytest.fixture
+def relu_for_tvm(monkeypatch) -> None:
+    """As if no kernel computed Relu."""
+    from graphopt_backends import _engines
+
+    monkeypatch.setattr(_engines, "_without_kernel", lambda m: [str(n.name) for n in m.graph if n.op_type == "Relu"])
+
+
+@pytest.mark.usefixtures("relu_for_tvm")
+def test_a_part_that_tvm_lowers_runs_under_qemu(cnn, arm, arm_cache: Path, tmp_path: Path) -> None:
+    engine, target = arm
+    if engine.how(target) == "compiled only":
+        pytest.skip("compiled only: qemu-aarch64 not found")
+    build = engine.build(cnn, target, tmp_path, BuildOptions(cache=arm_cache))
+    for name in ("run_tvm", "runtime/libtvm_runtime.so", "runtime/libtvm_ffi.so"):
+        assert name in build.files
+        assert _machine(tmp_path / name) == _AARCH64
+    feed = {"x": np.random.default_rng(0).standard_normal((1, 3, 16, 16)).astype(np.float32)}
+    output = engine.load(tmp_path, target, 1)(feed)
+    np.testing.assert_allclose(output["y"], Reference(cnn).run(feed)["y"], atol=1e-6)
+
+
+@pytest.mark.usefixtures("relu_for_tvm")
 def test_without_the_runtime_the_error_says_which_command_gets_it(cnn, arm, tmp_path: Path) -> None:
     engine, target = arm
-    if target.isa.machine == "native":
-        pytest.skip("native")
     (tmp_path / "bundle").mkdir()
+    with pytest.raises(BackendError, match="run: graphopt doctor --fetch arm"):
+        engine.unsupported(cnn, target, BuildOptions(cache=tmp_path / "empty"))
     with pytest.raises(BackendError, match="run: graphopt doctor --fetch arm"):
         engine.build(cnn, target, tmp_path / "bundle", BuildOptions(cache=tmp_path / "empty"))
     assert list((tmp_path / "bundle").iterdir()) == []

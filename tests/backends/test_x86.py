@@ -92,13 +92,21 @@ def test_runner_and_example_of_the_bundle_work_from_the_command_line(mlp, backen
     rows = [array for _, array in read_tensors(tmp_path / "out")]
     assert len(rows) == 2
     np.testing.assert_allclose(rows[1], Reference(mlp).run(feed)["y"], atol=1e-6)
-    text = (tmp_path / "example.cc").read_text()
-    lines = [line.removeprefix("//").strip() for line in text.splitlines() if line.startswith("//   ")]
-    command = next(" ".join(lines[i : i + 2]) for i, line in enumerate(lines) if " -o example" in line)
-    command += " " + next(line for line in text.splitlines() if "runtime/libtvm_ffi.so" in line).removeprefix("//")
-    subprocess.run(command, cwd=tmp_path, shell=True, check=True)
-    told = subprocess.run(["./example"], cwd=tmp_path, check=True, capture_output=True, text=True).stdout
-    assert told.startswith("float32 output:")
+    text = (tmp_path / "example.c").read_text()
+    command = next(line for line in text.splitlines() if " -o example" in line).removeprefix(" *")
+    told = subprocess.run(command, cwd=tmp_path, shell=True, check=True, capture_output=True, text=True).stdout
+    assert told.startswith("float32 y:")
+
+
+def test_a_bundle_without_foreign_parts_needs_the_c_library_alone(mlp, backend, cache, tmp_path: Path) -> None:
+    x86, target = backend("x86")
+    build = x86.build(mlp, target, tmp_path, BuildOptions(cache=cache))
+    assert not (tmp_path / "runtime").exists()
+    told = subprocess.run(["ldd", str(tmp_path / "model.so")], capture_output=True, text=True, check=True).stdout
+    assert {line.split()[0].split(".")[0] for line in told.splitlines()} <= {
+        "linux-vdso", "libc", "libm", "libgcc_s", "libstdc++", "/lib64/ld-linux-x86-64",
+    }, told  # fmt: skip
+    assert build.facts["kernel_bytes"] < 100_000
 
 
 def test_feed_of_another_shape_or_type_is_refused(mlp, backend, cache, tmp_path: Path) -> None:
@@ -130,12 +138,12 @@ def test_open_dimension_is_named_with_its_flags(backend) -> None:
         x86.unsupported(model, target, BuildOptions())
 
 
-def test_operator_that_tvm_lacks_is_named_and_stops_the_build(lstm_model, backend, cache, tmp_path: Path) -> None:
+def test_operator_that_nothing_compiles_is_named_and_stops_the_build(det_model, backend, cache, tmp_path: Path) -> None:
     x86, target = backend("x86")
-    found = x86.unsupported(lstm_model, target, BuildOptions())
-    assert [(u.site, u.operator) for u in found] == [("recurrent", "LSTM")]
-    with pytest.raises(BackendError, match=r"LSTM at 'recurrent'.*--fallback ort"):
-        x86.build(lstm_model, target, tmp_path, BuildOptions(cache=cache))
+    found = x86.unsupported(det_model, target, BuildOptions())
+    assert [(u.site, u.operator) for u in found] == [("determinant", "Det")]
+    with pytest.raises(BackendError, match=r"Det at 'determinant'.*--fallback ort"):
+        x86.build(det_model, target, tmp_path, BuildOptions(cache=cache))
     assert list(tmp_path.iterdir()) == []
 
 
@@ -150,13 +158,53 @@ def test_operator_of_a_custom_domain_is_not_taken_for_the_standard_one(backend) 
     assert [(u.operator, u.site) for u in found] == [("acme.Relu", "mine")]
 
 
-def test_fallback_lets_onnx_runtime_run_what_tvm_cannot(lstm_model, backend, cache, tmp_path: Path) -> None:
+def test_fallback_lets_onnx_runtime_run_what_nothing_compiles(det_model, backend, cache, tmp_path: Path) -> None:
     x86, target = backend("x86")
-    build = x86.build(lstm_model, target, tmp_path, BuildOptions(cache=cache, fallback="ort"))
-    assert [u.operator for u in build.fallbacks] == ["LSTM"]
+    build = x86.build(det_model, target, tmp_path, BuildOptions(cache=cache, fallback="ort"))
+    assert [u.operator for u in build.fallbacks] == ["Det"]
     assert {"model.part0.so", "model.part1.onnx", "model.part2.so"} <= set(build.files)
-    feeds = _feeds(lstm_model)
-    _agree(lstm_model, feeds, list(x86.run_all(tmp_path, target, feeds, 1)))
+    assert build.facts["nodes run by onnxruntime"] == 1
+    feeds = _feeds(det_model)
+    _agree(det_model, feeds, list(x86.run_all(tmp_path, target, feeds, 1)))
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_what_no_kernel_computes_is_lowered_by_tvm(threads, cnn, backend, cache, tmp_path: Path, monkeypatch) -> None:
+    from graphopt_backends import _engines
+
+    monkeypatch.setattr(_engines, "_without_kernel", lambda m: [str(n.name) for n in m.graph if n.op_type == "Relu"])
+    x86, target = backend("x86")
+    build = x86.build(cnn, target, tmp_path, BuildOptions(cache=cache))
+    assert {"model.part0.so", "model.part1.so", "model.part2.so", "run_tvm"} <= set(build.files)
+    assert build.facts["nodes run by tvm"] == 1
+    feeds = _feeds(cnn)
+    _agree(cnn, feeds, list(x86.run_all(tmp_path, target, feeds, threads)))
+
+
+def test_a_child_process_may_run_a_model_of_its_parent(cnn, backend, cache, tmp_path: Path) -> None:
+    x86, target = backend("x86")
+    x86.build(cnn, target, tmp_path, BuildOptions(cache=cache))
+    feed = _feeds(cnn, 1)[0]
+    run = x86.load(tmp_path, target, 2)
+    expected = run(feed)["y"]
+    child = os.fork()
+    if child == 0:
+        os._exit(0 if np.array_equal(run(feed)["y"], expected) else 1)
+    assert os.waitpid(child, 0)[1] == 0
+    assert np.array_equal(run(feed)["y"], expected)
+
+
+def test_the_library_itself_refuses_a_lesser_cpu(mlp, backend, cache, tmp_path: Path) -> None:
+    from graphopt_backends import _library
+    from graphopt_backends._engine import Engine
+
+    x86, target = backend("x86:avx2")
+    original = _library._description
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_library, "_description", lambda f: original(replace(f, features=("avx2", "imaginary"))))
+        x86.build(mlp, target, tmp_path, BuildOptions(cache=cache))
+    with pytest.raises(BackendError, match="compiled for x86:avx2: this CPU lacks imaginary"):
+        Engine(tmp_path / "model.so")
 
 
 def test_cpu_without_the_instructions_refuses_to_run(mlp, backend, cache, tmp_path: Path) -> None:
@@ -193,11 +241,10 @@ def test_zig_links_too(mlp, backend, tmp_path: Path) -> None:
 
 
 def test_weights_above_the_limit_lie_beside_the_library(cnn, backend, cache, tmp_path: Path, monkeypatch) -> None:
-    from graphopt_backends import _cpu
+    from graphopt_backends import _library
     from graphopt_backends._tensors import read_tensors, write_tensors
 
-    monkeypatch.setattr(_cpu, "EMBED_BYTES", 100)
-    monkeypatch.setattr(_cpu, "_LIFT_BYTES", 100)
+    monkeypatch.setattr(_library, "EMBEDDED_BYTES", 100)
     x86, target = backend("x86")
     build = x86.build(cnn, target, tmp_path, BuildOptions(cache=cache))
     assert "model.weights" in build.files
@@ -207,6 +254,14 @@ def test_weights_above_the_limit_lie_beside_the_library(cnn, backend, cache, tmp
     write_tensors(tmp_path / "in", [("x", feeds[0]["x"])])
     subprocess.run(["./run", "model.so", "in", "out", "--weights", "model.weights"], cwd=tmp_path, check=True)
     np.testing.assert_array_equal(next(read_tensors(tmp_path / "out"))[1], outputs[0]["y"])
+    whole = (tmp_path / "model.weights").read_bytes()
+    for damaged, told in ((whole[:-2000], "cut short"), (b"x" + whole[1:], "belongs to another model")):
+        (tmp_path / "model.weights").write_bytes(damaged)
+        with pytest.raises(BackendError, match=told):
+            x86.load(tmp_path, target, 1)
+    (tmp_path / "model.weights").unlink()
+    with pytest.raises(BackendError, match="cannot open the file of weights"):
+        x86.load(tmp_path, target, 1)
 
 
 def test_native_target_names_the_instructions_it_was_built_for(targets) -> None:

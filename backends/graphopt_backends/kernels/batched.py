@@ -29,7 +29,7 @@ from graphopt_backends.kernels.epilogue import PLAIN, Epilogue, Result, begin, f
 from graphopt_backends.kernels.multiply import Multiply
 from graphopt_backends.kernels.tile import Panel, Rows, accumulate, tile_of
 
-__all__ = ["Batched", "transposed"]
+__all__ = ["Batched", "begin_of", "transposed"]
 
 
 @dataclass(frozen=True)
@@ -115,7 +115,7 @@ class Batched:
             number = bind(tirx.truncdiv(unit, self._panels))
             panel = bind(tirx.truncmod(unit, self._panels))
             sides = (self.left, self.right, self.result, *self.operands)
-            left, right, result, *bases = (bind(self._start(number, strides)) for strides in sides)
+            left, right, result, *bases = (bind(begin_of(self.batch, number, strides)) for strides in sides)
             place = _Place(left, right, result, bases)
             whole, rest = divmod(self.columns, self._width)
             if not rest or not whole:
@@ -126,15 +126,6 @@ class Batched:
                     lambda: self._panel(frame, place, panel, self._width),
                     lambda: self._panel(frame, place, panel, rest),
                 )
-
-    def _start(self, number: Any, strides: Sequence[int]) -> Any:
-        """Where the matrices with a number begin."""
-        start: Any = tirx.const(0, "int32")
-        for axis in reversed(range(len(self.batch))):
-            index = tirx.truncmod(number, self.batch[axis]) if axis else number
-            start = start + index * strides[axis]
-            number = tirx.truncdiv(number, self.batch[axis])
-        return start
 
     def _panel(self, frame: Frame, place: _Place, panel: Any, columns: int) -> None:
         vectors, column = -(-columns // self.multiply.lanes), bind(panel * self._width)
@@ -206,6 +197,23 @@ class _Place:
     right: Any
     result: Any
     bases: Sequence[Any]
+
+
+def begin_of(batch: Sequence[int], number: Any, strides: Sequence[int]) -> Any:
+    """Where the matrices with a number begin.
+
+    Args:
+        batch: Sizes of the axes before the matrices.
+        number: Counts along all of them.
+        strides: Along each of them; further ones do not count.
+    """
+    start: Any = tirx.const(0, "int32")
+    for axis in reversed(range(len(batch))):
+        if batch[axis] > 1:
+            index = tirx.truncmod(number, batch[axis]) if axis else number
+            start = start + index * strides[axis]
+            number = tirx.truncdiv(number, batch[axis])
+    return start
 
 
 def transposed(rows: Sequence[Any], lanes: int) -> list[Any]:

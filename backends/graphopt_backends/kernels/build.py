@@ -8,7 +8,7 @@ __all__ = ["build"]
 
 
 def build(module: Any, target: Any) -> Any:
-    """Compile a module made by `program.module`; returns a runtime module whose `main` takes tensors of bytes.
+    """Compile a module made by `program.module`; returns a runtime module that writes object files and listings.
 
     Args:
         module: Kernels and their entry function.
@@ -24,8 +24,6 @@ def build(module: Any, target: Any) -> Any:
         steps.BF16ComputeLegalize(),
         steps.StmtSimplify(),
         steps.CommonSubexprElim(),
-        steps.AnnotateEntryFunc(),
-        steps.MakePackedAPI(),
         steps.BF16StorageLegalize(),
         steps.LowerTVMBuiltin(),
         steps.LowerIntrin(),

@@ -228,7 +228,8 @@ class Conv:
             padded = np.zeros((rows.shape[0], self._packed_run, rows.shape[2]), weight.dtype)
             padded[:, : self._run] = rows
             matrix = padded.reshape(self.packed_depth, -1)
-            parts.append(pack_matrix(matrix, self._panel, self.multiply.group))
+            packed = pack_matrix(matrix, self._panel, self.multiply.group)
+            parts.append(self.multiply.arranged(packed))
         return np.concatenate(parts)
 
     def pack_column(self, values: np.ndarray) -> np.ndarray:

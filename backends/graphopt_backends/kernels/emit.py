@@ -27,15 +27,19 @@ __all__ = [
     "intrinsic",
     "lane",
     "load",
+    "load_below",
     "load_first",
     "local",
     "loop",
+    "prefetch",
     "primitive",
     "reach",
     "reinterpret",
     "share",
+    "share_pairs",
     "splits",
     "spread",
+    "start_of",
     "store",
     "store_first",
     "tirx",
@@ -136,10 +140,20 @@ def load_first(buffer: Buffer, index: Expr, lanes: int, count: int, dtype: str) 
     )
 
 
+def load_below(buffer: Buffer, index: Expr, lanes: int, count: Expr, dtype: str) -> Expr:
+    """The first `count` of `lanes` elements, which is known when the kernel runs; zeros behind them."""
+    mask = tirx.Ramp(tirx.const(0, "int32"), 1, lanes) < spread(count, lanes)
+    address = tirx.address_of(buffer[(index,)])
+    return intrinsic("llvm.masked.load", dtype, lanes, address, mask, constant(0, dtype, lanes))
+
+
 def store_first(buffer: Buffer, value: Expr, index: Expr, lanes: int, count: int) -> None:
     """Write the first `count` of `lanes` elements; nothing behind them is touched."""
     if count >= lanes:
         store(buffer, value, index, lanes)
+        return
+    if count == 1:  # LLVM 22 writes all four bytes of a narrowed lane where a mask has one place
+        store(buffer, lane(value, 0), index, 1)
         return
     address = tirx.address_of(buffer[(index,)])
     T.evaluate(tirx.call_llvm_intrin("void", "llvm.masked.store", value, address, _mask(lanes, count)))
@@ -147,6 +161,12 @@ def store_first(buffer: Buffer, value: Expr, index: Expr, lanes: int, count: int
 
 def _mask(lanes: int, count: int) -> Expr:
     return tirx.Shuffle([tirx.const(i < count, "bool") for i in range(lanes)], list(range(lanes)))
+
+
+def prefetch(buffer: Buffer, index: Expr) -> None:
+    """Ask for the cache line of an element; it need not exist."""
+    read, keep, data = (tirx.const(number, "int32") for number in (0, 3, 1))
+    T.evaluate(tirx.call_llvm_intrin("void", "llvm.prefetch.p0", tirx.address_of(buffer[(index,)]), read, keep, data))
 
 
 def bind(value: Expr) -> Expr:
@@ -212,6 +232,19 @@ def share(frame: Frame, units: Expr) -> Iterator[tuple[Expr, Expr]]:
         yield index, first
 
 
+@contextmanager
+def share_pairs(frame: Frame, outer: int, inner: int) -> Iterator[tuple[Expr, Expr, Expr]]:
+    """Count over the outer units of this task's part of `outer` times `inner` units; also gives the inner ones of each.
+
+    Yields:
+        An outer unit, and the first inner unit of it and the one behind the last that are this task's.
+    """
+    first = bind(tirx.truncdiv(frame.task * (outer * inner), frame.tasks))
+    last = bind(tirx.truncdiv((frame.task + 1) * (outer * inner), frame.tasks))
+    with T.serial(tirx.truncdiv(first, inner), tirx.truncdiv(last + inner - 1, inner)) as index:
+        yield index, bind(tirx.max(0, first - index * inner)), bind(tirx.min(inner, last - index * inner))
+
+
 def when(condition: Expr, then: Callable[[], None]) -> None:
     """Emit code for a condition."""
     with T.If(condition), T.Then():
@@ -253,3 +286,11 @@ def splits(total: int, most: int) -> tuple[tuple[int, int, int], ...]:
     if blocks > larger:
         found.append((larger * (size + 1), blocks - larger, size))
     return tuple(found)
+
+
+def start_of(blocks: Sequence[tuple[int, int, int]], index: Expr) -> Expr:
+    """Where a block of `splits` begins, whose number is known when the kernel runs."""
+    if len(blocks) == 1:
+        return index * blocks[0][2]
+    (_, count, high), (start, _, low) = blocks
+    return tirx.Select(index < count, index * high, start + (index - count) * low)

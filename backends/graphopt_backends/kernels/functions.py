@@ -1,21 +1,27 @@
 """Transcendental functions of float32 vectors, as polynomials: a few units in the last place, no calls, no branches.
 
-Ranges are reduced as in Cephes (Moshier 1989); erf and tanh are the rational approximations that Eigen uses.
+Ranges are reduced as in Cephes (Moshier 1989); erf and tanh are the rational approximations that Eigen uses. What is
+no number stays none: limits are compared so that the operand is kept where a comparison fails.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
 from graphopt_backends.kernels.emit import bind, cast, constant, reinterpret, tirx
 
-__all__ = ["erf", "exp", "exp_of_negative", "log", "sigmoid", "tanh"]
+__all__ = ["at_least", "at_most", "erf", "exp", "exp_of_negative", "log", "polynomial", "power", "sigmoid", "tanh"]
 
 _DTYPE = "float32"
 _LN2_HIGH, _LN2_LOW = 0.693359375, -2.12194440e-4
 _EXP = (1.9875691500e-4, 1.3981999507e-3, 8.3334519073e-3, 4.1665795894e-2, 1.6666665459e-1, 5.0000001201e-1)
-_EXP_LEAST, _EXP_MOST = -87.33654, 88.72283
+_EXP_LEAST, _EXP_MOST = -104.0, 89.0  # beyond them lie 0 and infinity
+_EXP2 = (1.535336188319500e-4, 1.339887440266574e-3, 9.618437357674640e-3, 5.550332471162809e-2, 2.402264791363012e-1,
+         6.931472028550421e-1)  # fmt: skip
+_EXP2_LEAST = -127.0  # 1 with this exponent taken off has the bits of 0
+_LEAST_NORMAL = 1.17549435e-38
 _LOG = (
     7.0376836292e-2, -1.1514610310e-1, 1.1676998740e-1, -1.2420140846e-1, 1.4249322787e-1, -1.6668057665e-1,
     2.0000714765e-1, -2.4999993993e-1, 3.3333331174e-1,
@@ -40,33 +46,52 @@ _TANH_MOST, _TANH_LEAST = 7.90531110763549805, 4e-4
 _ERF_MOST = 4.0
 
 
+def at_least(x: Any, least: Any) -> Any:
+    """The greater of two numbers; `x` if it is none."""
+    return tirx.Select(x < least, least, x)
+
+
+def at_most(x: Any, most: Any) -> Any:
+    """The smaller of two numbers; `x` if it is none."""
+    return tirx.Select(x > most, most, x)
+
+
 def exp(x: Any, lanes: int) -> Any:
-    """Exponential; what float32 cannot hold becomes its least normal or its greatest number."""
+    """Exponential."""
 
     def number(value: float) -> Any:
         return constant(value, _DTYPE, lanes)
 
-    kept = bind(tirx.min(tirx.max(x, number(_EXP_LEAST)), number(_EXP_MOST)))
-    power = bind(tirx.nearbyint(kept * number(1.44269504088896341)))
-    rest = bind(kept - power * number(_LN2_HIGH) - power * number(_LN2_LOW))
-    result = bind(_polynomial(_EXP, rest, lanes) * rest * rest + rest + number(1.0))
+    kept = bind(at_most(at_least(x, number(_EXP_LEAST)), number(_EXP_MOST)))
+    turns = bind(tirx.nearbyint(kept * number(1.44269504088896341)))
+    rest = bind(kept - turns * number(_LN2_HIGH) - turns * number(_LN2_LOW))
+    return _scaled_exp(rest, cast(turns, "int32", lanes), lanes)
+
+
+def _scaled_exp(rest: Any, turns: Any, lanes: int) -> Any:
+    """exp(rest) * 2^turns."""
+    result = bind(polynomial(_EXP, rest, lanes) * rest * rest + rest + constant(1.0, _DTYPE, lanes))
     # two factors: 2^128 is no float32, and the result may still be one
-    half = bind(tirx.shift_right(cast(power, "int32", lanes), constant(1, "int32", lanes)))
-    other = bind(cast(power, "int32", lanes) - half)
-    return bind(result * _power_of_two(half, lanes) * _power_of_two(other, lanes))
+    turns = bind(turns)
+    half = bind(tirx.shift_right(turns, constant(1, "int32", lanes)))
+    return bind(result * _power_of_two(half, lanes) * _power_of_two(bind(turns - half), lanes))
 
 
 def exp_of_negative(x: Any, lanes: int) -> Any:
-    """Exponential of numbers that are not positive, as softmax takes it: cheaper, and 0 where float32 ends."""
+    """Exponential of numbers that are not positive, as softmax takes it: cheaper, and exactly 0 where normals end.
+
+    The error grows with |x|, as the result shrinks: it stays below 1e-7 of the 1 that is the greatest result.
+    """
 
     def number(value: float) -> Any:
         return constant(value, _DTYPE, lanes)
 
-    kept = bind(tirx.max(x, number(_EXP_LEAST)))
-    power = bind(tirx.nearbyint(kept * number(1.44269504088896341)))
-    rest = bind(kept - power * number(_LN2_HIGH) - power * number(_LN2_LOW))
-    result = _polynomial(_EXP, rest, lanes) * rest * rest + rest + number(1.0)
-    return bind(result * _power_of_two(cast(power, "int32", lanes), lanes))
+    binary = bind(at_least(x * number(1.44269504088896341), number(_EXP2_LEAST)))
+    turns = bind(tirx.nearbyint(binary))
+    rest = bind(binary - turns)
+    result = reinterpret(polynomial(_EXP2, rest, lanes) * rest + number(1.0), "int32", lanes)
+    exponent = tirx.shift_left(cast(turns, "int32", lanes), constant(23, "int32", lanes))
+    return bind(reinterpret(result + exponent, _DTYPE, lanes))
 
 
 def _power_of_two(exponent: Any, lanes: int) -> Any:
@@ -80,26 +105,59 @@ def log(x: Any, lanes: int) -> Any:
     def number(value: float) -> Any:
         return constant(value, _DTYPE, lanes)
 
-    bits = bind(reinterpret(tirx.max(x, number(1.17549435e-38)), "int32", lanes))
-    mantissa = reinterpret(
-        tirx.bitwise_or(
-            tirx.bitwise_and(bits, constant(0x007FFFFF, "int32", lanes)), constant(0x3F000000, "int32", lanes)
-        ),
-        _DTYPE,
-        lanes,
-    )
-    mantissa = bind(mantissa)
-    small = mantissa < number(0.707106781186547524)
-    exponent = tirx.shift_right(bits, constant(23, "int32", lanes)) - constant(126, "int32", lanes)
-    power = bind(cast(exponent, _DTYPE, lanes) - tirx.Select(small, number(1.0), number(0.0)))
-    rest = bind(mantissa + tirx.Select(small, mantissa, number(0.0)) - number(1.0))
-    square = bind(rest * rest)
-    tail = bind(_polynomial(_LOG, rest, lanes) * rest * square + power * number(_LN2_LOW) - number(0.5) * square)
-    result = bind(rest + tail + power * number(_LN2_HIGH))
-    infinite = number(float("inf"))
-    result = tirx.Select(x == infinite, infinite, result)
+    turns, low, high = _log_parts(x, lanes)
+    result = bind(high + (low + turns * number(_LN2_LOW)) + turns * number(_LN2_HIGH))
+    result = tirx.Select(x < number(float("inf")), result, x)  # infinity, and what is no number
     result = tirx.Select(x == number(0.0), number(float("-inf")), result)
     return bind(tirx.Select(x < number(0.0), number(float("nan")), result))
+
+
+def _log_parts(x: Any, lanes: int) -> tuple[Any, Any, Any]:
+    """`turns, low, high` with log(x) = turns * log(2) + low + high, for positive normal numbers."""
+
+    def number(value: float) -> Any:
+        return constant(value, _DTYPE, lanes)
+
+    def integer(value: int) -> Any:
+        return constant(value, "int32", lanes)
+
+    bits = bind(reinterpret(at_least(x, number(_LEAST_NORMAL)), "int32", lanes))
+    mantissa = tirx.bitwise_or(tirx.bitwise_and(bits, integer(0x007FFFFF)), integer(0x3F000000))
+    mantissa = bind(reinterpret(mantissa, _DTYPE, lanes))
+    small = mantissa < number(0.707106781186547524)
+    exponent = tirx.shift_right(bits, integer(23)) - integer(126)
+    turns = bind(cast(exponent, _DTYPE, lanes) - tirx.Select(small, number(1.0), number(0.0)))
+    rest = bind(mantissa + tirx.Select(small, mantissa, number(0.0)) - number(1.0))
+    square = bind(rest * rest)
+    return turns, bind(polynomial(_LOG, rest, lanes) * rest * square - number(0.5) * square), rest
+
+
+def power(x: Any, y: Any, lanes: int) -> Any:
+    """x to the power of y; the product in the exponent is taken in float64, where it keeps what matters behind it."""
+
+    def number(value: float) -> Any:
+        return constant(value, _DTYPE, lanes)
+
+    def double(value: Any) -> Any:
+        return cast(value, "float64", lanes) if not isinstance(value, float) else constant(value, "float64", lanes)
+
+    size = bind(tirx.abs(x))
+    turns, low, high = _log_parts(size, lanes)
+    logarithm = double(turns) * double(math.log(2)) + double(low) + double(high)
+    exponent = bind(at_most(at_least(double(y) * logarithm, double(-200.0)), double(200.0)))
+    whole = bind(tirx.nearbyint(exponent * double(1 / math.log(2))))
+    rest = bind(cast(exponent - whole * double(math.log(2)), _DTYPE, lanes))
+    result = _scaled_exp(rest, cast(whole, "int32", lanes), lanes)
+    infinite, zero, one = number(float("inf")), number(0.0), number(1.0)
+    vanishes = tirx.Select(x == zero, tirx.Select(y > zero, one, zero), tirx.Select(y < zero, one, zero))
+    edge = tirx.Select(vanishes == one, zero, infinite)
+    result = tirx.Select(x == zero, edge, tirx.Select(size == infinite, edge, result))
+    nearest = bind(tirx.nearbyint(y))
+    odd = tirx.bitwise_and(cast(nearest, "int32", lanes), constant(1, "int32", lanes)) == constant(1, "int32", lanes)
+    of_negative = tirx.Select(odd, zero - result, result)
+    of_negative = tirx.Select(tirx.any(nearest == y, size == infinite), of_negative, number(float("nan")))
+    result = tirx.Select(x < zero, of_negative, tirx.Select(x < infinite, result, tirx.Select(x == x, result, x)))
+    return bind(tirx.Select(y == zero, one, result))
 
 
 def sigmoid(x: Any, lanes: int) -> Any:
@@ -111,21 +169,21 @@ def sigmoid(x: Any, lanes: int) -> Any:
 def tanh(x: Any, lanes: int) -> Any:
     """Hyperbolic tangent."""
     most = constant(_TANH_MOST, _DTYPE, lanes)
-    kept = bind(tirx.min(tirx.max(x, constant(-_TANH_MOST, _DTYPE, lanes)), most))
+    kept = bind(at_most(at_least(x, constant(-_TANH_MOST, _DTYPE, lanes)), most))
     square = bind(kept * kept)
-    result = kept * _polynomial(_TANH_UP, square, lanes) / _polynomial(_TANH_DOWN, square, lanes)
+    result = kept * polynomial(_TANH_UP, square, lanes) / polynomial(_TANH_DOWN, square, lanes)
     return bind(tirx.Select(tirx.abs(x) < constant(_TANH_LEAST, _DTYPE, lanes), x, result))
 
 
 def erf(x: Any, lanes: int) -> Any:
     """Error function."""
     most = constant(_ERF_MOST, _DTYPE, lanes)
-    kept = bind(tirx.min(tirx.max(x, constant(-_ERF_MOST, _DTYPE, lanes)), most))
+    kept = bind(at_most(at_least(x, constant(-_ERF_MOST, _DTYPE, lanes)), most))
     square = bind(kept * kept)
-    return bind(kept * _polynomial(_ERF_UP, square, lanes) / _polynomial(_ERF_DOWN, square, lanes))
+    return bind(kept * polynomial(_ERF_UP, square, lanes) / polynomial(_ERF_DOWN, square, lanes))
 
 
-def _polynomial(coefficients: Sequence[float], x: Any, lanes: int) -> Any:
+def polynomial(coefficients: Sequence[float], x: Any, lanes: int) -> Any:
     """Horner's scheme, the coefficient of the highest power first."""
     result = constant(coefficients[0], _DTYPE, lanes)
     for coefficient in coefficients[1:]:

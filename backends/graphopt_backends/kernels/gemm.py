@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -12,22 +13,32 @@ from graphopt.targets import Isa
 from graphopt_backends.kernels.emit import (
     Frame,
     Pointer,
+    T,
     bind,
+    constant,
     each_vector,
     either,
     load,
+    load_first,
+    loop,
     primitive,
-    share,
+    share_pairs,
     splits,
+    start_of,
     store,
+    store_first,
     tirx,
     when,
 )  # fmt: skip
-from graphopt_backends.kernels.epilogue import PLAIN, Epilogue, Result, begin, finish
+from graphopt_backends.kernels.epilogue import PLAIN, Epilogue, Result, Tile, begin, finish
 from graphopt_backends.kernels.multiply import Kind, Multiply
 from graphopt_backends.kernels.tile import SET_BYTES, Panel, Rows, accumulate, tile_of
 
 __all__ = ["Gemm", "pack_columns", "pack_matrix"]
+
+_MOST_BLOCK_BYTES = 2048
+_LEAST_BLOCK_BYTES = 1024
+"""Lengths of the blocks along k: rows of a tile stay in the first cache, and sums are rarely put aside."""
 
 
 @dataclass(frozen=True)
@@ -86,17 +97,23 @@ class Gemm:
 
     @property
     def _copies(self) -> bool:
-        """Rows are copied to where they do not fight for places in the cache."""
-        return self.rows > 1 and self._pitch * self.multiply.element_bytes % SET_BYTES == 0
+        """Rows are copied to where they do not fight for places in the cache, or lie as an instruction takes them."""
+        return self.rows > 1 and (self._in_bands or self._pitch * self.multiply.element_bytes % SET_BYTES == 0)
+
+    @property
+    def _in_bands(self) -> bool:
+        return self.multiply.rows > 1
 
     @property
     def _copied_pitch(self) -> int:
-        return self.depth + 64 // self.multiply.element_bytes
+        """Elements from copied row to row, or from band to band."""
+        rest = 64 // self.multiply.element_bytes
+        return self.packed_depth * self.multiply.rows + rest if self._in_bands else self._block + rest
 
     @property
     def scratch(self) -> int:
         """Bytes of memory that every task needs for itself."""
-        return self.tile[0] * self._copied_pitch * self.multiply.element_bytes if self._copies else 0
+        return self._copied(self._part) * self.multiply.element_bytes if self._copies else 0
 
     @property
     def operations(self) -> int:
@@ -105,7 +122,7 @@ class Gemm:
 
     def pack(self, weight: np.ndarray) -> np.ndarray:
         """Lay out a weight [depth, columns] as this kernel reads it."""
-        return pack_matrix(weight, self.width, self.multiply.group)
+        return self.multiply.arranged(pack_matrix(weight, self.width, self.multiply.group))
 
     def pack_column(self, values: np.ndarray) -> np.ndarray:
         """Lay out numbers for each column."""
@@ -125,72 +142,201 @@ class Gemm:
             pointers.append(Pointer("scratch", multiply.activation, self.scratch // self.multiply.element_bytes))
         return primitive(name, pointers, self._body)
 
-    def _body(self, frame: Frame) -> None:
-        """Tiles in the order that reads the larger operand once."""
-        blocks = splits(self.rows, self.tile[0])
-        count = sum(block[1] for block in blocks)
-        rows_first = self._copies or self._weight_stays()
-        with share(frame, count * self.panels) as (unit, first_unit):
-            fresh = None
-            if rows_first:
-                block, panel = bind(tirx.truncdiv(unit, self.panels)), bind(tirx.truncmod(unit, self.panels))
-                fresh = tirx.any(panel == 0, unit == first_unit)
-            else:
-                panel, block = bind(tirx.truncdiv(unit, count)), bind(tirx.truncmod(unit, count))
-            if len(blocks) == 1:
-                self._rows(frame, block * blocks[0][2], blocks[0][2], panel, fresh)
-            else:
-                (_, first, high), (start, _, low) = blocks
-                either(
-                    block < first,
-                    lambda: self._rows(frame, block * high, high, panel, fresh),
-                    lambda: self._rows(frame, start + (block - first) * low, low, panel, fresh),
-                )
+    @cached_property
+    def _tiles(self) -> tuple[tuple[int, int, int], ...]:
+        """Tiles along the rows: start, number, height."""
+        return splits(self.rows, self.tile[0])
 
+    @cached_property
+    def _tile_count(self) -> int:
+        return sum(tiles[1] for tiles in self._tiles)
+
+    @cached_property
     def _weight_stays(self) -> bool:
-        """The packed weight stays in the cache while rows pass by."""
+        """The packed weight stays in the cache while rows pass by, or is read only once."""
         weight = self.panels * self.width * self.packed_depth * self.multiply.element_bytes
-        return weight <= self.isa.level2_bytes // 2 or self.rows > 4 * self.columns
+        return weight <= self.isa.level2_bytes // 2 or self._tile_count == 1
 
-    def _copy(self, frame: Frame, row: Any, rows: int) -> None:
-        """Copy the rows of a block into this task's scratch memory."""
+    @cached_property
+    def _block(self) -> int:
+        """Length of a block along k: a divisor of the depth, if there is a good one and sums fit into the result."""
+        most, least = (size // self.multiply.element_bytes for size in (_MOST_BLOCK_BYTES, _LEAST_BLOCK_BYTES))
+        if self._weight_stays or self._in_bands or self.depth <= most or self.epilogue.dtype != self.multiply.sum:
+            return self.depth
+        step = self.multiply.group * self.multiply.steps
+        good = (size for size in range(most // step * step, least, -step) if self.depth % size == 0)
+        return next(good, self.depth)
+
+    @cached_property
+    def _part(self) -> int:
+        """Tiles of a part of the rows, which stays in the cache while panels pass by."""
+        if self._weight_stays:
+            return 1
+        fit = self.isa.level2_bytes // 2 // (self.tile[0] * self._block * self.multiply.element_bytes)
+        for_all = -(-self._tile_count * self.panels // (2 * self.isa.cores))
+        return max(1, min(fit, for_all, self._tile_count))
+
+    def _body(self, frame: Frame) -> None:
+        """Parts of the rows, blocks along k, panels, tiles: what is read again and again stays in the cache."""
+        blocks = self.depth // self._block
+        with share_pairs(frame, -(-self._tile_count // self._part), self.panels) as (part, first, last):
+            tile = bind(part * self._part)
+            with loop(blocks) as block:
+                if self._copies:
+                    self._each_tile(tile, lambda row, rows, i: self._copy(frame, row, rows, i, block))
+                with T.serial(first, last) as panel:
+                    following = tirx.Select(
+                        panel + 1 < last, self._weights(panel + 1, block), self._weights(first, block + 1)
+                    )
+                    ahead = bind(following) if self._pace else 0
+                    self._each_tile(
+                        tile,
+                        lambda row, rows, i: self._columns(frame, _Place(row, rows, i, panel, block, ahead)),
+                    )
+
+    @property
+    def _pace(self) -> int:
+        """Weights of the next panel that are fetched for each k."""
+        return 0 if self._weight_stays else -(-self.width // self._part)
+
+    def _weights(self, panel: Any, block: Any) -> Any:
+        """The first weight of a panel's block."""
+        return (panel * self.packed_depth + block * self._block) * self.width
+
+    def _each_tile(self, first: Any, body: Callable[[Any, int, Any], None]) -> None:
+        """Emit code for the tiles of a part: `body(first row, rows, number in the part)`."""
+        last = bind(tirx.min(first + self._part, self._tile_count))
+        with T.serial(first, last) if self._part > 1 else loop(1, first) as tile:
+            row, number = bind(start_of(self._tiles, tile)), tile - first if self._part > 1 else 0
+            if len(self._tiles) == 1:
+                body(row, self._tiles[0][2], number)
+            else:
+                (_, count, high), (_, _, low) = self._tiles
+                either(tile < count, lambda: body(row, high, number), lambda: body(row, low, number))
+
+    def _copied(self, number: Any) -> Any:
+        """Where a tile of a part was copied to."""
+        return number * (-(-self.tile[0] // self.multiply.rows) * self._copied_pitch)
+
+    def _copy(self, frame: Frame, row: Any, rows: int, number: Any, block: Any) -> None:
+        """Copy the rows of a tile into this task's scratch memory."""
+        if self._in_bands:
+            self._copy_bands(frame, row, rows, number)
+            return
         lanes = self.isa.vector_bits // (8 * self.multiply.element_bytes)
         for r in range(rows):
-            source, target = (row + r) * self._pitch, r * self._copied_pitch
+            source = (row + r) * self._pitch + block * self._block
+            target = self._copied(number) + r * self._copied_pitch
 
-            def move(i: Any, n: int, source: Any = source, target: int = target) -> None:
+            def move(i: Any, n: int, source: Any = source, target: Any = target) -> None:
                 store(frame["scratch"], load(frame["source"], source + i, n), target + i, n)
 
-            each_vector(self.depth, lanes, move)
+            each_vector(self._block, lanes, move)
 
-    def _rows(self, frame: Frame, row: Any, rows: int, panel: Any, fresh: Any) -> None:
-        if self._copies:
-            when(fresh, lambda: self._copy(frame, row, rows))
+    def _copy_bands(self, frame: Frame, row: Any, rows: int, number: Any) -> None:
+        """Copy rows so that a group of each row of a band follows that of the row before; zeros stand for the rest."""
+        group, high, dtype = self.multiply.group, self.multiply.rows, self.multiply.activation
+        whole, rest = divmod(self.depth, group)
+        for r in range(-(-rows // high) * high):
+            source = (row + r) * self._pitch
+            target = self._copied(number) + r // high * self._copied_pitch + r % high * group
+
+            def move(i: Any, count: int, source: Any = source, target: Any = target, there: bool = r < rows) -> None:
+                value = constant(0, dtype, group)
+                if there:
+                    value = load_first(frame["source"], source + i * group, group, count, dtype)
+                store(frame["scratch"], value, target + i * (high * group), group)
+
+            if whole:
+                with loop(whole) as i:
+                    move(i, group)
+            if rest:
+                move(whole, rest)
+
+    def _columns(self, frame: Frame, place: _Place) -> None:
+        """The last panel may have fewer columns."""
         whole, rest = divmod(self.columns, self.width)
-        if not rest:
-            self._tile(frame, row, rows, panel, self.width)
-        elif not whole:
-            self._tile(frame, row, rows, panel, rest)
+        if not rest or not whole:
+            self._tile(frame, place, rest or self.width)
         else:
             either(
-                panel < whole,
-                lambda: self._tile(frame, row, rows, panel, self.width),
-                lambda: self._tile(frame, row, rows, panel, rest),
+                place.panel < whole,
+                lambda: self._tile(frame, place, self.width),
+                lambda: self._tile(frame, place, rest),
             )
 
-    def _tile(self, frame: Frame, row: Any, rows: int, panel: Any, columns: int) -> None:
+    def _tile(self, frame: Frame, place: _Place, columns: int) -> None:
         multiply, pitch = self.multiply, self.result_pitch or self.columns
-        vectors, column = -(-columns // multiply.lanes), panel * self.width
-        totals = begin(frame, multiply, self.epilogue, rows, vectors, column)
+        rows, row, column = place.rows, place.row, bind(place.panel * self.width)
+        totals = begin(frame, multiply, self.epilogue, rows, -(-columns // multiply.lanes), column)
+        result = Result(
+            [(row + r) * pitch + column for r in range(rows)], [row + r for r in range(rows)], column, columns
+        )
+        blocks = self.depth // self._block
+        if blocks > 1:
+            when(place.block > 0, lambda: _resume(frame, multiply, totals, result))
         if self._copies:
-            source = Rows(frame["scratch"], 0, [r * self._copied_pitch for r in range(rows)])
+            bands = [r * self._copied_pitch for r in range(-(-rows // multiply.rows))]
+            source = Rows(frame["scratch"], self._copied(place.number), bands, bands=self._in_bands)
         else:
-            source = Rows(frame["source"], row * self._pitch, [r * self._pitch for r in range(rows)])
-        weight = Panel(frame["weight"], panel * (self.packed_depth * self.width), self.width)
-        accumulate(multiply, totals, source, weight, [(self.depth, 1, 1)])
-        at = [(row + r) * pitch + column for r in range(rows)]
-        result = Result(at, [row + r for r in range(rows)], column, columns)
-        finish(frame, multiply, self.epilogue, totals, result)
+            start = bind(row * self._pitch + place.block * self._block)
+            source = Rows(frame["source"], start, [r * self._pitch for r in range(rows)])
+        ahead = bind(place.ahead + place.number * (self._block * self._pace)) if self._pace else 0
+        weights = bind(self._weights(place.panel, place.block))
+        panel = Panel(frame["weight"], weights, self.width, ahead, self._pace)
+        length = self.packed_depth if source.bands else self._block
+        accumulate(multiply, totals, source, panel, [(length, 1, 1)])
+        if blocks == 1:
+            finish(frame, multiply, self.epilogue, totals, result)
+        else:
+            either(
+                place.block < blocks - 1,
+                lambda: _put_aside(frame, multiply, totals, result),
+                lambda: finish(frame, multiply, self.epilogue, totals, result),
+            )
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where a tile lies: its first row, its rows, its number in its part, its panel and block along k.
+
+    Attributes:
+        row: Its first row.
+        rows: How many rows it has.
+        number: Which tile of its part it is.
+        panel: Its panel of columns.
+        block: Its block along k.
+        ahead: Weights that are needed when all tiles of the part are done.
+    """
+
+    row: Any
+    rows: int
+    number: Any
+    panel: Any
+    block: Any
+    ahead: Any
+
+
+def _resume(frame: Frame, multiply: Multiply, totals: Tile, result: Result) -> None:
+    """Go on with sums that were put aside."""
+    for at, row in zip(result.at, totals, strict=True):
+        for first, count, total in _vectors(multiply, row, result.columns):
+            store(
+                total, load_first(frame["result"], at + first, multiply.lanes, count, multiply.sum), 0, multiply.lanes
+            )
+
+
+def _put_aside(frame: Frame, multiply: Multiply, totals: Tile, result: Result) -> None:
+    """Leave sums where the result will be until the next block along k."""
+    for at, row in zip(result.at, totals, strict=True):
+        for first, count, total in _vectors(multiply, row, result.columns):
+            store_first(frame["result"], load(total, 0, multiply.lanes), at + first, multiply.lanes, count)
+
+
+def _vectors(multiply: Multiply, row: Sequence[Any], columns: int) -> Iterator[tuple[int, int, Any]]:
+    """First column, number of columns and accumulator of each vector of a row."""
+    for i, total in enumerate(row):
+        yield i * multiply.lanes, min(multiply.lanes, columns - i * multiply.lanes), total
 
 
 def pack_matrix(weight: np.ndarray, width: int, group: int) -> np.ndarray:

@@ -8,7 +8,7 @@ from functools import partial
 from operator import itemgetter
 from typing import Any
 
-from graphopt_backends.kernels.emit import load, loop, store
+from graphopt_backends.kernels.emit import bind, constant, load, local, loop, prefetch, store, tirx
 from graphopt_backends.kernels.multiply import Multiply
 
 __all__ = ["SET_BYTES", "Panel", "Rows", "Walk", "accumulate", "rectangle_of", "tile_of"]
@@ -16,6 +16,7 @@ __all__ = ["SET_BYTES", "Panel", "Rows", "Walk", "accumulate", "rectangle_of", "
 SET_BYTES = 2048
 """Rows that lie a multiple of this apart share the few places that a cache has for them."""
 
+_LINE_BYTES = 64
 _MOST_ROWS = 16
 _MOST_HIGH = 4
 _MOST_VECTORS = 4
@@ -47,7 +48,7 @@ def tile_of(multiply: Multiply, rows: int, vectors: int) -> tuple[int, int]:
             mean_rows = rows / -(-rows // high)
             mean_vectors = vectors / -(-vectors // wide)
             held = mean_rows * mean_vectors
-            loads = mean_rows / multiply.steps + mean_vectors
+            loads = multiply.loads(mean_rows, mean_vectors)
             enough = 3.0 if multiply.isa.lane_operands else 1.5
             worth = held if few else min(held, _ENOUGH) * min(1.0, held / loads / enough)
             if worth > best + 1e-9:
@@ -75,7 +76,7 @@ def rectangle_of(multiply: Multiply, height: int, width: int, vectors: int) -> t
                 mean_rows = width / -(-width // columns) * (height / -(-height // high))
                 mean_vectors = vectors / -(-vectors // wide)
                 held = mean_rows * mean_vectors
-                loads = mean_rows / multiply.steps + mean_vectors
+                loads = multiply.loads(mean_rows, mean_vectors)
                 enough = 3.0 if multiply.isa.lane_operands else 1.5
                 worth = min(held, _ENOUGH) * min(1.0, held / loads / enough) - 0.1 * (high - 1)
                 if worth > best + 1e-9:
@@ -85,20 +86,43 @@ def rectangle_of(multiply: Multiply, height: int, width: int, vectors: int) -> t
 
 @dataclass(frozen=True)
 class Rows:
-    """Activations of a tile: `offsets` elements behind `start`, each row begins."""
+    """Activations of a tile: `offsets` elements behind `start`, each row begins.
+
+    Bands are rows that were brought together as instructions take them: a group of each in turn.
+    """
 
     buffer: Any
     start: Any
     offsets: Sequence[Any]
+    bands: bool = False
 
 
 @dataclass(frozen=True)
 class Panel:
-    """Packed weights [k / group, width, group] of a tile, beginning at an element."""
+    """Packed weights [k / group, width, group] of a tile, beginning at an element.
+
+    Attributes:
+        buffer: Where they are.
+        start: Their first element.
+        width: Columns.
+        ahead: An element of weights that other tiles need next: they come into the cache while these are multiplied.
+        pace: How many of them come for each k; 0: none do.
+    """
 
     buffer: Any
     start: Any
     width: int
+    ahead: Any = 0
+    pace: int = 0
+
+    def below(self, rows: Any) -> Panel:
+        """The same some rows of weights further down."""
+        return replace(self, start=self.start + rows * self.width, ahead=self.ahead + rows * self.pace)
+
+    def fetch(self, k: Any, count: int, element_bytes: int) -> None:
+        """Let come what comes for `count` elements along k."""
+        for first in range(0, count * self.pace, _LINE_BYTES // element_bytes):
+            prefetch(self.buffer, self.ahead + k * self.pace + first)
 
 
 def accumulate(
@@ -113,33 +137,74 @@ def accumulate(
         panel: The other.
         walks: Nested loops, the last of which goes along consecutive elements.
     """
+    if multiply.rows > 1:
+        if len(totals) % multiply.rows:
+            lanes, zeros = multiply.lanes, [local(multiply.lanes, multiply.sum) for _ in totals[0]]
+            for total in zeros:
+                store(total, constant(0, multiply.sum, lanes), 0, lanes)
+            totals = [*totals, zeros]
+        _exchange_halves(multiply, totals)
+    _walk(multiply, totals, rows, panel, walks)
+    if multiply.rows > 1:
+        _exchange_halves(multiply, totals)
+
+
+def _exchange_halves(multiply: Multiply, totals: Sequence[Sequence[Any]]) -> None:
+    """Let the accumulators of two rows be one for the first half of the columns and one for the second, and back."""
+    lanes, half = multiply.lanes, multiply.lanes // 2
+    for upper, lower in zip(totals[::2], totals[1::2], strict=True):
+        for first, second in zip(upper, lower, strict=True):
+            pair = [bind(load(first, 0, lanes)), bind(load(second, 0, lanes))]
+            for i, total in enumerate((first, second)):
+                places = [*range(i * half, i * half + half), *range(lanes + i * half, lanes + i * half + half)]
+                store(total, tirx.Shuffle(pair, places), 0, lanes)
+
+
+def _walk(multiply: Multiply, totals: Sequence[Sequence[Any]], rows: Rows, panel: Panel, walks: Sequence[Walk]) -> None:
+    """See `accumulate`."""
     if len(walks) > 1:
         turns, stride, weight_rows = walks[0]
         with loop(turns) as i:
             further = replace(rows, start=rows.start + i * stride)
-            below = replace(panel, start=panel.start + i * (weight_rows * panel.width))
-            accumulate(multiply, totals, further, below, walks[1:])
+            _walk(multiply, totals, further, panel.below(i * weight_rows), walks[1:])
         return
-    group, lanes = multiply.group, multiply.lanes
+    group = multiply.group
     length, step = walks[0][0], group * multiply.steps
     whole = length // step
+    bands = _bands(multiply, totals)
 
     def add(activations: Sequence[Callable[[], Any]], k: Any) -> None:
-        """One group: a row's activations are fetched right before they are used, which needs one register."""
-        first = panel.start + k * panel.width
-        weights = [multiply.load_weight(panel.buffer, first + v * lanes * group) for v in range(len(totals[0]))]
-        for row, fetch in zip(totals, activations, strict=True):
-            activation = fetch()
-            for total, column in zip(row, weights, strict=True):
-                store(total, multiply.add(load(total, 0, lanes), activation, column), 0, lanes)
+        """One group: what there is more of is fetched right before it is used, which needs one register."""
+        first, size = panel.start + k * panel.width, multiply.weight_elements
+        places = [first + i * size for i in range(len(bands[0]))]
+        if multiply.rows > 1:
+            ready = [multiply.ready(fetch()) for fetch in activations]
+            for i, place in enumerate(places):
+                column = multiply.load_weight(panel.buffer, place)
+                for band, activation in zip(bands, ready, strict=True):
+                    _add(multiply, band[i], activation, column)
+            return
+        weights = [multiply.load_weight(panel.buffer, place) for place in places]
+        for band, fetch in zip(bands, activations, strict=True):
+            activation = multiply.ready(fetch())
+            for total, column in zip(band, weights, strict=True):
+                _add(multiply, total, activation, column)
+
+    def places(k: Any) -> list[list[Any]]:
+        """Where the activations of each band are."""
+        at = [rows.start + offset + k for offset in rows.offsets]
+        return [at[i : i + multiply.rows] for i in range(0, len(at), multiply.rows)]
 
     def fetched(k: Any, groups: int) -> list[Callable[[], list[Any]]]:
-        at = [rows.start + offset + k for offset in rows.offsets]
-        return [partial(multiply.load_activation, rows.buffer, place, groups) for place in at]
+        if rows.bands:
+            at = [rows.start + offset + k * multiply.rows for offset in rows.offsets]
+            return [partial(multiply.load_band, rows.buffer, place, groups) for place in at]
+        return [partial(multiply.load_activation, rows.buffer, place, groups) for place in places(k)]
 
     if whole:
         with loop(whole) as turn:
             k = turn * step if whole > 1 else 0
+            panel.fetch(k, step, multiply.element_bytes)
             if multiply.steps == 1:
                 add([partial(_only, fetch) for fetch in fetched(k, 1)], k)
             else:
@@ -151,8 +216,17 @@ def accumulate(
         add([partial(_only, fetch) for fetch in fetched(k, 1)], k)
         k += group
     if k < length:
-        at = [rows.start + offset + k for offset in rows.offsets]
-        add([partial(multiply.load_rest, rows.buffer, place, length - k) for place in at], k)
+        add([partial(multiply.load_rest, rows.buffer, place, length - k) for place in places(k)], k)
+
+
+def _add(multiply: Multiply, total: Any, activation: Any, weight: Any) -> None:
+    store(total, multiply.add(load(total, 0, multiply.lanes), activation, weight), 0, multiply.lanes)
+
+
+def _bands(multiply: Multiply, totals: Sequence[Sequence[Any]]) -> list[list[Any]]:
+    """Accumulators by the rows that one instruction takes, in the order of the vectors of weights."""
+    bands = [totals[i : i + multiply.rows] for i in range(0, len(totals), multiply.rows)]
+    return [[total for vector in zip(*band, strict=True) for total in vector] for band in bands]
 
 
 def _only(fetch: Callable[[], list[Any]]) -> Any:

@@ -13,6 +13,7 @@ from graphopt_backends.network.integers import dequantized, pass_on
 from graphopt_backends.network.network import Network, dtype_of, shape_of
 from graphopt_backends.network.regions import Region, find_regions
 from graphopt_backends.network.views import Buffer, View, contiguous_strides
+from graphopt_backends.network.weights import Weights
 
 __all__ = ["convert", "unsupported"]
 
@@ -22,15 +23,18 @@ _ANCHORS: Mapping[str, Converter] = linear.CONVERTERS
 _OTHERS: Mapping[str, Converter] = {**moves.CONVERTERS, **resize.CONVERTERS, **rows.CONVERTERS}
 
 
-def convert(model: ir.Model, isa: Isa) -> Network:
+def convert(model: ir.Model, isa: Isa, weights: Weights) -> Network:
     """Convert a lowered model.
 
     Args:
         model: Fixed shapes, constants folded, nodes in order.
         isa: The CPU.
+        weights: Where constants go.
     """
     pass_on(model)
-    network, graph = Network(isa), model.graph
+    network, graph = Network(isa, weights), model.graph
+    network.inputs = tuple(str(value.name) for value in graph.inputs)
+    network.outputs = tuple(str(value.name) for value in graph.outputs)
     for value in graph.inputs:
         shape = shape_of(value)
         buffer = Buffer(dtype_of(value), max(1, int(_product(shape))), "input", str(value.name))

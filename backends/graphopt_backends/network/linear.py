@@ -24,13 +24,13 @@ from graphopt_backends.kernels.expression import (
     substituted,
 )  # fmt: skip
 from graphopt_backends.kernels.gemm import Gemm
-from graphopt_backends.kernels.multiply import Kind, Multiply
+from graphopt_backends.kernels.multiply import Kind, Multiply, integer_kind
 from graphopt_backends.network.integers import integers_of, is_weight, weight_of
 from graphopt_backends.network.network import Network, shape_of
 from graphopt_backends.network.regions import Region
 from graphopt_backends.network.views import View
 
-__all__ = ["CONVERTERS", "accepts", "is_supported"]
+__all__ = ["CONVERTERS", "accepts", "is_supported", "order_of_reader"]
 
 
 def is_supported(node: ir.Node) -> bool:
@@ -152,12 +152,19 @@ def _operands(network: Network, node: ir.Node, channel_axis: int) -> _Operands:
     """Integers where all operands are and a kernel computes them, else floats."""
     integers = integers_of(node, channel_axis)
     if integers is not None:
-        kind: Kind = "u8s8" if integers.grid.dtype == "uint8" else "s8s8"
-        if Multiply(network.isa, kind).is_known:
-            source = network.view(integers.source)
-            return _Operands(source, integers.weight, integers.bias, kind, integers.grid.zero_point, integers.scale)
+        kind = integer_kind(network.isa, integers.grid.dtype, integers.weight)
+        source = network.view(integers.source)
+        return _Operands(source, integers.weight, integers.bias, kind, integers.grid.zero_point, integers.scale)
     bias = weight_of(_value(node, 2)) if len(node.inputs) > 2 and node.inputs[2] is not None else None
     return _Operands(network.input(node, 0), weight_of(_value(node, 1)), bias)
+
+
+def _shifted(network: Network, on: _Operands, bias: np.ndarray | None, weight: np.ndarray) -> np.ndarray | None:
+    """The bias without what the zero point of the activations adds to sums; columns of the weight are those of sums."""
+    shift = on.zero_point + Multiply(network.isa, on.kind).shift
+    if not shift:
+        return bias
+    return ((0 if bias is None else bias) - weight.sum(0, dtype=np.int64) * shift).astype(np.int32)
 
 
 def _convolve(network: Network, node: ir.Node, region: Region | None) -> None:
@@ -173,9 +180,8 @@ def _convolve(network: Network, node: ir.Node, region: Region | None) -> None:
     result = network.new(region.result, image_order(source.rank))
     depthwise = groups == channels == filters and groups > 1
     bias = on.bias
-    if on.kind != "f32" and on.zero_point and not depthwise:
-        sums = weight.reshape(filters, -1).sum(1, dtype=np.int64) * on.zero_point
-        bias = ((0 if bias is None else bias) - sums).astype(np.int32)
+    if not depthwise:
+        bias = _shifted(network, on, bias, weight.reshape(filters, -1).T)
     epilogue, operands = _epilogue(network, region, result, 1, bias is not None, on.scale, exact=depthwise)
     isa = network.isa
     if depthwise:
@@ -215,9 +221,7 @@ def _multiply(network: Network, node: ir.Node, region: Region | None) -> None:
         assert flat is not None
     if bias is not None:
         bias = np.ascontiguousarray(np.broadcast_to(bias.reshape(-1), (columns,)))
-    if on.zero_point:
-        sums = weight.sum(0, dtype=np.int64) * on.zero_point
-        bias = ((0 if bias is None else bias) - sums).astype(np.int32)
+    bias = _shifted(network, on, bias, weight)
     result = network.new(region.result)
     pitch = flat.strides[0] if rows > 1 else depth
     epilogue, operands = _epilogue(network, region, result, result.rank - 1, bias is not None, on.scale)
@@ -227,7 +231,7 @@ def _multiply(network: Network, node: ir.Node, region: Region | None) -> None:
 
 def _multiply_batches(network: Network, node: ir.Node, region: Region) -> None:
     """Two activations, or many constant matrices."""
-    result = network.new(region.result, _order_of_reader(region.result))
+    result = network.new(region.result, order_of_reader(region.result))
     batch = result.shape[:-2]
     left, right = network.input(node, 0), network.input(node, 1)
     if left.shape[-1] > 1 and left.strides[-1] != 1:
@@ -254,7 +258,7 @@ def _multiply_batches(network: Network, node: ir.Node, region: Region) -> None:
     network.call(kernel, [left, right, *operands, result], *region.nodes)
 
 
-def _order_of_reader(value: ir.Value) -> tuple[int, ...] | None:
+def order_of_reader(value: ir.Value) -> tuple[int, ...] | None:
     """The order of axes that the only reader brings about, so that it need not."""
     users = list(value.uses())
     if len(users) != 1 or users[0][0].op_type != "Transpose" or value.is_graph_output():

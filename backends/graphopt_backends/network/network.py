@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -16,6 +15,7 @@ from graphopt_backends.kernels.expression import Expression, operand, parameters
 from graphopt_backends.kernels.loops import Loops, merged_axes
 from graphopt_backends.network.integers import dequantized, real
 from graphopt_backends.network.views import Buffer, View, contiguous_strides
+from graphopt_backends.network.weights import Weights
 
 __all__ = ["Call", "Kernel", "Network", "dtype_of", "shape_of"]
 
@@ -63,16 +63,19 @@ class Network:
 
     Attributes:
         isa: The CPU.
+        weights: Where constants go.
         calls: In order.
         views: Where the values of the graph are.
-        weights: Buffers of constants, in order of use.
+        inputs: Names of the graph's inputs, in order.
+        outputs: Names of its outputs, in order.
     """
 
     isa: Isa
+    weights: Weights
     calls: list[Call] = field(default_factory=list["Call"])
     views: dict[ir.Value, View] = field(default_factory=dict[ir.Value, View])
-    weights: list[Buffer] = field(default_factory=list[Buffer])
-    _known: dict[bytes, Buffer] = field(default_factory=dict[bytes, Buffer])
+    inputs: tuple[str, ...] = ()
+    outputs: tuple[str, ...] = ()
 
     def view(self, value: ir.Value) -> View:
         """Where a value is; constants are put into the weights, and what was dequantized for nobody so far is."""
@@ -95,12 +98,8 @@ class Network:
 
     def constant(self, array: np.ndarray) -> View:
         """Put an array into the weights, once."""
-        array = np.ascontiguousarray(array)
-        digest = hashlib.sha256(f"{array.dtype} {array.shape}".encode() + array.tobytes()).digest()
-        if digest not in self._known:
-            self._known[digest] = Buffer(str(array.dtype), array.size, "weight", data=array)
-            self.weights.append(self._known[digest])
-        return View(self._known[digest], array.shape, contiguous_strides(array.shape))
+        buffer = Buffer(str(array.dtype), array.size, "weight", offset=self.weights.put(array))
+        return View(buffer, array.shape, contiguous_strides(array.shape))
 
     def new(self, value: ir.Value, order: Sequence[int] | None = None, dtype: str = "") -> View:
         """Memory for a value.

@@ -1,22 +1,31 @@
-"""A network as one function: kernels in order, in one parallel region, on memory that was laid out before.
+"""A network as one function: kernels in order, on memory that was laid out before.
 
 Launching a parallel region takes microseconds, a barrier inside of one a fraction of that, and calling a function on
-pointers nothing. So the whole network is one region: every task walks through all steps and computes its share of
-each; tasks wait for each other between two steps that are not one task's own.
+pointers nothing. So every thread of a team walks through all steps and computes its share of each; behind a step the
+runtime is told, and lets those wait that need what the others did.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import tvm
 from tvm.script.ir_builder import IRBuilder
 
-from graphopt_backends.kernels.emit import T, tirx
+from graphopt_backends.kernels.emit import T, tirx, when
 
-__all__ = ["Place", "Step", "module"]
+__all__ = ["BEHIND", "ENTRY", "Place", "Step", "module"]
+
+ENTRY = "graphopt_entry"
+"""Name of the entry function: void(parameters..., team, int32 task, int32 tasks)."""
+
+BEHIND = "graphopt_behind"
+"""Function of the runtime that is called behind every step: void(team, task, tasks, step, whether to wait)."""
+
+_ANY_SIZE = 1 << 46
 
 
 @dataclass(frozen=True)
@@ -34,53 +43,60 @@ class Step:
     Attributes:
         kernel: Name of its function.
         places: Its pointers, in order.
-        tasks: How many tasks share it.
+        shared: All tasks compute a part of it; else the first computes it alone.
         scratch: Bytes of the workspace that each task needs for itself, the kernel's last pointer; 0: it has none.
         scratch_at: Where the first task's part of it begins.
+        operations: How much arithmetic it is.
+        sites: Names of the nodes that it computes.
     """
 
     kernel: str
     places: tuple[Place, ...]
-    tasks: int
+    shared: bool
     scratch: int = 0
     scratch_at: int = 0
+    operations: int = 0
+    sites: tuple[str, ...] = ()
 
 
-def module(kernels: Mapping[str, Any], parameters: Mapping[str, int], steps: Sequence[Step]) -> Any:
-    """An IRModule with the kernels and their entry function `main`.
+def module(kernels: Mapping[str, Any], parameters: Sequence[str], steps: Sequence[Step]) -> Any:
+    """An IRModule with the kernels and their entry function.
 
     Args:
         kernels: Private functions by name.
-        parameters: Bytes behind each parameter of `main`, in order; scratch memory lies in the one called `workspace`.
+        parameters: Pointers that the entry function takes; scratch memory lies in the one called `workspace`.
         steps: Calls in order.
     """
     variables = {name: tvm.ir.GlobalVar(name) for name in kernels}
     functions = {variables[name]: function for name, function in kernels.items()}
-    functions[tvm.ir.GlobalVar("main")] = _entry(variables, parameters, steps)
+    functions[tvm.ir.GlobalVar(ENTRY)] = _entry(variables, parameters, steps)
     return tvm.IRModule(functions)
 
 
-def _entry(variables: Mapping[str, Any], parameters: Mapping[str, int], steps: Sequence[Step]) -> Any:
+def _entry(variables: Mapping[str, Any], parameters: Sequence[str], steps: Sequence[Step]) -> Any:
     builder = IRBuilder()
     with builder, T.prim_func():
-        T.func_name("main")
-        T.func_attr({"global_symbol": "main", "tirx.noalias": True, "tirx.is_scheduled": True})
-        memory = {name: T.arg(name, T.buffer((size,), "uint8")) for name, size in parameters.items()}
-        with _pragma("parallel_launch_point"):
-            for step in steps:
-                with (
-                    _pragma("parallel_barrier_when_finish"),
-                    _pragma("parallel_stride_pattern"),
-                    T.parallel(0, step.tasks) as task,
-                ):
-                    args = [tirx.address_of(memory[p.parameter][p.offset]) for p in step.places]
-                    if step.scratch:
-                        own = step.scratch_at + task * step.scratch
-                        args.append(tirx.address_of(memory["workspace"][own]))
-                    args += [task, tirx.const(step.tasks, "int32")]
-                    T.evaluate(tvm.ir.Call(variables[step.kernel], args, ret_ty="void"))
+        T.func_name(ENTRY)
+        T.func_attr({"global_symbol": ENTRY, "tirx.noalias": True, "tirx.is_scheduled": True})
+        handles = {name: T.arg(f"memory{i}", T.handle("uint8")) for i, name in enumerate(parameters)}
+        team, task, tasks = T.arg("team", T.handle()), T.arg("task", T.int32()), T.arg("tasks", T.int32())
+        memory = {name: T.decl_buffer((_ANY_SIZE,), "uint8", data=handle) for name, handle in handles.items()}
+
+        def call(step: Step, task: Any, tasks: Any) -> None:
+            args = [tirx.address_of(memory[p.parameter][tirx.const(p.offset, "int64")]) for p in step.places]
+            if step.scratch:
+                own = tirx.const(step.scratch_at, "int64") + tirx.Cast("int64", task) * step.scratch
+                args.append(tirx.address_of(memory["workspace"][own]))
+            T.evaluate(tvm.ir.Call(variables[step.kernel], [*args, task, tasks], ret_ty="void"))
+
+        alone = tirx.const(0, "int32"), tirx.const(1, "int32")
+        for number, (step, following) in enumerate(pairwise((*steps, None))):
+            assert step is not None
+            if step.shared:
+                call(step, task, tasks)
+            else:
+                when(task == 0, lambda step=step: call(step, *alone))
+            meet = following is None or step.shared or following.shared
+            flags = [tirx.const(number, "int32"), tirx.const(int(meet), "int32")]
+            T.evaluate(tirx.call_extern("void", BEHIND, team, task, tasks, *flags))
     return builder.get()
-
-
-def _pragma(name: str) -> Any:
-    return T.attr(tirx.const(0, "int32"), f"pragma_{name}", tirx.const(1, "int32"))

@@ -27,14 +27,14 @@ class Buffer:
         size: Elements.
         origin: Where it lies: with the caller, in the weights, or in the workspace.
         name: Of an input or output.
-        data: Values of a weight.
+        offset: Bytes from the beginning of the weights to a weight.
     """
 
     dtype: str
     size: int
     origin: Origin = "temporary"
     name: str = ""
-    data: np.ndarray | None = None
+    offset: int = 0
 
     @property
     def nbytes(self) -> int:

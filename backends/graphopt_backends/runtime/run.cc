@@ -3,13 +3,69 @@
 //   ./run model.so inputs.tensors outputs.tensors [--threads N] [--weights model.weights]
 //
 // inputs.tensors holds the inputs of every feed one after the other, in the order of model.plan.json; outputs.tensors
-// will hold the outputs alike. runtime/include/graphopt/model.h describes the format. Build, in the bundle's folder:
+// will hold the outputs alike. tensors.h describes the format. Build, in the folder of this file:
 //
-//   @COMPILER@ -std=c++17 -O2 run.cc -o run -Iruntime/include -Wl,--no-as-needed
-//       runtime/libtvm_ffi.so runtime/libtvm_runtime.so -Wl,-rpath,'$ORIGIN/runtime' -Wl,--allow-shlib-undefined
-#include <graphopt/model.h>
+//   @COMPILER@ -std=c++17 -O2 run.cc -o run -ldl
+#include <dlfcn.h>
 
 #include <iostream>
+
+#include "graphopt.h"
+#include "tensors.h"
+
+namespace {
+
+template <typename Function>
+Function* symbol(void* library, const char* name) {
+  void* found = dlsym(library, name);
+  if (!found) throw std::runtime_error(std::string("not a compiled model: it has no ") + name);
+  return reinterpret_cast<Function*>(found);
+}
+
+std::vector<graphopt::Tensor> outputs_of(const graphopt_description& model) {
+  std::vector<graphopt::Tensor> made;
+  for (int i = 0; i < model.output_count; ++i) {
+    const graphopt_tensor& t = model.outputs[i];
+    made.push_back(graphopt::make_tensor(t.dtype, {t.shape, t.shape + t.rank}, t.bytes, t.name));
+  }
+  return made;
+}
+
+void run_all(const std::string& path, const std::string& inputs, const std::string& results, int threads,
+             const std::string& weights) {
+  std::string file = path.find('/') == std::string::npos ? "./" + path : path;
+  void* library = dlopen(file.c_str(), RTLD_NOW | RTLD_LOCAL);
+  if (!library) throw std::runtime_error(dlerror());
+  const graphopt_description& made = *symbol<decltype(graphopt_describe)>(library, "graphopt_describe")();
+  if (made.format != GRAPHOPT_FORMAT) throw std::runtime_error(path + " has another format: compile the model again");
+  char message[512] = "";
+  graphopt_model* model = symbol<decltype(graphopt_open)>(library, "graphopt_open")(
+      weights.empty() ? nullptr : weights.c_str(), threads, message, sizeof message);
+  if (!model) throw std::runtime_error(message);
+  auto* run = symbol<decltype(graphopt_run)>(library, "graphopt_run");
+
+  std::vector<graphopt::Tensor> all = graphopt::read_tensors(inputs);
+  size_t step = made.input_count ? static_cast<size_t>(made.input_count) : 1;
+  if (all.size() % step) throw std::runtime_error(inputs + ": the model takes " + std::to_string(step) + " inputs");
+  graphopt::TensorWriter writer(results);
+  std::vector<graphopt::Tensor> outputs = outputs_of(made);
+  for (size_t i = 0; i < all.size(); i += step) {
+    std::vector<const void*> sources;
+    std::vector<void*> targets;
+    for (int k = 0; k < made.input_count; ++k) {
+      if (all[i + k].bytes != made.inputs[k].bytes)
+        throw std::runtime_error(std::string("input ") + made.inputs[k].name + " has another size");
+      sources.push_back(all[i + k].data.get());
+    }
+    for (const graphopt::Tensor& output : outputs) targets.push_back(output.data.get());
+    run(model, sources.data(), targets.data());
+    for (const graphopt::Tensor& output : outputs) writer.write(output);
+  }
+  writer.close();
+  symbol<decltype(graphopt_close)>(library, "graphopt_close")(model);
+}
+
+}  // namespace
 
 int main(int count, char** words) {
   std::vector<std::string> files;
@@ -29,14 +85,7 @@ int main(int count, char** words) {
     return 2;
   }
   try {
-    graphopt::Model model(files[0], threads, weights);
-    std::vector<graphopt::Tensor> all = graphopt::read_tensors(files[1]);
-    size_t step = model.inputs() ? model.inputs() : 1;
-    if (all.size() % step) throw std::runtime_error(files[1] + ": the model takes " + std::to_string(step) + " inputs");
-    graphopt::TensorWriter writer(files[2]);
-    for (size_t i = 0; i < all.size(); i += step)
-      for (const graphopt::Tensor& output : model.run({all.begin() + i, all.begin() + i + step})) writer.write(output);
-    writer.close();
+    run_all(files[0], files[1], files[2], threads, weights);
   } catch (const std::exception& error) {
     std::cerr << "run: " << error.what() << "\n";
     return 1;

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+
 import numpy as np
 import onnx_ir as ir
 import pytest
@@ -14,6 +16,7 @@ from graphopt.reference import Reference
 from graphopt_backends._lower import lower
 from graphopt_backends.kernels.expression import call, clip, number, operand, parameter, quantized, simplified
 from graphopt_backends.network.convert import convert
+from graphopt_backends.network.weights import Weights
 from graphopt_backends.network.integers import Grid, real
 
 pytestmark = pytest.mark.skipif(AVX512 not in runnable(), reason="this CPU has no VNNI")
@@ -86,7 +89,7 @@ def test_a_network_of_integers_is_one_step_from_onnx_runtime() -> None:
 
 
 def test_everything_between_the_kernels_is_bytes() -> None:
-    network = convert(lower(_model(), ShapeBinding(), "x86").model, AVX512)
+    network = convert(lower(_model(), ShapeBinding(), "x86").model, AVX512, Weights(io.BytesIO()))
     inside = [call_.views[-1].dtype for call_ in network.calls[:-1]]
     assert inside == ["uint8"] * 5
 

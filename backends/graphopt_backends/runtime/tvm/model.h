@@ -1,65 +1,24 @@
-// A compiled model in C++: load the library, run it on tensors in memory, or on tensors in files.
+// A part of a model that TVM's own lowering compiled, in C++.
 //
-//   graphopt::Model model("model.so");                       // 1 thread; Model(path, threads, weights) for more
-//   std::vector<graphopt::Tensor> out = model.run(inputs);   // in the order of model.plan.json
-//
-// Needs C++17, libtvm_ffi.so and libtvm_runtime.so (folder `runtime` of the bundle), and nothing else. A failure is a
+// Needs C++17, libtvm_ffi.so and libtvm_runtime.so (folder `runtime` of the bundle). A failure is a
 // std::runtime_error. One Model belongs to one thread at a time.
-//
-// A file of tensors is a sequence of records: a line `tensor DTYPE DIMS BYTES NAME`, padded with blanks to a multiple
-// of the alignment, then the values, padded with zeros. DIMS is like 1,3,224,224, or - for a scalar; the first line
-// of the file is `graphopt tensors 1 ALIGNMENT`, padded alike.
-#ifndef GRAPHOPT_MODEL_H_
-#define GRAPHOPT_MODEL_H_
+#ifndef GRAPHOPT_TVM_MODEL_H_
+#define GRAPHOPT_TVM_MODEL_H_
 
 #include <dlpack/dlpack.h>
-#include <fcntl.h>
 #include <sched.h>
-#include <sys/mman.h>
-#include <sys/stat.h>
 #include <tvm/ffi/c_api.h>
-#include <unistd.h>
 
-#include <cstdlib>
 #include <cstring>
-#include <fstream>
 #include <memory>
-#include <sstream>
 #include <stdexcept>
 #include <string>
 #include <utility>
 #include <vector>
 
+#include "tensors.h"
+
 namespace graphopt {
-
-// Values in row-major order, aligned to 64 bytes or more.
-struct Tensor {
-  std::string name;
-  DLDataType dtype{kDLFloat, 32, 1};
-  std::vector<int64_t> shape;
-  std::shared_ptr<void> data;
-
-  size_t bytes() const {
-    size_t count = 1;
-    for (int64_t size : shape) count *= static_cast<size_t>(size);
-    return (count * dtype.bits * dtype.lanes + 7) / 8;
-  }
-  template <typename T>
-  T* as() const {
-    return static_cast<T*>(data.get());
-  }
-};
-
-// A tensor with room for its values, all zero.
-inline Tensor make_tensor(DLDataType dtype, std::vector<int64_t> shape, std::string name = "") {
-  Tensor tensor{std::move(name), dtype, std::move(shape), nullptr};
-  size_t room = (tensor.bytes() + 63) / 64 * 64 + 64;
-  void* memory = std::aligned_alloc(64, room);
-  if (!memory) throw std::runtime_error("out of memory");
-  std::memset(memory, 0, room);
-  tensor.data = std::shared_ptr<void>(memory, std::free);
-  return tensor;
-}
 
 namespace detail {
 
@@ -141,37 +100,6 @@ inline void use_threads(int threads) {
   call(global("runtime.config_threadpool"), {integer(-3), integer(threads), any(cores)});
 }
 
-struct Lent {
-  DLManagedTensor managed;
-  Tensor tensor;
-};
-
-// Hands a tensor to the runtime without copying it.
-inline Object lend(const Tensor& tensor) {
-  auto* lent = new Lent{{}, tensor};
-  DLTensor& view = lent->managed.dl_tensor;
-  view.data = lent->tensor.data.get();
-  view.device = {kDLCPU, 0};
-  view.ndim = static_cast<int32_t>(lent->tensor.shape.size());
-  view.dtype = tensor.dtype;
-  view.shape = lent->tensor.shape.data();
-  view.strides = nullptr;
-  view.byte_offset = 0;
-  lent->managed.manager_ctx = lent;
-  lent->managed.deleter = [](DLManagedTensor* self) { delete static_cast<Lent*>(self->manager_ctx); };
-  TVMFFIObjectHandle handle = nullptr;
-  check(TVMFFITensorFromDLPack(&lent->managed, 64, 1, &handle));
-  return own(handle);
-}
-
-// Takes a tensor from the runtime without copying it.
-inline Tensor take(const Object& object) {
-  DLTensor* view = TVMFFITensorGetDLTensorPtr(object.get());
-  Tensor tensor{"", view->dtype, std::vector<int64_t>(view->shape, view->shape + view->ndim), nullptr};
-  tensor.data = std::shared_ptr<void>(object, static_cast<char*>(view->data) + view->byte_offset);
-  return tensor;
-}
-
 inline std::string dtype_name(DLDataType dtype) {
   if (dtype.code == kDLBool) return "bool";
   const char* kind = dtype.code == kDLInt ? "int" : dtype.code == kDLUInt ? "uint" : dtype.code == kDLBfloat ? "bfloat" : "float";
@@ -189,84 +117,41 @@ inline DLDataType dtype_from(const std::string& name) {
   throw std::runtime_error("unknown element type " + name);
 }
 
-}  // namespace detail
+struct Lent {
+  DLManagedTensor managed;
+  Tensor tensor;
+};
 
-// Reads all tensors of a file; the values stay in the file until they are used.
-inline std::vector<Tensor> read_tensors(const std::string& path) {
-  int file = open(path.c_str(), O_RDONLY);
-  struct stat status {};
-  if (file < 0 || fstat(file, &status) != 0) throw std::runtime_error("cannot read " + path);
-  auto size = static_cast<size_t>(status.st_size);
-  void* memory = size ? mmap(nullptr, size, PROT_READ | PROT_WRITE, MAP_PRIVATE, file, 0) : MAP_FAILED;
-  close(file);
-  if (memory == MAP_FAILED) throw std::runtime_error("cannot map " + path);
-  std::shared_ptr<char> all(static_cast<char*>(memory), [size](char* start) { munmap(start, size); });
-
-  auto line = [&](size_t start) {
-    const void* end = start < size ? std::memchr(all.get() + start, '\n', size - start) : nullptr;
-    if (!end) throw std::runtime_error(path + " is cut short");
-    const char* begin = all.get() + start;
-    return std::string(begin, static_cast<const char*>(end));
-  };
-  std::string first = line(0);
-  size_t align = 0;
-  if (std::sscanf(first.c_str(), "graphopt tensors 1 %zu", &align) != 1 || align < 64)
-    throw std::runtime_error(path + " is not a file of tensors");
-  auto round_up = [align](size_t value) { return (value + align - 1) / align * align; };
-
-  std::vector<Tensor> tensors;
-  for (size_t at = round_up(first.size() + 1); at < size;) {
-    std::string header = line(at), tag, dtype, dims, dim;
-    std::istringstream words(header);
-    size_t bytes = 0;
-    words >> tag >> dtype >> dims >> bytes >> std::ws;
-    Tensor tensor;
-    std::getline(words, tensor.name);
-    tensor.name.erase(tensor.name.find_last_not_of(' ') + 1);
-    tensor.dtype = detail::dtype_from(dtype);
-    std::istringstream sizes(dims == "-" ? "" : dims);
-    while (std::getline(sizes, dim, ',')) tensor.shape.push_back(std::stoll(dim));
-    at += header.size() + 1;
-    if (tag != "tensor" || bytes != tensor.bytes() || at + bytes > size) throw std::runtime_error(path + " is damaged");
-    tensor.data = std::shared_ptr<void>(all, all.get() + at);
-    tensors.push_back(std::move(tensor));
-    at = round_up(at + bytes);
-  }
-  return tensors;
+// Hands a tensor to the runtime without copying it.
+inline Object lend(const Tensor& tensor) {
+  auto* lent = new Lent{{}, tensor};
+  DLTensor& view = lent->managed.dl_tensor;
+  view.data = lent->tensor.data.get();
+  view.device = {kDLCPU, 0};
+  view.ndim = static_cast<int32_t>(lent->tensor.shape.size());
+  view.dtype = dtype_from(tensor.dtype);
+  view.shape = lent->tensor.shape.data();
+  view.strides = nullptr;
+  view.byte_offset = 0;
+  lent->managed.manager_ctx = lent;
+  lent->managed.deleter = [](DLManagedTensor* self) { delete static_cast<Lent*>(self->manager_ctx); };
+  TVMFFIObjectHandle handle = nullptr;
+  check(TVMFFITensorFromDLPack(&lent->managed, 64, 1, &handle));
+  return own(handle);
 }
 
-// Writes tensors to a file one after the other.
-class TensorWriter {
- public:
-  explicit TensorWriter(const std::string& path) : stream_(path, std::ios::binary), path_(path) {
-    line("graphopt tensors 1 64");
-  }
-  void write(const Tensor& tensor) {
-    std::string dims;
-    for (int64_t size : tensor.shape) dims += (dims.empty() ? "" : ",") + std::to_string(size);
-    line("tensor " + detail::dtype_name(tensor.dtype) + " " + (dims.empty() ? "-" : dims) + " " +
-         std::to_string(tensor.bytes()) + " " + tensor.name);
-    stream_.write(static_cast<const char*>(tensor.data.get()), static_cast<std::streamsize>(tensor.bytes()));
-    stream_ << std::string((64 - tensor.bytes() % 64) % 64, '\0');
-    check();
-  }
-  void close() {
-    stream_.close();
-    check();
-  }
+// Takes a tensor from the runtime without copying it.
+inline Tensor take(const Object& object) {
+  DLTensor* view = TVMFFITensorGetDLTensorPtr(object.get());
+  Tensor tensor{"", dtype_name(view->dtype), std::vector<int64_t>(view->shape, view->shape + view->ndim), 0, nullptr};
+  size_t count = 1;
+  for (int64_t size : tensor.shape) count *= static_cast<size_t>(size);
+  tensor.bytes = (count * view->dtype.bits * view->dtype.lanes + 7) / 8;
+  tensor.data = std::shared_ptr<void>(object, static_cast<char*>(view->data) + view->byte_offset);
+  return tensor;
+}
 
- private:
-  void line(std::string text) {
-    text += std::string((64 - (text.size() + 1) % 64) % 64, ' ') + "\n";
-    stream_ << text;
-    check();
-  }
-  void check() const {
-    if (!stream_) throw std::runtime_error("cannot write " + path_);
-  }
-  std::ofstream stream_;
-  std::string path_;
-};
+}  // namespace detail
 
 class Model {
  public:
@@ -317,4 +202,4 @@ class Model {
 
 }  // namespace graphopt
 
-#endif  // GRAPHOPT_MODEL_H_
+#endif  // GRAPHOPT_TVM_MODEL_H_

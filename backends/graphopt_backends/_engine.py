@@ -1,0 +1,152 @@
+"""A compiled model in this process: its library, called through the C functions of runtime/graphopt.h."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from graphopt.errors import BackendError
+
+__all__ = ["Engine", "EngineStep"]
+
+Array = np.ndarray[Any, np.dtype[Any]]
+
+_FORMAT = 1
+_MESSAGE_BYTES = 512
+
+
+class _Tensor(ctypes.Structure):
+    _fields_ = (
+        ("name", ctypes.c_char_p),
+        ("dtype", ctypes.c_char_p),
+        ("rank", ctypes.c_int32),
+        ("shape", ctypes.POINTER(ctypes.c_int64)),
+        ("bytes", ctypes.c_uint64),
+    )
+
+
+class _Step(ctypes.Structure):
+    _fields_ = (("kernel", ctypes.c_char_p), ("sites", ctypes.c_char_p), ("operations", ctypes.c_uint64))
+
+
+class _Description(ctypes.Structure):
+    _fields_ = (
+        ("format", ctypes.c_int32),
+        ("target", ctypes.c_char_p),
+        ("features", ctypes.c_char_p),
+        ("input_count", ctypes.c_int32),
+        ("output_count", ctypes.c_int32),
+        ("step_count", ctypes.c_int32),
+        ("inputs", ctypes.POINTER(_Tensor)),
+        ("outputs", ctypes.POINTER(_Tensor)),
+        ("steps", ctypes.POINTER(_Step)),
+        ("weight_bytes", ctypes.c_uint64),
+        ("weight_digest", ctypes.c_char_p),
+        ("workspace_bytes", ctypes.c_uint64),
+        ("thread_bytes", ctypes.c_uint64),
+    )
+
+
+@dataclass(frozen=True)
+class EngineStep:
+    """A step of a run.
+
+    Attributes:
+        kernel: Name of the kernel that is called.
+        sites: Names of the nodes that it computes.
+        operations: How much arithmetic it is.
+    """
+
+    kernel: str
+    sites: str
+    operations: int
+
+
+class Engine:
+    """A model that is ready to run; one run at a time.
+
+    Args:
+        library: The compiled model.
+        weights: Its file of weights, where it has one.
+        threads: Threads of a run, the caller's own among them.
+
+    Raises:
+        BackendError: The library cannot be loaded, or this machine cannot run it.
+    """
+
+    def __init__(self, library: Path, weights: Path | None = None, threads: int = 1) -> None:
+        self._handle: int | None = None
+        try:
+            self._library = ctypes.CDLL(str(library.resolve()))
+        except OSError as e:
+            raise BackendError(str(library), f"cannot be loaded: {str(e).rpartition(': ')[2]}") from e
+        self._library.graphopt_describe.restype = ctypes.POINTER(_Description)
+        self._library.graphopt_open.restype = ctypes.c_void_p
+        self._run = self._library.graphopt_run
+        self._run.restype = None
+        made = self._library.graphopt_describe().contents
+        if made.format != _FORMAT:
+            raise BackendError(str(library), f"has format {made.format}, not {_FORMAT}", "compile the model again")
+        self._inputs = [_spec(made.inputs[i]) for i in range(made.input_count)]
+        self._outputs = [_spec(made.outputs[i]) for i in range(made.output_count)]
+        self.steps = [_step(made.steps[i]) for i in range(made.step_count)]
+        message = ctypes.create_string_buffer(_MESSAGE_BYTES)
+        path = None if weights is None else str(weights).encode()
+        self._handle = self._library.graphopt_open(path, max(threads, 1), message, _MESSAGE_BYTES)
+        if not self._handle:
+            raise BackendError(str(library), message.value.decode("utf8", "replace"))
+
+    def run(self, inputs: Sequence[Array]) -> list[Array]:
+        """Run once on arrays in the order of the inputs; returns the outputs in theirs."""
+        outputs, lists = self._prepared(inputs)
+        self._run(ctypes.c_void_p(self._handle), *lists)
+        return outputs
+
+    def profile(self, inputs: Sequence[Array], runs: int = 1) -> list[float]:
+        """Seconds that each step takes, the mean of some runs."""
+        _, lists = self._prepared(inputs)
+        times = (ctypes.c_uint64 * max(len(self.steps), 1))()
+        for _ in range(runs):
+            self._library.graphopt_profile(ctypes.c_void_p(self._handle), *lists, times)
+        return [times[i] / runs / 1e9 for i in range(len(self.steps))]
+
+    def bound(self, inputs: Sequence[Array]) -> tuple[list[Array], Any]:
+        """Outputs, and a function that fills them from these inputs, whenever it is called; for measurements."""
+        held = [np.ascontiguousarray(array) for array in inputs]
+        outputs, lists = self._prepared(held)
+        handle, run = ctypes.c_void_p(self._handle), self._run
+
+        def again() -> None:
+            _ = held
+            run(handle, *lists)
+
+        return outputs, again
+
+    def _prepared(self, inputs: Sequence[Array]) -> tuple[list[Array], tuple[Any, Any]]:
+        held = [np.ascontiguousarray(array) for array in inputs]
+        outputs = [np.empty(shape, dtype) for shape, dtype in self._outputs]
+        sources = (ctypes.c_void_p * max(len(held), 1))(*[array.ctypes.data for array in held])
+        results = (ctypes.c_void_p * max(len(outputs), 1))(*[array.ctypes.data for array in outputs])
+        sources._held = held  # pyright: ignore[reportAttributeAccessIssue]  # a copy lives as long as its address
+        return outputs, (sources, results)
+
+    def __del__(self) -> None:
+        if self._handle:
+            self._library.graphopt_close(ctypes.c_void_p(self._handle))
+            self._handle = None
+
+
+def _spec(tensor: Any) -> tuple[tuple[int, ...], np.dtype[Any]]:
+    name = tensor.dtype.decode()
+    dtype = np.dtype(ml_dtypes.bfloat16) if name == "bfloat16" else np.dtype(name)
+    return tuple(tensor.shape[i] for i in range(tensor.rank)), dtype
+
+
+def _step(step: Any) -> EngineStep:
+    return EngineStep(step.kernel.decode(), step.sites.decode(), int(step.operations))

@@ -1,0 +1,259 @@
+"""From a graph that kernels compute to a library: machine code, weights, and the runtime that calls it."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import math
+import shutil
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+
+from graphopt.errors import BackendError, WriteError
+from graphopt.targets import Isa
+from graphopt_backends._compile import llvm_target
+from graphopt_backends._link import Linker
+from graphopt_backends.network.program import ENTRY, Step
+
+__all__ = ["EMBEDDED_BYTES", "RUNTIME_SOURCES", "SOURCES", "Made", "Signature", "compile_network", "signatures"]
+
+EMBEDDED_BYTES = 64 << 20
+"""Weights above this lie in a file beside the library, which is mapped when it is loaded."""
+
+SOURCES = Path(__file__).parent / "runtime"
+"""Where the sources in C are."""
+
+RUNTIME_SOURCES = ("graphopt.h", "cpu.h", "cpu.c", "runtime.c")
+"""What a library is linked with; C11 and POSIX threads."""
+
+_COMPILED = ("cpu.c", "runtime.c")
+_HEADER, _EXPORTS = "graphopt.h", "exports.map"
+_PAGE = 4096
+_OBJECT, _DESCRIPTION, _WEIGHTS = "kernels.o", "model.c", "model.weights"
+
+
+@dataclass(frozen=True)
+class Signature:
+    """An input or output: its name, NumPy's name of its element type, its shape."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def elements(self) -> int:
+        """Number of its values."""
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its values."""
+        return self.elements * np.dtype(self.dtype).itemsize
+
+
+@dataclass(frozen=True)
+class Made:
+    """A library, and what is known of it.
+
+    Attributes:
+        steps: Calls of kernels, in order.
+        kernels: Distinct kernels.
+        weight_bytes: Bytes of its weights.
+        separate: They lie in a file beside it.
+        workspace: Bytes of memory that a run needs, with one thread.
+    """
+
+    steps: tuple[Step, ...]
+    kernels: int
+    weight_bytes: int
+    separate: bool
+    workspace: int
+
+
+def compile_network(
+    model: ir.Model, isa: Isa, target: str, path: Path, linker: Linker, cache: Path, emit: Sequence[str] = ()
+) -> Made:
+    """Compile a lowered model, all of whose nodes kernels compute, into the library `path`.
+
+    Weights of more than `EMBEDDED_BYTES` go into a file of the same name that ends in `.weights`.
+
+    Args:
+        model: Fixed shapes; changed on the way.
+        isa: The CPU.
+        target: What is compiled for, for messages of the library.
+        path: Where it goes.
+        linker: A C compiler for the CPU.
+        cache: Where the compiled runtime is kept.
+        emit: `asm` and `source` write listings beside it.
+
+    Raises:
+        BackendError: The compiler or linker fails.
+        WriteError: The disk is full or the folder cannot be written.
+    """
+    import tvm
+
+    from graphopt_backends.kernels.build import build
+    from graphopt_backends.network.assemble import assemble
+    from graphopt_backends.network.convert import convert
+    from graphopt_backends.network.weights import Weights
+
+    with tempfile.TemporaryDirectory(prefix="graphopt-", dir=path.parent) as scratch:
+        folder = Path(scratch)
+        try:
+            with (folder / _WEIGHTS).open("wb+") as stream:
+                stream.write(b" " * (_PAGE - 1) + b"\n")
+                weights = Weights(stream)
+                network = convert(model, isa, weights)
+                weights.finish()
+                stream.seek(0)
+                stream.write(f"graphopt weights 1 {weights.nbytes} {weights.digest}\n".encode())
+        except OSError as e:
+            raise WriteError(str(path), e.strerror or str(e), "free some space or choose another folder with -o") from e
+        assembled = assemble(network)
+        library = build(assembled.module, tvm.target.Target(llvm_target(isa, 1)))
+        library.write_to_file(str(folder / _OBJECT))
+        for kind, suffix in (("asm", "s"), ("source", "ll")):
+            if kind in emit:
+                path.with_suffix(f".{suffix}").write_text(library.inspect_source(suffix), "utf8")
+        separate = weights.nbytes > EMBEDDED_BYTES
+        facts = _Facts(
+            target, isa.required, signatures(model.graph.inputs), signatures(model.graph.outputs), assembled.steps,
+            weights.nbytes, weights.digest, assembled.workspace, assembled.scratch, not separate,
+        )  # fmt: skip
+        (folder / _DESCRIPTION).write_text(_description(facts), "utf8")
+        _link(folder, path, linker, isa.machine, cache)
+        if separate:
+            (folder / _WEIGHTS).replace(path.with_suffix(".weights"))
+    kernels = len({step.kernel for step in assembled.steps})
+    workspace = assembled.workspace + assembled.scratch
+    return Made(assembled.steps, kernels, weights.nbytes, separate, workspace)
+
+
+def _link(folder: Path, path: Path, linker: Linker, machine: str, cache: Path) -> None:
+    """Link a library from the object, description and weights in a folder, and the runtime."""
+    for name in (_HEADER, _EXPORTS):
+        shutil.copyfile(SOURCES / name, folder / name)
+    linker.objects(folder, (_DESCRIPTION,))
+    runtime = _runtime_objects(linker, machine, cache)
+    own = (_OBJECT, str(Path(_DESCRIPTION).with_suffix(".o")))
+    linker.library(path, folder, (*own, *(str(path) for path in runtime)), _EXPORTS)
+
+
+def _runtime_objects(linker: Linker, machine: str, cache: Path) -> list[Path]:
+    """Compile the runtime, or take the one that the same compiler made from the same sources before."""
+    digest = hashlib.sha256(" ".join((linker.name, *linker.command, linker.version())).encode())
+    for name in RUNTIME_SOURCES:
+        digest.update((SOURCES / name).read_bytes())
+    known = (cache / "engine" / machine / digest.hexdigest()[:32]).resolve()
+    if not known.is_dir():
+        known.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix="graphopt-", dir=known.parent) as scratch:
+            folder = Path(scratch) / "objects"
+            folder.mkdir()
+            for name in RUNTIME_SOURCES:
+                shutil.copyfile(SOURCES / name, folder / name)
+            linker.objects(folder, _COMPILED)
+            with contextlib.suppress(OSError):  # another process was faster; where it was not, the linker says so
+                folder.rename(known)
+    return [(known / name).with_suffix(".o") for name in _COMPILED]
+
+
+def signatures(values: Sequence[ir.Value]) -> tuple[Signature, ...]:
+    """Of inputs or outputs with fixed shapes.
+
+    Raises:
+        BackendError: A shape or type is not known.
+    """
+    found: list[Signature] = []
+    for value in values:
+        if value.dtype is None or value.shape is None or not all(isinstance(size, int) for size in value.shape):
+            raise BackendError(str(value.name), "has no fixed shape and type")
+        shape = tuple(int(size) for size in value.shape if isinstance(size, int))
+        found.append(Signature(str(value.name), str(value.dtype.numpy()), shape))
+    return tuple(found)
+
+
+@dataclass(frozen=True)
+class _Facts:
+    target: str
+    features: tuple[str, ...]
+    inputs: tuple[Signature, ...]
+    outputs: tuple[Signature, ...]
+    steps: tuple[Step, ...]
+    weight_bytes: int
+    weight_digest: str
+    workspace: int
+    scratch: int
+    embedded: bool
+
+
+def _description(facts: _Facts) -> str:
+    """The C source with what the runtime must know of a model."""
+    tensors = [*(("input", i, t) for i, t in enumerate(facts.inputs)), *(
+        ("output", i, t) for i, t in enumerate(facts.outputs)
+    )]  # fmt: skip
+    shapes = [
+        f"static const int64_t {side}_shape_{i}[] = {{{', '.join(map(str, t.shape)) or '0'}}};"
+        for side, i, t in tensors
+    ]
+    pointers = [f"inputs[{i}]" for i in range(len(facts.inputs))]
+    pointers += [f"outputs[{i}]" for i in range(len(facts.outputs))]
+    parameters = ", ".join(["const void*"] * len(facts.inputs) + ["void*"] * len(facts.outputs))
+    steps = [f"  {{{_text(s.kernel)}, {_text(', '.join(s.sites))}, {s.operations}u}}," for s in facts.steps]
+    return "\n".join(
+        [
+            '#include "graphopt.h"',
+            "",
+            *shapes,
+            *_table("inputs", "graphopt_tensor", [_tensor("input", i, t) for i, t in enumerate(facts.inputs)]),
+            *_table("outputs", "graphopt_tensor", [_tensor("output", i, t) for i, t in enumerate(facts.outputs)]),
+            *_table("steps", "graphopt_step", steps),
+            "const graphopt_description graphopt_this = {",
+            f"  GRAPHOPT_FORMAT, {_text(facts.target)}, {_text(' '.join(facts.features))},",
+            f"  {len(facts.inputs)}, {len(facts.outputs)}, {len(facts.steps)}, inputs, outputs, steps,",
+            f"  {facts.weight_bytes}u, {_text(facts.weight_digest)}, {facts.workspace}u, {facts.scratch}u,",
+            "};",
+            *_weights(facts.embedded),
+            f"void {ENTRY}({parameters}{', ' if parameters else ''}const void*, void*, void*, int32_t, int32_t);",
+            "void graphopt_enter(",
+            "    const void* const* inputs, void* const* outputs, const void* weights, void* workspace, void* model,",
+            "    int32_t task, int32_t tasks) {",
+            "  (void)inputs, (void)outputs;",
+            f"  {ENTRY}({', '.join([*pointers, 'weights', 'workspace', 'model', 'task', 'tasks'])});",
+            "}",
+            "",
+        ]
+    )
+
+
+def _table(name: str, kind: str, rows: Sequence[str]) -> list[str]:
+    return [f"static const {kind} {name}[] = {{", *(rows or ["  {0},"]), "};"]
+
+
+def _tensor(side: str, index: int, tensor: Signature) -> str:
+    name, dtype = _text(tensor.name), _text(tensor.dtype)
+    return f"  {{{name}, {dtype}, {len(tensor.shape)}, {side}_shape_{index}, {tensor.nbytes}u}},"
+
+
+def _weights(embedded: bool) -> list[str]:
+    if not embedded:
+        return ["const uint8_t* const graphopt_embedded_weights = 0;"]
+    return [
+        '__asm__(".section .rodata\\n.balign 64\\n.local graphopt_weights\\ngraphopt_weights:\\n"',
+        f'        ".incbin \\"{_WEIGHTS}\\", {_PAGE}\\n.previous\\n");',
+        "extern const uint8_t graphopt_weights[];",
+        "const uint8_t* const graphopt_embedded_weights = graphopt_weights;",
+    ]
+
+
+def _text(text: Any) -> str:
+    """A C string; JSON escapes quotes, backslashes and control characters as C does."""
+    quoted = json.dumps(str(text), ensure_ascii=False)
+    return quoted.replace("\\u00", "\\x").replace("??", '?""?')
