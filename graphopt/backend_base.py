@@ -14,7 +14,7 @@ from graphopt.model_io import ShapeBinding
 from graphopt.reference import Feed
 from graphopt.targets import Target
 
-__all__ = ["Backend", "Build", "BuildOptions", "Finding", "Obtained", "Runnable", "Unsupported"]
+__all__ = ["Backend", "Build", "BuildOptions", "Finding", "Obtained", "Profile", "Runnable", "StepTime", "Unsupported"]
 
 Obtained = Literal["executed", "emulated", "compiled only", "estimated"]
 """How a figure was obtained. Emulated time is never a speed."""
@@ -47,6 +47,40 @@ class Finding:
     state: str
     ok: bool = True
     hint: str = ""
+
+
+@dataclass(frozen=True)
+class StepTime:
+    """What one step of a compiled model took.
+
+    Attributes:
+        runner: What ran it: `kernels`, `tvm` for TVM's own lowering, or `onnxruntime`.
+        kernel: Name of the kernel, or of the file of a part that has no steps of its own.
+        sites: Names of the nodes that it computes.
+        seconds: Of one run.
+        operations: Multiplications and additions, or elements where it does none; 0 if unknown.
+        arithmetic: `float` or `integer` where it multiplies and adds most of the time; else empty.
+    """
+
+    runner: str
+    kernel: str
+    sites: str
+    seconds: float
+    operations: int = 0
+    arithmetic: str = ""
+
+
+@dataclass(frozen=True)
+class Profile:
+    """Where the time of a compiled model goes.
+
+    Attributes:
+        steps: In order.
+        peaks: Operations a second that one core can do in its registers, measured, by arithmetic.
+    """
+
+    steps: tuple[StepTime, ...] = ()
+    peaks: Mapping[str, float] = field(default_factory=dict[str, float])
 
 
 @dataclass(frozen=True)
@@ -128,6 +162,10 @@ class Backend(abc.ABC):
         """Run many feeds; a backend whose start is dear (an emulator) overrides it to start once."""
         run = self.load(folder, target, threads)
         return [run(feed) for feed in feeds]
+
+    def profile(self, folder: Path, target: Target, feed: Feed, threads: int, runs: int) -> Profile:
+        """Time the steps of a bundle that this machine can execute; nothing where a backend cannot tell."""
+        return Profile()
 
     def doctor(self, cache: Path) -> Sequence[Finding]:
         """Say what this machine can build and run, and how to get what is missing."""

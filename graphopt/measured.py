@@ -14,7 +14,7 @@ from graphopt.backend_base import Obtained
 from graphopt.errors import UsageError
 from graphopt.records import from_text, to_text
 
-__all__ = ["Machine", "Measured", "Measurement", "Region", "Side", "Times"]
+__all__ = ["Breakdown", "KernelTime", "Machine", "Measured", "Measurement", "Region", "Side", "Times"]
 
 Side = Literal["original", "result"]
 """Which model a row is about; what stands alone is `original`."""
@@ -123,12 +123,62 @@ class Region:
 
 
 @dataclass(frozen=True)
+class KernelTime:
+    """A kernel of a compiled model, over all of a run's calls of it.
+
+    Attributes:
+        runner: `kernels`, `tvm` for TVM's own lowering, or `onnxruntime`.
+        kernel: Its name, or that of the file of a part.
+        sites: Names of the nodes that the first call computes.
+        calls: Calls in a run.
+        time: Milliseconds of a run.
+        share: Of the time of all kernels.
+        rate: Billions of operations a second; None where it does not multiply and add most of the time.
+        of_peak: That rate as a share of what the threads' cores can do in their registers, measured in the same run.
+    """
+
+    runner: str
+    kernel: str
+    sites: str
+    calls: int
+    time: float
+    share: float
+    rate: float | None = None
+    of_peak: float | None = None
+
+
+@dataclass(frozen=True)
+class Breakdown:
+    """Where the time of a compiled model goes.
+
+    Attributes:
+        subject: Name of the bundle.
+        engine: Name of the backend.
+        threads: Threads that it had.
+        kernels: The dearest first.
+    """
+
+    subject: str
+    engine: str
+    threads: int
+    kernels: tuple[KernelTime, ...]
+
+
+@dataclass(frozen=True)
 class Measured:
-    """All rows of one benchmark, the regions that became slower, and the machine they were taken on."""
+    """All rows of one benchmark, the regions that became slower, and the machine they were taken on.
+
+    Attributes:
+        rows: What was measured.
+        machine: Where.
+        slower_regions: Parts of the result that are slower than in the original.
+        breakdowns: Kernels of what was compiled, with the first number of threads.
+    """
 
     rows: tuple[Measurement, ...]
     machine: Machine
     slower_regions: tuple[Region, ...] = ()
+    breakdowns: tuple[Breakdown, ...] = ()
     schema: int = 1
 
     def find(self, side: Side, engine: str = "onnxruntime", threads: int | None = None) -> Measurement | None:
@@ -137,6 +187,22 @@ class Measured:
             if row.side == side and row.engine == engine and row.times and threads in (None, row.threads):
                 return row
         return None
+
+    def advice(self) -> str | None:
+        """Which engine to ship the result with, on this machine; None unless two engines ran it alike."""
+        said: list[str] = []
+        for threads in sorted({row.threads for row in self.rows}):
+            rows = [r for r in self.rows if r.threads == threads and r.side == "result" and r.times]
+            plain = next((r for r in rows if r.engine == "onnxruntime"), None)
+            own = next((r for r in rows if r.engine != "onnxruntime"), None)
+            if plain is None or own is None or plain.times is None or own.times is None:
+                continue
+            ratio = plain.times.median / own.times.median
+            best = "the compiled library" if ratio >= 1 else "model.onnx in ONNX Runtime"
+            other = "ONNX Runtime" if ratio >= 1 else "the compiled library"
+            with_threads = f"with {threads} thread{'s' if threads > 1 else ''}"
+            said.append(f"{with_threads} ship {best}: {max(ratio, 1 / ratio):.2f}x as fast as {other}")
+        return "; ".join(said) or None
 
     def to_json(self) -> str:
         """Write as JSON."""

@@ -15,8 +15,8 @@ from typing import Literal
 from graphopt.errors import PluginError, UsageError, nearest
 
 __all__ = [
-    "INTEGER_OPERATORS", "WEIGHT_AXES", "IntegerRules", "Isa", "Target", "TargetTable", "WeightAxis", "host_features",
-    "host_machine",
+    "INTEGER_OPERATORS", "WEIGHT_AXES", "IntegerRules", "Isa", "Target", "TargetTable", "WeightAxis",
+    "host_cache_bytes", "host_features", "host_machine",
 ]  # fmt: skip
 
 INTEGER_OPERATORS = frozenset(
@@ -227,3 +227,15 @@ def host_features() -> frozenset[str]:
         if name.strip().lower() in ("flags", "features"):
             return frozenset(value.split())
     return frozenset()
+
+
+def host_cache_bytes(level: int) -> int | None:
+    """Bytes of the data cache of a level that the first core of this machine has; None where nothing tells."""
+    for folder in sorted(Path("/sys/devices/system/cpu/cpu0/cache").glob("index*")):
+        try:
+            have, kind, size = ((folder / name).read_text("utf8").strip() for name in ("level", "type", "size"))
+        except OSError:
+            continue
+        if have == str(level) and kind != "Instruction" and size.endswith("K"):
+            return int(size[:-1]) << 10
+    return None

@@ -14,17 +14,27 @@ import numpy as np
 import tvm
 from kernel_cases import Case
 
-from graphopt.targets import Isa, host_machine
+from graphopt.targets import Isa, host_features, host_machine
 from graphopt_backends._compile import llvm_target
 from graphopt_backends._link import known_linkers
+from graphopt_backends.arm import TARGETS as ARM
 from graphopt_backends.arm import _emulated_cpu, _emulator
 from graphopt_backends.kernels.build import build
+from graphopt_backends.x86 import TARGETS as X86
 
-__all__ = ["Crash", "command_of", "run_all"]
+__all__ = ["ISAS", "Crash", "command_of", "run_all"]
+
+_DEVICES = ("avx2", "avx-vnni", "avx512", "avx512-vnni", "cortex-a53", "cortex-a76", "neoverse-v1")
+
+ISAS = {
+    target.device: target.isa for target in (*X86, *ARM) if target.isa is not None and target.device in _DEVICES
+}  # fmt: skip
+"""One CPU of every kind of instructions that kernels are written for."""
 
 _TASKS = 3
 
 _PROGRAM = r"""
+#define _DEFAULT_SOURCE
 #include <signal.h>
 #include <stdint.h>
 #include <stdio.h>
@@ -74,7 +84,7 @@ def command_of(isa: Isa) -> list[str] | None:
     if not known_linkers(isa):
         return None
     if isa.machine == host_machine():
-        return []
+        return [] if set(isa.required) <= host_features() else None
     emulator = _emulator() if isa.machine == "aarch64" else None
     return [emulator, "-cpu", _emulated_cpu(emulator, isa.name)] if emulator else None
 

@@ -16,7 +16,8 @@ from graphopt.targets import Isa, host_features, host_machine
 from graphopt_backends._compile import llvm_target
 from graphopt_backends._link import Linker, known_linkers
 from graphopt_backends.kernels.build import build
-from graphopt_backends.network.program import BEHIND, ENTRY, Place, Step, module
+from graphopt_backends.network.program import module
+from graphopt_backends.network.steps import BEHIND, ENTRY, Place, Step
 
 _AVX2 = ("+avx2", "+fma", "+f16c", "+bmi", "+bmi2", "+lzcnt", "+movbe")
 _AVX512 = (*_AVX2, "+avx512f", "+avx512bw", "+avx512cd", "+avx512dq", "+avx512vl")

@@ -16,6 +16,7 @@ from graphopt_backends._engine import Engine
 from graphopt_backends._library import compile_network
 from graphopt_backends._link import known_linkers
 from graphopt_backends._lower import lower
+from graphopt_backends.network.blockwise import keeps
 from graphopt_backends.network.convert import unsupported
 
 
@@ -23,7 +24,7 @@ def run_network(
     model: ir.Model, isa: Isa, feed: Mapping[str, np.ndarray], tasks: int = 2
 ) -> tuple[dict[str, np.ndarray], list[str]]:
     """Compile and run; also returns the names of the kernels that ran, in order."""
-    lowered = lower(model, ShapeBinding(), "x86").model
+    lowered = lower(model, ShapeBinding(), "x86", keeps).model
     assert not unsupported(lowered)
     with tempfile.TemporaryDirectory(prefix="graphopt-") as scratch:
         path = Path(scratch) / "model.so"

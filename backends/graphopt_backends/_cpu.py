@@ -11,7 +11,7 @@ from pathlib import Path
 
 import onnx_ir as ir
 
-from graphopt.backend_base import Backend, Build, BuildOptions, Runnable, Unsupported
+from graphopt.backend_base import Backend, Build, BuildOptions, Profile, Runnable, Unsupported
 from graphopt.errors import BackendError
 from graphopt.model_io import save_model, weight_bytes
 from graphopt.reference import Feed
@@ -26,9 +26,9 @@ from graphopt_backends._link import Linker, find_linker
 from graphopt_backends._lower import Lowered, lower
 from graphopt_backends._native import quiet
 from graphopt_backends._parts import GraphPart
-from graphopt_backends._plan import PLAN, Part, Plan, TensorSpec, write_plan
+from graphopt_backends._plan import PLAN, Part, Plan, TensorSpec, read_plan, write_plan
 from graphopt_backends._runtime import fetch_runtime, runtime_folder, versions
-from graphopt_backends._session import Step, load_steps, run_plan
+from graphopt_backends._session import Step, load_steps, profile_plan, run_plan
 from graphopt_backends._tensors import PAGE, write_tensors
 
 __all__ = ["CpuBackend", "isa_of"]
@@ -92,6 +92,12 @@ class CpuBackend(Backend):
         """Load a bundle."""
         plan, steps = load_steps(folder, lambda part: self.step(part, folder, target, threads))
         return lambda feed: run_plan(plan, steps, [feed])[0]
+
+    def profile(self, folder: Path, target: Target, feed: Feed, threads: int, runs: int) -> Profile:
+        """Time every step, where this machine executes the code."""
+        if self.how(target) != "executed":
+            return Profile()
+        return profile_plan(read_plan(folder), folder, feed, threads, runs)
 
     @abc.abstractmethod
     def step(self, part: Part, folder: Path, target: Target, threads: int) -> Step:

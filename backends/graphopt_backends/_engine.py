@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,12 @@ class _Tensor(ctypes.Structure):
 
 
 class _Step(ctypes.Structure):
-    _fields_ = (("kernel", ctypes.c_char_p), ("sites", ctypes.c_char_p), ("operations", ctypes.c_uint64))
+    _fields_ = (
+        ("kernel", ctypes.c_char_p),
+        ("sites", ctypes.c_char_p),
+        ("arithmetic", ctypes.c_char_p),
+        ("operations", ctypes.c_uint64),
+    )
 
 
 class _Description(ctypes.Structure):
@@ -60,11 +65,13 @@ class EngineStep:
     Attributes:
         kernel: Name of the kernel that is called.
         sites: Names of the nodes that it computes.
-        operations: How much arithmetic it is.
+        arithmetic: `float` or `integer` where it multiplies and adds most of the time; else empty.
+        operations: How many it takes.
     """
 
     kernel: str
     sites: str
+    arithmetic: str
     operations: int
 
 
@@ -93,8 +100,8 @@ class Engine:
         made = self._library.graphopt_describe().contents
         if made.format != _FORMAT:
             raise BackendError(str(library), f"has format {made.format}, not {_FORMAT}", "compile the model again")
-        self._inputs = [_spec(made.inputs[i]) for i in range(made.input_count)]
-        self._outputs = [_spec(made.outputs[i]) for i in range(made.output_count)]
+        self.inputs = [_spec(made.inputs[i]) for i in range(made.input_count)]
+        self.outputs = [_spec(made.outputs[i]) for i in range(made.output_count)]
         self.steps = [_step(made.steps[i]) for i in range(made.step_count)]
         message = ctypes.create_string_buffer(_MESSAGE_BYTES)
         path = None if weights is None else str(weights).encode()
@@ -104,42 +111,45 @@ class Engine:
 
     def run(self, inputs: Sequence[Array]) -> list[Array]:
         """Run once on arrays in the order of the inputs; returns the outputs in theirs."""
-        outputs, lists = self._prepared(inputs)
-        self._run(ctypes.c_void_p(self._handle), *lists)
+        outputs, again = self.bound(inputs)
+        again()
         return outputs
 
-    def profile(self, inputs: Sequence[Array], runs: int = 1) -> list[float]:
-        """Seconds that each step takes, the mean of some runs."""
-        _, lists = self._prepared(inputs)
-        times = (ctypes.c_uint64 * max(len(self.steps), 1))()
-        for _ in range(runs):
-            self._library.graphopt_profile(ctypes.c_void_p(self._handle), *lists, times)
-        return [times[i] / runs / 1e9 for i in range(len(self.steps))]
-
-    def bound(self, inputs: Sequence[Array]) -> tuple[list[Array], Any]:
-        """Outputs, and a function that fills them from these inputs, whenever it is called; for measurements."""
-        held = [np.ascontiguousarray(array) for array in inputs]
-        outputs, lists = self._prepared(held)
-        handle, run = ctypes.c_void_p(self._handle), self._run
+    def bound(self, inputs: Sequence[Array]) -> tuple[list[Array], Callable[[], None]]:
+        """Outputs, and a function that fills them from these inputs whenever it is called."""
+        held, outputs = [np.ascontiguousarray(array) for array in inputs], self._empty()
+        handle, run, sources, results = ctypes.c_void_p(self._handle), self._run, _pointers(held), _pointers(outputs)
 
         def again() -> None:
-            _ = held
-            run(handle, *lists)
+            _ = self, held, outputs  # which live as long as their addresses
+            run(handle, sources, results)
 
         return outputs, again
 
-    def _prepared(self, inputs: Sequence[Array]) -> tuple[list[Array], tuple[Any, Any]]:
-        held = [np.ascontiguousarray(array) for array in inputs]
-        outputs = [np.empty(shape, dtype) for shape, dtype in self._outputs]
-        sources = (ctypes.c_void_p * max(len(held), 1))(*[array.ctypes.data for array in held])
-        results = (ctypes.c_void_p * max(len(outputs), 1))(*[array.ctypes.data for array in outputs])
-        sources._held = held  # pyright: ignore[reportAttributeAccessIssue]  # a copy lives as long as its address
-        return outputs, (sources, results)
+    def profile(self, inputs: Sequence[Array], runs: int = 1) -> list[float]:
+        """Seconds that each step takes, the mean of some runs."""
+        held, outputs = [np.ascontiguousarray(array) for array in inputs], self._empty()
+        times = (ctypes.c_uint64 * max(len(self.steps), 1))()
+        for _ in range(runs):
+            self._library.graphopt_profile(ctypes.c_void_p(self._handle), _pointers(held), _pointers(outputs), times)
+        return [times[i] / runs / 1e9 for i in range(len(self.steps))]
+
+    def peak(self, arithmetic: str) -> float:
+        """Operations a second that one core can do in its registers, measured; 0 where there is no such arithmetic."""
+        self._library.graphopt_peak.restype = ctypes.c_double
+        return float(self._library.graphopt_peak(arithmetic.encode()))
+
+    def _empty(self) -> list[Array]:
+        return [np.empty(shape, dtype) for shape, dtype in self.outputs]
 
     def __del__(self) -> None:
         if self._handle:
             self._library.graphopt_close(ctypes.c_void_p(self._handle))
             self._handle = None
+
+
+def _pointers(arrays: Sequence[Array]) -> Any:
+    return (ctypes.c_void_p * max(len(arrays), 1))(*[array.ctypes.data for array in arrays])
 
 
 def _spec(tensor: Any) -> tuple[tuple[int, ...], np.dtype[Any]]:
@@ -149,4 +159,5 @@ def _spec(tensor: Any) -> tuple[tuple[int, ...], np.dtype[Any]]:
 
 
 def _step(step: Any) -> EngineStep:
-    return EngineStep(step.kernel.decode(), step.sites.decode(), int(step.operations))
+    texts = step.kernel.decode(), step.sites.decode(), step.arithmetic.decode()
+    return EngineStep(*texts, int(step.operations))

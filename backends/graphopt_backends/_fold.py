@@ -16,7 +16,7 @@ from onnx_ir.passes import common as ir_passes
 from graphopt.errors import ModelError
 from graphopt.reference import Reference
 
-__all__ = ["add_constant", "fold", "infer_shapes", "is_constant", "static_shape"]
+__all__ = ["add_constant", "fold", "infer_shapes", "inlined", "is_constant", "static_shape"]
 
 _ROUNDS = 32
 _FREE_BYTES = 1 << 16
@@ -47,8 +47,8 @@ def fold(model: ir.Model) -> None:
 def infer_shapes(model: ir.Model) -> None:
     """Infer types and shapes in place; what cannot be inferred stays unknown.
 
-    ONNX knows nothing of other domains; operators of com.microsoft that keep the shape of their first input are
-    helped along.
+    ONNX knows nothing of other domains; operators of com.microsoft that keep the shape of their first input, and
+    MatMulNBits, are helped along.
     """
     infer = ir_passes.ShapeInferencePass(check_type=False, strict_mode=False, data_prop=True)
     infer(model)
@@ -60,8 +60,11 @@ def infer_shapes(model: ir.Model) -> None:
 def _keep_shape(node: ir.Node) -> bool:
     source = node.inputs[0] if node.inputs else None
     shape, output = static_shape(source), node.outputs[0]
-    if node.op_type not in _SAME_SHAPE or source is None or shape is None or static_shape(output) is not None:
+    known = node.op_type in _SAME_SHAPE or node.op_type == "MatMulNBits"
+    if not known or source is None or shape is None or static_shape(output) is not None:
         return False
+    if node.op_type == "MatMulNBits":
+        shape = (*shape[:-1], node.attributes.get_int("N", 0))
     output.shape = ir.Shape(shape)
     output.type = output.type or source.type
     return True
@@ -234,6 +237,30 @@ def _take_branches(model: ir.Model) -> bool:
 
 def _inline(graph: ir.Graph, node: ir.Node, branch: ir.Graph) -> None:
     prefix = f"{node.name}/"
+    results = inlined(graph, node, branch, prefix)
+    for output, result in zip(node.outputs, results, strict=True):
+        if output.is_graph_output():
+            identity = ir.Node("", "Identity", [result], name=f"{prefix}{output.name}")
+            graph.insert_before(node, identity)
+            result = identity.outputs[0]
+            result.type, result.shape = output.type, output.shape
+            name, output.name = output.name, f"{prefix}{output.name}_untaken"
+            ir.convenience.replace_all_uses_with(output, result, replace_graph_outputs=True)
+            result.name = name
+        else:
+            ir.convenience.replace_all_uses_with(output, result)
+    graph.remove(node, safe=True)
+
+
+def inlined(graph: ir.Graph, node: ir.Node, branch: ir.Graph, prefix: str) -> list[ir.Value]:
+    """Move the nodes of a branch before the node that it belongs to; returns what the branch gives.
+
+    Args:
+        graph: Where the node stands.
+        node: An If.
+        branch: One of its graphs; it is empty afterwards.
+        prefix: Put before the names of its nodes and values.
+    """
     for value in list(branch.initializers.values()):
         branch.initializers.pop(str(value.name))
         value.name = f"{prefix}{value.name}"
@@ -247,15 +274,4 @@ def _inline(graph: ir.Graph, node: ir.Node, branch: ir.Graph) -> None:
         for output in part.outputs:
             output.name = f"{prefix}{output.name}"
     graph.insert_before(node, inner)
-    for output, result in zip(node.outputs, results, strict=True):
-        if output.is_graph_output():
-            identity = ir.Node("", "Identity", [result], name=f"{prefix}{output.name}")
-            graph.insert_before(node, identity)
-            result = identity.outputs[0]
-            result.type, result.shape = output.type, output.shape
-            name, output.name = output.name, f"{prefix}{output.name}_untaken"
-            ir.convenience.replace_all_uses_with(output, result, replace_graph_outputs=True)
-            result.name = name
-        else:
-            ir.convenience.replace_all_uses_with(output, result)
-    graph.remove(node, safe=True)
+    return results

@@ -20,7 +20,7 @@ from graphopt.errors import BackendError, WriteError
 from graphopt.targets import Isa
 from graphopt_backends._compile import llvm_target
 from graphopt_backends._link import Linker
-from graphopt_backends.network.program import ENTRY, Step
+from graphopt_backends.network.steps import ENTRY, PEAK, Step
 
 __all__ = ["EMBEDDED_BYTES", "RUNTIME_SOURCES", "SOURCES", "Made", "Signature", "compile_network", "signatures"]
 
@@ -30,11 +30,11 @@ EMBEDDED_BYTES = 64 << 20
 SOURCES = Path(__file__).parent / "runtime"
 """Where the sources in C are."""
 
-RUNTIME_SOURCES = ("graphopt.h", "cpu.h", "cpu.c", "runtime.c")
+RUNTIME_SOURCES = ("graphopt.h", "loops.h", "cpu.h", "cpu.c", "runtime.c")
 """What a library is linked with; C11 and POSIX threads."""
 
 _COMPILED = ("cpu.c", "runtime.c")
-_HEADER, _EXPORTS = "graphopt.h", "exports.map"
+_HEADERS, _EXPORTS = ("graphopt.h", "loops.h"), "exports.map"
 _PAGE = 4096
 _OBJECT, _DESCRIPTION, _WEIGHTS = "kernels.o", "model.c", "model.weights"
 
@@ -124,7 +124,7 @@ def compile_network(
                 path.with_suffix(f".{suffix}").write_text(library.inspect_source(suffix), "utf8")
         separate = weights.nbytes > EMBEDDED_BYTES
         facts = _Facts(
-            target, isa.required, signatures(model.graph.inputs), signatures(model.graph.outputs), assembled.steps,
+            target, isa, signatures(model.graph.inputs), signatures(model.graph.outputs), assembled.steps,
             weights.nbytes, weights.digest, assembled.workspace, assembled.scratch, not separate,
         )  # fmt: skip
         (folder / _DESCRIPTION).write_text(_description(facts), "utf8")
@@ -138,7 +138,7 @@ def compile_network(
 
 def _link(folder: Path, path: Path, linker: Linker, machine: str, cache: Path) -> None:
     """Link a library from the object, description and weights in a folder, and the runtime."""
-    for name in (_HEADER, _EXPORTS):
+    for name in (*_HEADERS, _EXPORTS):
         shutil.copyfile(SOURCES / name, folder / name)
     linker.objects(folder, (_DESCRIPTION,))
     runtime = _runtime_objects(linker, machine, cache)
@@ -183,7 +183,7 @@ def signatures(values: Sequence[ir.Value]) -> tuple[Signature, ...]:
 @dataclass(frozen=True)
 class _Facts:
     target: str
-    features: tuple[str, ...]
+    isa: Isa
     inputs: tuple[Signature, ...]
     outputs: tuple[Signature, ...]
     steps: tuple[Step, ...]
@@ -196,31 +196,27 @@ class _Facts:
 
 def _description(facts: _Facts) -> str:
     """The C source with what the runtime must know of a model."""
-    tensors = [*(("input", i, t) for i, t in enumerate(facts.inputs)), *(
-        ("output", i, t) for i, t in enumerate(facts.outputs)
-    )]  # fmt: skip
-    shapes = [
-        f"static const int64_t {side}_shape_{i}[] = {{{', '.join(map(str, t.shape)) or '0'}}};"
-        for side, i, t in tensors
-    ]
+    shapes = [_shape("input", i, t) for i, t in enumerate(facts.inputs)]
+    shapes += [_shape("output", i, t) for i, t in enumerate(facts.outputs)]
     pointers = [f"inputs[{i}]" for i in range(len(facts.inputs))]
     pointers += [f"outputs[{i}]" for i in range(len(facts.outputs))]
     parameters = ", ".join(["const void*"] * len(facts.inputs) + ["void*"] * len(facts.outputs))
-    steps = [f"  {{{_text(s.kernel)}, {_text(', '.join(s.sites))}, {s.operations}u}}," for s in facts.steps]
+    steps = [_step(step) for step in facts.steps]
     return "\n".join(
         [
-            '#include "graphopt.h"',
+            '#include "loops.h"',
             "",
             *shapes,
             *_table("inputs", "graphopt_tensor", [_tensor("input", i, t) for i, t in enumerate(facts.inputs)]),
             *_table("outputs", "graphopt_tensor", [_tensor("output", i, t) for i, t in enumerate(facts.outputs)]),
             *_table("steps", "graphopt_step", steps),
             "const graphopt_description graphopt_this = {",
-            f"  GRAPHOPT_FORMAT, {_text(facts.target)}, {_text(' '.join(facts.features))},",
+            f"  GRAPHOPT_FORMAT, {_text(facts.target)}, {_text(' '.join(facts.isa.required))},",
             f"  {len(facts.inputs)}, {len(facts.outputs)}, {len(facts.steps)}, inputs, outputs, steps,",
             f"  {facts.weight_bytes}u, {_text(facts.weight_digest)}, {facts.workspace}u, {facts.scratch}u,",
             "};",
             *_weights(facts.embedded),
+            *_peaks(facts.isa),
             f"void {ENTRY}({parameters}{', ' if parameters else ''}const void*, void*, void*, int32_t, int32_t);",
             "void graphopt_enter(",
             "    const void* const* inputs, void* const* outputs, const void* weights, void* workspace, void* model,",
@@ -235,6 +231,27 @@ def _description(facts: _Facts) -> str:
 
 def _table(name: str, kind: str, rows: Sequence[str]) -> list[str]:
     return [f"static const {kind} {name}[] = {{", *(rows or ["  {0},"]), "};"]
+
+
+def _step(step: Step) -> str:
+    texts = _text(step.kernel), _text(", ".join(step.sites)), _text(step.arithmetic)
+    return f"  {{{', '.join(texts)}, {step.operations}u}},"
+
+
+def _peaks(isa: Isa) -> list[str]:
+    """What measures the CPU, one entry for each kind of arithmetic."""
+    from graphopt_backends.kernels.peak import peaks_of
+
+    found = peaks_of(isa)
+    rows = [f'  {{"{kind}", {PEAK}{kind}, {peak.operations}u}},' for kind, peak in found.items()]
+    return [
+        *(f"void {PEAK}{kind}(const void*, const void*, void*, int32_t);" for kind in found),
+        "const graphopt_loop graphopt_loops[] = {", *rows, "  {0, 0, 0},", "};",
+    ]  # fmt: skip
+
+
+def _shape(side: str, index: int, tensor: Signature) -> str:
+    return f"static const int64_t {side}_shape_{index}[] = {{{', '.join(map(str, tensor.shape)) or '0'}}};"
 
 
 def _tensor(side: str, index: int, tensor: Signature) -> str:

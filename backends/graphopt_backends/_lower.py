@@ -14,7 +14,7 @@ from graphopt.errors import UsageError
 from graphopt.model_io import InputSpec, ShapeBinding, input_specs
 from graphopt.opset import raise_opset
 from graphopt_backends._fold import fold
-from graphopt_backends._rewrite import rewrite
+from graphopt_backends._rewrite import Keeps, rewrite
 
 __all__ = ["Lowered", "lower"]
 
@@ -35,7 +35,7 @@ class Lowered:
     fixed: tuple[str, ...] = ()
 
 
-def lower(model: ir.Model, binding: ShapeBinding, target: str) -> Lowered:
+def lower(model: ir.Model, binding: ShapeBinding, target: str, keeps: Keeps = lambda _: False) -> Lowered:
     """Lower a copy of `model`.
 
     A dynamic first dimension (the batch) that nothing fixes becomes 1; every other one must be given.
@@ -44,6 +44,7 @@ def lower(model: ir.Model, binding: ShapeBinding, target: str) -> Lowered:
         model: The model; not changed.
         binding: Sizes that the user gave.
         target: What is compiled for, for messages.
+        keeps: True for nodes that make weights of small integers which the compiler takes as they are.
 
     Raises:
         UsageError: A dynamic dimension must be fixed; the message names it and the flag.
@@ -56,7 +57,7 @@ def lower(model: ir.Model, binding: ShapeBinding, target: str) -> Lowered:
     ir_passes.NameFixPass()(copy)
     ir_passes.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(copy)
     fold(copy)
-    while rewrite(copy):
+    while rewrite(copy, keeps):
         fold(copy)
     ir_passes.IdentityEliminationPass()(copy)
     ir_passes.RemoveUnusedNodesPass()(copy)

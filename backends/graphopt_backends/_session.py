@@ -9,12 +9,14 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
 
+from graphopt.backend_base import Profile, StepTime
 from graphopt.errors import BackendError, DataError
 from graphopt.reference import Feed, Reference
 from graphopt_backends._deploy import RUNNERS
@@ -22,7 +24,7 @@ from graphopt_backends._engine import Engine
 from graphopt_backends._plan import Part, Plan, read_plan
 from graphopt_backends._tensors import read_tensors, write_tensors
 
-__all__ = ["Step", "in_process", "load_steps", "run_plan", "through_program"]
+__all__ = ["Step", "in_process", "load_steps", "profile_plan", "run_plan", "through_program"]
 
 Array = np.ndarray[Any, np.dtype[Any]]
 Step = Callable[[Sequence[Mapping[str, Array]]], Sequence[Feed]]
@@ -91,6 +93,30 @@ def through_program(part: Part, folder: Path, threads: int, command: Sequence[st
         return [dict(zip(part.outputs, row, strict=True)) for row in rows]
 
     return step
+
+
+def profile_plan(plan: Plan, folder: Path, feed: Feed, threads: int, runs: int) -> Profile:
+    """Time every step of a bundle in this process, the mean of some runs."""
+    values = _checked(plan, feed)
+    found: list[StepTime] = []
+    peaks: dict[str, float] = {}
+    for part in plan.parts:
+        step = in_process(part, folder, threads)
+        values |= step([values])[0]
+        if part.engine == "kernels":
+            engine = Engine(folder / part.file, folder / part.weights if part.weights else None, threads)
+            times = engine.profile([values[name] for name in part.inputs], runs)
+            for known, seconds in zip(engine.steps, times, strict=True):
+                figures = seconds, known.operations, known.arithmetic
+                found.append(StepTime(part.engine, known.kernel, known.sites, *figures))
+            used = {known.arithmetic for known in engine.steps if known.arithmetic}
+            peaks |= {kind: engine.peak(kind) for kind in sorted(used - set(peaks))}
+        else:
+            begun = time.perf_counter()
+            for _ in range(runs):
+                step([values])
+            found.append(StepTime(part.engine, part.file, "", (time.perf_counter() - begun) / runs))
+    return Profile(tuple(found), peaks)
 
 
 def _checked(plan: Plan, feed: Feed) -> dict[str, Array]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import shutil
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import ClassVar, Literal
 
@@ -25,12 +25,25 @@ _EMULATORS = ("qemu-aarch64-static", "qemu-aarch64")
 _ROOTS = (Path("/usr/aarch64-linux-gnu"), Path("/usr/aarch64-linux-gnu/sys-root"))
 _QEMU_HINT = "apt-get install qemu-user-static g++-aarch64-linux-gnu"
 
+Dot = Literal["none", "sdot", "i8mm"]
+
+_FEATURES: Mapping[Dot, tuple[str, ...]] = {
+    "none": ("+neon",),
+    "sdot": ("+neon", "+v8.2a", "+dotprod"),
+    "i8mm": ("+neon", "+v8.2a", "+dotprod", "+i8mm", "+bf16"),
+}
+"""LLVM features by the dot products of a CPU."""
+
 
 def _target(
-    device: str, summary: str, *, dot: Literal["none", "sdot"] = "none", cores: int = 4, default: bool = False
-) -> Target:
-    features = ("+neon", "+v8.2a", "+dotprod") if dot == "sdot" else ("+neon",)
-    isa = Isa(name=device, triple=_TRIPLE, cpu=device, features=features, dot=dot, cores=cores)
+    device: str, summary: str, *, dot: Dot = "none", cores: int = 4, level1: int = 32, level2: int = 256,
+    default: bool = False,
+) -> Target:  # fmt: skip
+    """A CPU with caches in KiB, of the second level what a core need not share."""
+    isa = Isa(
+        name=device, triple=_TRIPLE, cpu=device, features=_FEATURES[dot], dot=dot, lane_operands=True,
+        level1_bytes=level1 << 10, level2_bytes=level2 << 10, cores=cores,
+    )  # fmt: skip
     return Target(
         name="arm", device=device, backend="arm", summary=summary, default=default, round_to=8, isa=isa,
         integers=IntegerRules(activation="int8"),
@@ -38,13 +51,24 @@ def _target(
 
 
 TARGETS = (
-    _target("cortex-a76", "Armv8.2 with dot products: Raspberry Pi 5, Snapdragon 855", dot="sdot", default=True),
-    _target("cortex-a53", "Armv8.0: Raspberry Pi 3, many cameras"),
-    _target("cortex-a55", "Armv8.2 with dot products: small cores of phones", dot="sdot"),
+    _target(
+        "cortex-a76", "Armv8.2 with dot products: Raspberry Pi 5, Snapdragon 855", dot="sdot", level1=64, level2=512,
+        default=True,
+    ),
+    _target("cortex-a53", "Armv8.0: Raspberry Pi 3, many cameras", level2=128),
+    _target("cortex-a55", "Armv8.2 with dot products: small cores of phones", dot="sdot", level2=128),
     _target("cortex-a72", "Armv8.0: Raspberry Pi 4"),
-    _target("cortex-a78", "Armv8.2 with dot products: Jetson Orin, phones", dot="sdot", cores=6),
-    _target("neoverse-n1", "Armv8.2 with dot products: servers", dot="sdot", cores=8),
-)
+    _target("cortex-a710", "Armv9 with matrix products: Snapdragon 8 Gen 1", dot="i8mm", cores=3, level1=64),
+    _target(
+        "cortex-a78", "Armv8.2 with dot products: Jetson Orin, phones", dot="sdot", cores=6, level1=64, level2=256
+    ),
+    _target(
+        "neoverse-n1", "Armv8.2 with dot products: servers", dot="sdot", cores=8, level1=64, level2=1024
+    ),
+    _target(
+        "neoverse-v1", "Armv8.4 with matrix products: Graviton 3", dot="i8mm", cores=8, level1=64, level2=1024
+    ),
+)  # fmt: skip
 
 
 class ArmBackend(CpuBackend):

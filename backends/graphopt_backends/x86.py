@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import ClassVar
 
 from graphopt.backend_base import Finding, Obtained
 from graphopt.errors import BackendError
-from graphopt.targets import IntegerRules, Isa, Target, host_features, host_machine
+from graphopt.targets import IntegerRules, Isa, Target, host_cache_bytes, host_features, host_machine
 from graphopt_backends._cpu import CpuBackend, isa_of
 from graphopt_backends._doctor import linkers, tvm_works
 from graphopt_backends._plan import Part
@@ -24,20 +26,34 @@ _AS_LINUX_SAYS = {"lzcnt": "abm", "bmi": "bmi1", "avx512vnni": "avx512_vnni", "a
 """LLVM features that /proc/cpuinfo spells in another way."""
 
 _CPUS = {
-    "avx2": Isa(name="avx2", triple=_TRIPLE, cpu="x86-64", features=_AVX2, vector_bits=256, registers=16),
-    "avx512": Isa(name="avx512", triple=_TRIPLE, cpu="x86-64", features=_AVX512, vector_bits=512, registers=32),
+    "avx2": Isa(
+        name="avx2", triple=_TRIPLE, cpu="x86-64", features=_AVX2, vector_bits=256, registers=16,
+        level2_bytes=256 << 10, cores=4,
+    ),
+    "avx-vnni": Isa(
+        name="avx-vnni", triple=_TRIPLE, cpu="x86-64", features=(*_AVX2, "+avxvnni"), vector_bits=256, registers=16,
+        dot="avx-vnni", level2_bytes=512 << 10, cores=8,
+    ),
+    "avx512": Isa(
+        name="avx512", triple=_TRIPLE, cpu="x86-64", features=_AVX512, vector_bits=512, registers=32,
+        level2_bytes=1 << 20, cores=8,
+    ),
     "avx512-vnni": Isa(
         name="avx512-vnni", triple=_TRIPLE, cpu="x86-64", features=(*_AVX512, "+avx512vnni"), vector_bits=512,
-        registers=32, dot="vnni",
+        registers=32, dot="vnni", level1_bytes=48 << 10, level2_bytes=1 << 20, cores=8,
     ),
 }  # fmt: skip
+"""Classes of CPUs, poorer ones first; caches are the smallest among those of a class (efficient cores included)."""
+
 _BASELINE = Isa(name="x86-64", triple=_TRIPLE, cpu="x86-64", vector_bits=128, registers=16)
 
 
 def _native() -> Isa:
-    """The richest description that this machine can run."""
+    """The richest description that this machine can run, with the caches that it has."""
     fits = [isa for isa in _CPUS.values() if not _lacks(isa)]
-    return fits[-1] if fits else _BASELINE
+    isa = fits[-1] if fits else _BASELINE
+    level1, level2 = host_cache_bytes(1) or isa.level1_bytes, host_cache_bytes(2) or isa.level2_bytes
+    return replace(isa, level1_bytes=level1, level2_bytes=level2, cores=os.cpu_count() or 1)
 
 
 def _lacks(isa: Isa) -> tuple[str, ...]:
@@ -63,6 +79,7 @@ def _targets() -> tuple[Target, ...]:
     return (
         _target("native", native, f"this machine's CPU ({native.name})", default=True),
         _target("avx2", _CPUS["avx2"], "x86-64 with AVX2 and FMA (2013 on)"),
+        _target("avx-vnni", _CPUS["avx-vnni"], "x86-64 with AVX2 and integer dot products (client CPUs, 2021 on)"),
         _target("avx512", _CPUS["avx512"], "x86-64 with AVX-512"),
         _target("avx512-vnni", _CPUS["avx512-vnni"], "x86-64 with AVX-512 and integer dot products"),
     )

@@ -15,14 +15,16 @@ from pathlib import Path
 
 import numpy as np
 
-from graphopt.backend_base import Obtained
+from graphopt.backend_base import Obtained, Profile
+from graphopt.bench.breakdown import breakdown
 from graphopt.bench.machine import this_machine
 from graphopt.bench.process import Child, Job
 from graphopt.calibration import Dataset
 from graphopt.errors import BackendError, UsageError
 from graphopt.fidelity import FeedFolder, compare, free_memory, needed_memory
-from graphopt.measured import Measured, Measurement, Side, Times
+from graphopt.measured import Breakdown, Measured, Measurement, Side, Times
 from graphopt.model_io import ShapeBinding, input_specs, load_model, model_files
+from graphopt.records import from_text
 from graphopt.reference import Feed, random_feed
 
 __all__ = ["ONNX_RUNTIME", "Plan", "Subject", "bench", "bundle_subjects", "feeds_for", "this_machine"]
@@ -111,6 +113,7 @@ def bench(
     """
     plan = plan or Plan()
     rows: list[Measurement] = []
+    breakdowns: list[Breakdown] = []
     with FeedFolder.temporary(feeds) as inputs:
         if not len(inputs):
             raise UsageError("bench", "there are no inputs to run", "give --calibration, or a model with inputs")
@@ -123,7 +126,9 @@ def bench(
                 for group in _groups(sessions):
                     _run_group(group, plan)
                 rows += [session.row(plan, len(inputs), _distance(session, sessions)) for session in sessions]
-    return Measured(tuple(rows), this_machine())
+            if threads == plan.threads[0]:
+                breakdowns += [session.breakdown for session in sessions if session.breakdown is not None]
+    return Measured(tuple(rows), this_machine(), breakdowns=tuple(breakdowns))
 
 
 def bundle_subjects(folder: Path, target: str, backend: str | None, kernel: str | None) -> tuple[Subject, ...]:
@@ -183,6 +188,7 @@ class _Session:
         self.base_mb = self.peak_mb = 0.0
         self.rounds: list[list[int]] = []
         self.failure: str | None = None
+        self.breakdown: Breakdown | None = None
 
     def row(self, plan: Plan, samples: int, distance: float | None) -> Measurement:
         """The finished row."""
@@ -220,7 +226,7 @@ def _run_group(group: Sequence[_Session], plan: Plan) -> None:
                     _try(session, lambda s=session, c=child: _round(s, c, plan))
         for session, child in running:
             if session.failure is None:
-                _try(session, lambda s=session, c=child: _finish(s, c))
+                _try(session, lambda s=session, c=child: _finish(s, c, plan))
 
 
 def _try(session: _Session, act: Callable[[], None]) -> bool:
@@ -248,9 +254,14 @@ def _round(session: _Session, child: Child, plan: Plan) -> None:
     session.rounds.append(child.answer()["times"])
 
 
-def _finish(session: _Session, child: Child) -> None:
+def _finish(session: _Session, child: Child, plan: Plan) -> None:
     child.ask("end")
     session.peak_mb = child.answer()["peak_mb"]
+    if session.subject.engine != ONNX_RUNTIME and session.how == "executed":
+        child.ask("profile", runs=plan.repeats)
+        profile = from_text(Profile, child.answer()["profile"])
+        if profile.steps:
+            session.breakdown = breakdown(profile, session.subject.name, session.subject.engine, session.threads)
 
 
 def _distance(session: _Session, others: Iterable[_Session]) -> float | None:

@@ -16,11 +16,11 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, TextIO
 
-from graphopt.backend_base import Backend, Obtained, Runnable
+from graphopt.backend_base import Backend, Obtained, Profile, Runnable
 from graphopt.bench.process import Job
 from graphopt.errors import BackendError, GraphoptError
 from graphopt.fidelity import FeedFolder
-from graphopt.records import from_text
+from graphopt.records import from_text, to_text
 from graphopt.reference import Feed, Reference
 from graphopt.targets import Target
 
@@ -36,6 +36,7 @@ class _Engine:
     how: Obtained
     run: Runnable | None
     run_all: Callable[[list[Feed]], Iterator[Feed]]
+    profile: Callable[[Feed, int], Profile] | None = None
 
 
 def main(argument: str, requests: TextIO, answers: TextIO) -> None:
@@ -77,7 +78,11 @@ def _load(job: Job) -> _Engine:
     folder = Path(job.path)
     if how == "executed":
         run = backend.load(folder, target, job.threads)
-        return _Engine(how, run, lambda feeds: (run(feed) for feed in feeds))
+
+        def profile(feed: Feed, runs: int) -> Profile:
+            return backend.profile(folder, target, feed, job.threads, runs)
+
+        return _Engine(how, run, lambda feeds: (run(feed) for feed in feeds), profile)
     return _Engine(how, None, lambda feeds: iter(backend.run_all(folder, target, feeds, job.threads)))
 
 
@@ -99,6 +104,8 @@ def _serve(request: dict[str, Any], job: Job, engine: _Engine, feeds: list[Feed]
         return {}
     if request["do"] == "round" and engine.run is not None:
         return {"times": _round(engine.run, feeds, request["warmup"], request["repeats"], request["seconds"])}
+    if request["do"] == "profile":
+        return {"profile": to_text(engine.profile(feeds[0], request["runs"]) if engine.profile else Profile())}
     if request["do"] == "end":
         return {"peak_mb": peak_memory_mb()}
     raise BackendError(job.name, f"{engine.how}: cannot be timed")

@@ -5,6 +5,7 @@ asks                       answers
 {"do": "outputs"}          {}
 {"do": "round", ...}       {"times": [nanoseconds, ...]}
 {"do": "end"}              {"peak_mb": ...}
+{"do": "profile", ...}     {"profile": ...}
 any of them                {"error": ...} if it cannot be done
 """
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from graphopt.measured import Measured, Measurement
-from graphopt.report.figures import clean, milliseconds, plural, ratio, runs_text, size, spread, untimed
+from graphopt.measured import Breakdown, Measured, Measurement
+from graphopt.report.figures import clean, milliseconds, plural, rate_texts, ratio, runs_text, size, spread, untimed
 from graphopt.report.layout import Line, columns, cut, print_lines, width_of, wrapped
 
 if TYPE_CHECKING:
@@ -15,7 +15,9 @@ if TYPE_CHECKING:
 __all__ = ["render_bench"]
 
 _HEAD = ("", "engine", "median", "spread", "speedup", "memory", "deployed", "size")
+_KERNELS_HEAD = ("kernel", "runner", "calls", "time", "GOP/s", "of peak", "computes")
 _SHORTEST_NAME = 12
+_MOST_KERNELS = 10
 
 
 def render_bench(measured: Measured, console: Console) -> None:
@@ -37,10 +39,31 @@ def _lines(measured: Measured, width: int) -> Iterator[Line]:
         if row.times is None:
             text = f"{clean(row.engine)} on {clean(row.subject)}, {plural(row.threads, 'thread')}: {untimed(row)}"
             yield from wrapped(row.how, text, "no time", width, indent=15)
+    for part in measured.breakdowns:
+        yield from _breakdown(part, width)
+    if advice := measured.advice():
+        yield from wrapped("advice", advice, "executed", width)
     machine = measured.machine
     yield from wrapped("machine", f"{clean(machine.cpu)}, {plural(machine.cores, 'core')}, {machine.system}", "", width)
     if runs := runs_text(measured):
         yield from wrapped("runs", runs, "", width)
+
+
+def _breakdown(part: Breakdown, width: int) -> Iterator[Line]:
+    """The dearest kernels, and what the others take together."""
+    yield ((f"kernels of {clean(part.subject)}, {part.engine}, {plural(part.threads, 'thread')}", "bold"),)
+    rows = [
+        (clean(k.kernel), k.runner, f"{k.calls}", f"{100 * k.share:.1f} %", *rate_texts(k), clean(k.sites))
+        for k in part.kernels[:_MOST_KERNELS]
+    ]
+    rest = part.kernels[_MOST_KERNELS:]
+    if rest:
+        share = f"{100 * sum(k.share for k in rest):.1f} %"
+        rows.append((plural(len(rest), "more kernel"), "", f"{sum(k.calls for k in rest)}", share, "", "", ""))
+    others = sum(max(len(row[i]) for row in (_KERNELS_HEAD, *rows)) + 2 for i in range(len(_KERNELS_HEAD) - 1))
+    room = max(_SHORTEST_NAME, width - others)
+    yield from columns(_KERNELS_HEAD, [(*row[:-1], cut(row[-1], room)) for row in rows], left=(0, 1, 6))
+    yield ()
 
 
 def _row(row: Measurement, first: Measurement | None) -> tuple[str, ...]:

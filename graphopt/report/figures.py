@@ -7,7 +7,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from graphopt.measured import Measured, Measurement, Region, Times
+from graphopt.measured import KernelTime, Measured, Measurement, Region, Times
 from graphopt.pass_base import Change, Scalar
 from graphopt.report.data import Accuracy, BackendReport, Fidelity, Limit, ModelSummary, OutputFidelity, Report
 
@@ -24,6 +24,7 @@ __all__ = [
     "number",
     "plural",
     "quantity",
+    "rate_texts",
     "ratio",
     "reasons",
     "runs_text",
@@ -232,6 +233,12 @@ def limit_text(limit: Limit, *, verdict: bool = True) -> str:
     got = "" if limit.got is None else f", got {_with_unit(limit.got, limit.unit)}"
     text = f"{clean(limit.name)} {limit.bound} {_with_unit(limit.wanted, limit.unit)}{got}"
     return f"{text}: {'met' if limit.met else 'MISSED'}" if verdict else text
+
+
+def rate_texts(kernel: KernelTime) -> tuple[str, str]:
+    """Write billions of operations a second, and that as a share of the measured peak; empty where there is none."""
+    rate = "" if kernel.rate is None else f"{kernel.rate:,.0f}" if kernel.rate >= 10 else f"{kernel.rate:.1f}"
+    return rate, "" if kernel.of_peak is None else f"{100 * kernel.of_peak:.0f} %"
 
 
 def reasons(report: Report) -> tuple[Reason, ...]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from graphopt.measured import Measured, Measurement
+from graphopt.measured import Breakdown, Measured, Measurement
 from graphopt.report.data import Report
 from graphopt.report.figures import (
     accuracy_change,
@@ -15,6 +15,7 @@ from graphopt.report.figures import (
     number,
     plural,
     quantity,
+    rate_texts,
     ratio,
     runs_text,
     score,
@@ -25,7 +26,7 @@ from graphopt.report.figures import (
     worst,
 )
 from graphopt.report.markup import EMPTY, Markup, join, page, tag
-from graphopt.report.plots import pair, time_bar
+from graphopt.report.plots import bar, pair, time_bar
 from graphopt.report.sections import backend, fidelity, how_badge, layers, model, reproduce, section, steps, table
 
 __all__ = ["render_html", "render_measured_html"]
@@ -58,6 +59,7 @@ def render_measured_html(report: Report | None, measured: Measured) -> str:
         tag("header", tag("div", "graphopt benchmark", cls="eyebrow"), tag("h1", title)),
         *(_latency(measured, threads) for threads in sorted({row.threads for row in measured.rows})),
         _slow(measured),
+        *(_kernels(part) for part in measured.breakdowns),
         _unmeasured(measured),
         _machine(measured),
         _footer(report.version if report else None, "Times hold for this machine and this moment only."),
@@ -152,8 +154,35 @@ def _latency_row(row: Measurement, largest: float, first: Measurement | None) ->
     return name, plot, *figures, how_badge(row.how)
 
 
+def _kernels(part: Breakdown) -> Markup:
+    """Where the time of a compiled model goes."""
+    largest = max((kernel.share for kernel in part.kernels), default=1.0)
+    head = ("kernel", "share of the time", "", "calls", "GOP/s", "of peak", "runner")
+    body = [
+        (
+            tag("div", tag("div", k.kernel, cls="name"), tag("div", k.sites, cls="small soft")),
+            tag(
+                "div", bar(k.share, largest, "f-accent", f"{k.kernel}: {100 * k.share:.1f} %"), style="min-width:150px"
+            ),
+            f"{100 * k.share:.1f} %",
+            str(k.calls),
+            *rate_texts(k),
+            k.runner,
+        )
+        for k in part.kernels
+    ]
+    lead = (
+        "Billions of multiplications and additions a second, and their share of what the cores can do in their "
+        "registers, measured in the same run. Below each kernel stand the nodes that its first call computes."
+    )
+    title = f"Kernels of {part.subject}, {part.engine}, {plural(part.threads, 'thread')}"
+    return section(title, lead, table(head, body, numbers=(2, 3, 4, 5)))
+
+
 def _slow(measured: Measured) -> Markup:
     items = [tag("li", tag("span", "note", cls="badge warn"), " ", text) for text in slower(measured)]
+    if advice := measured.advice():
+        items.append(tag("li", tag("span", "advice", cls="badge good"), " ", advice))
     return section("Notes", "", tag("ul", *items, cls="notes")) if items else EMPTY
 
 

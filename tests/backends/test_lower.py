@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 
 import numpy as np
 import onnx
@@ -46,44 +45,6 @@ def _same(model: ir.Model, binding: ShapeBinding | None = None) -> ir.Model:
         assert got[name].shape == value.shape
         np.testing.assert_allclose(got[name], value, rtol=0, atol=1e-5)
     return lowered
-
-
-@pytest.mark.parametrize(
-    ("operator", "direction", "late", "bias", "state"),
-    [
-        (o, *rest)
-        for o, *rest in itertools.product(
-            ("LSTM", "GRU"), ("forward", "reverse", "bidirectional"), (0, 1), (False, True), (False, True)
-        )
-        if o == "GRU" or not rest[1]
-    ],
-)
-def test_recurrent_operator_is_unrolled_to_the_same_values(operator, direction, late, bias, state) -> None:
-    count, gates = (2 if direction == "bidirectional" else 1), {"LSTM": 4, "GRU": 3}[operator]
-    steps, batch, width, hidden = 5, 2, 3, 4
-    inputs, names = [_value("x", [steps, batch, width])], ["x", "w", "r", "b" if bias else "", ""]
-    weights = {"w": _draw(count, gates * hidden, width), "r": _draw(count, gates * hidden, hidden)}
-    if bias:
-        weights["b"] = _draw(count, 2 * gates * hidden)
-    for name in (("h", "c") if operator == "LSTM" else ("h",)) if state else ():
-        inputs.append(_value(name, [count, batch, hidden]))
-        names.append(name)
-    attributes = {"linear_before_reset": late} if operator == "GRU" else {}
-    outputs = ["y", "yh", "yc"] if operator == "LSTM" else ["y", "yh"]
-    node = helper.make_node(operator, names, outputs, "rnn", hidden_size=hidden, direction=direction, **attributes)
-    lowered = _same(_model([node], inputs, [_value(o, None) for o in outputs], weights))
-    assert operator not in _operators(lowered)
-
-
-def test_recurrent_operator_that_is_too_long_or_unusual_is_left() -> None:
-    weights = {"w": _draw(1, 16, 3), "r": _draw(1, 16, 4), "p": _draw(1, 12)}
-    outputs = [_value("y", None)]
-    long = helper.make_node("LSTM", ["x", "w", "r"], ["y"], "long", hidden_size=4)
-    peephole = helper.make_node("LSTM", ["x", "w", "r", "", "", "", "", "p"], ["y"], "peephole", hidden_size=4)
-    clipped = helper.make_node("LSTM", ["x", "w", "r"], ["y"], "clipped", hidden_size=4, clip=1.0)
-    for node, steps in ((long, 1000), (peephole, 2), (clipped, 2)):
-        model = _model([node], [_value("x", [steps, 1, 3])], outputs, weights)
-        assert "LSTM" in _operators(lower(model, ShapeBinding(), "x86").model)
 
 
 def test_shape_arithmetic_of_an_exporter_is_folded_away() -> None:

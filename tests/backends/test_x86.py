@@ -199,9 +199,10 @@ def test_the_library_itself_refuses_a_lesser_cpu(mlp, backend, cache, tmp_path: 
     from graphopt_backends._engine import Engine
 
     x86, target = backend("x86:avx2")
-    original = _library._description
+    assert target.isa
+    original, alien = _library._description, replace(target.isa, features=("+avx2", "+imaginary"))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(_library, "_description", lambda f: original(replace(f, features=("avx2", "imaginary"))))
+        patch.setattr(_library, "_description", lambda facts: original(replace(facts, isa=alien)))
         x86.build(mlp, target, tmp_path, BuildOptions(cache=cache))
     with pytest.raises(BackendError, match="compiled for x86:avx2: this CPU lacks imaginary"):
         Engine(tmp_path / "model.so")

@@ -174,7 +174,9 @@ class Attention:
                 store(most, constant(_LEAST, "float32", self._lanes), 0, self._lanes)
                 store(total, constant(0, "float32", self._lanes), 0, self._lanes)
             tiles = self._seen_tiles(first)
-            with loop(self._steps[0] if self.causal is None else tirx.truncdiv(tiles + self._steps[1] - 1, self._steps[1])) as i:
+            with loop(
+                self._steps[0] if self.causal is None else tirx.truncdiv(tiles + self._steps[1] - 1, self._steps[1])
+            ) as i:
                 begun = bind(i * self._steps[1]) if self._steps[0] > 1 else 0
                 ended = bind(tirx.min(begun + self._steps[1], tiles))
                 self._keys(frame, place, running, begun, ended, tiles)

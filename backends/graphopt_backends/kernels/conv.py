@@ -8,7 +8,7 @@ with a border are copied into scratch memory band by band, so that the loops nee
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -27,6 +27,8 @@ from graphopt_backends.kernels.emit import (
     primitive,
     share,
     splits,
+    spread,
+    start_of,
     store,
     tirx,
     when,
@@ -86,7 +88,7 @@ class Conv:
         window: Taps.
         groups: Parts of the channels that are convolved separately.
         epilogue: What happens to the sums.
-        border: What the border is filled with: the zero point of integers.
+        border: What the border is filled with: the zero point of integers; None: a parameter tells it.
         source_pitch: Elements from pixel to pixel of the image; 0: `channels`.
         result_pitch: Elements from pixel to pixel of the result; 0: `filters`.
     """
@@ -101,7 +103,7 @@ class Conv:
     window: Window
     groups: int = 1
     epilogue: Epilogue = PLAIN
-    border: int = 0
+    border: int | None = 0
     source_pitch: int = 0
     result_pitch: int = 0
 
@@ -209,6 +211,17 @@ class Conv:
         high = max(block[2] for block in self._blocks)
         return (self._band * high - 1) * self.window.strides[0] + self._reach + 1
 
+    @cached_property
+    def _pace(self) -> int:
+        """Weights of the next panel that are fetched for each k of a tile; 0 where they stay in the cache."""
+        weight = self.groups * self._group_panels * self._panel * self.packed_depth * self.multiply.element_bytes
+        return 0 if weight <= self.isa.level2_bytes // 2 else -(-self._panel // (self._band * self._row_tiles))
+
+    @cached_property
+    def _row_tiles(self) -> int:
+        """Tiles of a block of rows."""
+        return sum(tiles[1] for tiles in splits(self.result_size[1], self.tile[1]))
+
     @property
     def scratch(self) -> int:
         """Bytes of memory that every task needs for itself."""
@@ -238,7 +251,7 @@ class Conv:
         return np.concatenate([pack_columns(part, padded) for part in np.split(values.reshape(-1), self.groups)])
 
     def primitive(self, name: str) -> Any:
-        """The function: (source, weight, bias?, operands..., result, scratch?, task, tasks)."""
+        """The function: (source, weight, bias?, operands..., border?, result, scratch?, task, tasks)."""
         multiply, padded = self.multiply, self.groups * self._group_panels * self._panel
         pixels, pitch = self.batch * self.result_size[0] * self.result_size[1], self.result_pitch or self.filters
         source_pitch = self.source_pitch or self.channels
@@ -250,6 +263,7 @@ class Conv:
             ),
             Pointer("weight", multiply.weight, padded * self.packed_depth),
             *self.epilogue.pointers(multiply, pixels, self.filters, padded),
+            *([Pointer("border", multiply.activation, 1)] if self.border is None else []),
             Pointer("result", self.epilogue.dtype, (pixels - 1) * pitch + self.filters),
         ]
         if self._copies:
@@ -267,19 +281,12 @@ class Conv:
             count = sum(block[1] for block in self._blocks)
             blocks = bind(tirx.min(self._band, count - band * self._band)) if self._bands > 1 else count
             with loop(blocks) as i:
-                self._block(frame, image, band, bind(band * self._band + i), panel)
-
-    def _first_row(self, block: Any) -> Any:
-        """Row of the result that a block begins with."""
-        if len(self._blocks) == 1:
-            return block * self._blocks[0][2]
-        (_, count, high), (start, _, low) = self._blocks
-        return tirx.Select(block < count, block * high, start + (block - count) * low)
+                self._block(frame, image, band, i, panel)
 
     def _copy(self, frame: Frame, image: Any, band: Any) -> None:
         """Copy the rows of the image that a band needs, with their border."""
         top, left, _, _ = self.window.pads
-        first = bind(self._first_row(band * self._band) * self.window.strides[0] - top)
+        first = bind(start_of(self._blocks, band * self._band) * self.window.strides[0] - top)
         row = self.width * self.channels
         source_pitch = self.source_pitch or self.channels
         with loop(self._band_rows) as i:
@@ -301,23 +308,26 @@ class Conv:
         return self.isa.vector_bits // (8 * self.multiply.element_bytes)
 
     def _fill(self, frame: Frame, at: Any, count: int) -> None:
-        dtype = self.multiply.activation
-        each_vector(
-            count, self._vector(), lambda i, n: store(frame["scratch"], constant(self.border, dtype, n), at + i, n)
-        )
+        border = frame["border"][0] if self.border is None else constant(self.border, self.multiply.activation)
+        each_vector(count, self._vector(), lambda i, n: store(frame["scratch"], spread(border, n), at + i, n))
 
     def _move(self, frame: Frame, to: Any, at: Any, count: int) -> None:
         each_vector(
             count, self._vector(), lambda i, n: store(frame["scratch"], load(frame["source"], at + i, n), to + i, n)
         )
 
-    def _block(self, frame: Frame, image: Any, band: Any, block: Any, panel: Any) -> None:
-        row = bind(self._first_row(block))
+    def _block(self, frame: Frame, image: Any, band: Any, number: Any, panel: Any) -> None:
+        block = bind(band * self._band + number)
+        row = bind(start_of(self._blocks, block))
         if self._copies:
-            start = bind((row - self._first_row(band * self._band)) * (self.window.strides[0] * self._row))
+            start = bind((row - start_of(self._blocks, band * self._band)) * (self.window.strides[0] * self._row))
         else:
             start = bind((image * self.height + row * self.window.strides[0]) * self._row)
-        place = _Place(image, row, start, panel)
+        ahead = 0
+        if self._pace:
+            below = (panel + 1) * (self.packed_depth * self._panel)
+            ahead = bind(below + number * (self._row_tiles * self.packed_depth * self._pace))
+        place = _Place(image, row, start, panel, ahead)
         if len(self._blocks) == 1:
             self._columns(frame, place, self._blocks[0][2])
         else:
@@ -325,9 +335,12 @@ class Conv:
             either(block < count, lambda: self._columns(frame, place, high), lambda: self._columns(frame, place, low))
 
     def _columns(self, frame: Frame, place: _Place, high: int) -> None:
+        before = 0
         for first, count, wide in splits(self.result_size[1], self.tile[1]):
             with loop(count) as i:
-                self._panels(frame, place, high, wide, first + i * wide)
+                ahead = place.ahead + (before + i) * (self.packed_depth * self._pace)
+                self._panels(frame, replace(place, ahead=ahead), high, wide, first + i * wide)
+            before += count
 
     def _panels(self, frame: Frame, place: _Place, high: int, wide: int, column: Any) -> None:
         """The last panel of a group may have fewer filters."""
@@ -354,7 +367,8 @@ class Conv:
             start = start + group * self._group_channels
         weight = place.panel * (self.packed_depth * self._panel)
         source = frame["scratch"] if self._copies else frame["source"]
-        panel = Panel(frame["weight"], bind(weight), self._panel)
+        ahead = bind(place.ahead) if self._pace else 0
+        panel = Panel(frame["weight"], bind(weight), self._panel, ahead, self._pace)
         accumulate(multiply, totals, Rows(source, bind(start), offsets), panel, self._walks())
         first_filter = place.panel * self._panel
         if self.groups > 1:
@@ -374,9 +388,18 @@ class Conv:
 
 @dataclass(frozen=True)
 class _Place:
-    """Where a block of rows lies: its image, first row of the result, where that begins in memory, and the panel."""
+    """Where a block of rows lies.
+
+    Attributes:
+        image: Its image.
+        row: First row of the result.
+        start: Where that begins in memory.
+        panel: Panel of filters.
+        ahead: Weights that are needed when this panel is done.
+    """
 
     image: Any
     row: Any
     start: Any
     panel: Any
+    ahead: Any

@@ -22,6 +22,7 @@ from graphopt_backends.kernels.emit import (
     primitive,
     share,
     splits,
+    spread,
     store,
     tirx,
 )  # fmt: skip
@@ -48,7 +49,7 @@ class Depthwise:
         window: Taps.
         epilogue: What happens to the sums.
         dtype: Element type of the image.
-        zero_point: What is subtracted from its elements.
+        zero_point: What is subtracted from its elements; None: a parameter tells it.
         source_pitch: Elements from pixel to pixel of the image; 0: `channels`.
         result_pitch: Elements from pixel to pixel of the result; 0: `channels`.
     """
@@ -61,7 +62,7 @@ class Depthwise:
     window: Window
     epilogue: Epilogue = PLAIN
     dtype: str = "float32"
-    zero_point: int = 0
+    zero_point: int | None = 0
     source_pitch: int = 0
     result_pitch: int = 0
 
@@ -104,7 +105,7 @@ class Depthwise:
         return found
 
     def primitive(self, name: str) -> Any:
-        """The function: (source, weight, bias?, operands..., result, task, tasks)."""
+        """The function: (source, weight, bias?, operands..., zero?, result, task, tasks)."""
         pixels, results = (
             self.batch * height * width for height, width in ((self.height, self.width), self.result_size)
         )
@@ -113,6 +114,7 @@ class Depthwise:
             Pointer("source", self.dtype, (pixels - 1) * (self.source_pitch or self.channels) + self.channels),
             Pointer("weight", "float32", self.window.size[0] * self.window.size[1] * self._padded),
             *self.epilogue.pointers(self.multiply, results, self.channels, self._padded),
+            *([Pointer("zero", self.dtype, 1)] if self.zero_point is None else []),
             Pointer("result", self.epilogue.dtype, (results - 1) * pitch + self.channels),
         ]
         return primitive(name, pointers, self._body)
@@ -154,6 +156,9 @@ class Depthwise:
     ) -> None:
         lanes, pitch, window = self.multiply.lanes, self.source_pitch or self.channels, self.window
         totals = begin(frame, self.multiply, self.epilogue, wide, 1, channel)
+        zero = constant(self.zero_point or 0, "float32")
+        if self.zero_point is None:
+            zero = bind(cast(cast(frame["zero"][0], "int32", 1), "float32", 1))
         left = bind((column * window.strides[1] - window.pads[1]) * pitch + channel)
         with loop(place.most - place.least, place.least) as tap:
             y = place.first + tap * window.dilations[0]
@@ -167,8 +172,8 @@ class Depthwise:
                     value = load_first(frame["source"], row + along * pitch, lanes, count, self.dtype)
                     if self.dtype != "float32":
                         value = cast(cast(value, "int32", lanes), "float32", lanes)
-                    if self.zero_point:
-                        value = value - constant(self.zero_point, "float32", lanes)
+                    if self.zero_point != 0:
+                        value = value - spread(zero, lanes)
                     store(totals[i][0], load(totals[i][0], 0, lanes) + value * weight, 0, lanes)
         rows = [place.unit * self.result_size[1] + column + i for i in range(wide)]
         at = [row * (self.result_pitch or self.channels) + channel for row in rows]

@@ -22,8 +22,10 @@ __all__ = [
     "bind",
     "cast",
     "constant",
+    "each_part",
     "each_vector",
     "either",
+    "first_lanes",
     "intrinsic",
     "lane",
     "load",
@@ -136,7 +138,7 @@ def load_first(buffer: Buffer, index: Expr, lanes: int, count: int, dtype: str) 
         return load(buffer, index, lanes)
     zero = constant(0, dtype, lanes)
     return tirx.call_llvm_pure_intrin(
-        f"{dtype}x{lanes}", "llvm.masked.load", tirx.address_of(buffer[(index,)]), _mask(lanes, count), zero
+        f"{dtype}x{lanes}", "llvm.masked.load", tirx.address_of(buffer[(index,)]), first_lanes(lanes, count), zero
     )
 
 
@@ -156,10 +158,11 @@ def store_first(buffer: Buffer, value: Expr, index: Expr, lanes: int, count: int
         store(buffer, lane(value, 0), index, 1)
         return
     address = tirx.address_of(buffer[(index,)])
-    T.evaluate(tirx.call_llvm_intrin("void", "llvm.masked.store", value, address, _mask(lanes, count)))
+    T.evaluate(tirx.call_llvm_intrin("void", "llvm.masked.store", value, address, first_lanes(lanes, count)))
 
 
-def _mask(lanes: int, count: int) -> Expr:
+def first_lanes(lanes: int, count: int) -> Expr:
+    """True in the first `count` lanes."""
     return tirx.Shuffle([tirx.const(i < count, "bool") for i in range(lanes)], list(range(lanes)))
 
 
@@ -269,6 +272,27 @@ def each_vector(count: int, lanes: int, body: Callable[[Expr, int], None]) -> No
     if rest:
         with loop(rest) as i:
             body(whole * lanes + i, 1)
+
+
+def each_part(count: int, lanes: int, body: Callable[[Expr, int], None], unrolled: int = 4) -> None:
+    """Emit code for consecutive elements: `body(index, valid)` for vectors, all of them whole but the last.
+
+    Args:
+        count: Elements.
+        lanes: Of a vector.
+        body: Reads and writes no more than `valid` elements from an index on.
+        unrolled: Vectors in one turn of the loop.
+    """
+    whole, rest = divmod(count, lanes)
+    turns, more = divmod(whole, unrolled)
+    if turns:
+        with loop(turns) as i:
+            for j in range(unrolled):
+                body((i * unrolled + j) * lanes, lanes)
+    for j in range(more):
+        body((turns * unrolled + j) * lanes, lanes)
+    if rest:
+        body(whole * lanes, rest)
 
 
 def reach(shape: Sequence[int], strides: Sequence[int]) -> int:

@@ -10,8 +10,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from graphopt_backends.kernels import functions
-from graphopt_backends.kernels.emit import bind, cast, constant, intrinsic, tirx
+from graphopt_backends.kernels import functions, trigonometry
+from graphopt_backends.kernels.emit import bind, cast, constant, intrinsic, reinterpret, tirx
 
 __all__ = [
     "BINARY", "UNARY", "Expression", "as_type", "call", "clip", "evaluate", "number", "operand", "operands",
@@ -26,8 +26,8 @@ class Expression:
     """A node of the tree.
 
     Attributes:
-        op: `operand`, `number`, `parameter`, `cast`, `nearest` (float to int32), `where`, or a name in `UNARY` or
-            `BINARY`.
+        op: `operand`, `number`, `parameter`, `cast`, `nearest` (float to int32), `where`, `power`, or a name in `UNARY`
+            or `BINARY`.
         dtype: Element type of the result.
         args: What it is computed from.
         value: Of a number or parameter.
@@ -70,7 +70,7 @@ def number(value: float, dtype: str = "float32") -> Expression:
 
 def call(op: str, *args: Expression) -> Expression:
     """An operator on expressions of one type; comparisons make booleans."""
-    dtype = "bool" if op in _COMPARISONS else args[-1].dtype
+    dtype = "bool" if op in _COMPARISONS or op in _TESTS else args[-1].dtype
     return Expression(op, dtype, args)
 
 
@@ -196,6 +196,8 @@ def _emit(e: Expression, args: list[Vector], values: Mapping[int, Vector] | Sequ
         return bind(intrinsic(f"llvm.lrint.{suffix}", "int32", lanes, args[0]))
     if e.op == "where":
         return bind(tirx.Select(*args))
+    if e.op == "power":
+        return functions.power(args[0], args[1], lanes)
     value = BINARY[e.op](*args) if e.op in BINARY else UNARY[e.op](args[0], lanes, e.dtype)
     return value if e.dtype == "bool" else bind(value)  # TVM's simplifier fails on a named vector of booleans
 
@@ -210,16 +212,36 @@ def _of_floats(function: Callable[[Vector, int], Vector]) -> Callable[[Vector, i
 
 def _sign(x: Vector, lanes: int, dtype: str) -> Vector:
     zero = constant(0, dtype, lanes)
-    up, down = tirx.Select(x > zero, constant(1, dtype, lanes), zero), constant(-1, dtype, lanes)
+    up, down = tirx.Select(x > zero, constant(1, dtype, lanes), x), constant(-1, dtype, lanes)
     return tirx.Select(x < zero, down, up)
+
+
+def _size_bits(x: Vector, lanes: int) -> Vector:
+    """The bits of a float32 without its sign."""
+    return tirx.bitwise_and(reinterpret(x, "int32", lanes), constant(0x7FFFFFFF, "int32", lanes))
+
+
+def _is_nan(x: Vector, lanes: int) -> Vector:
+    # TVM takes a number that differs from itself for impossible
+    return _size_bits(x, lanes) > constant(_INFINITY, "int32", lanes)
+
+
+def _is_infinite(x: Vector, lanes: int) -> Vector:
+    return _size_bits(x, lanes) == constant(_INFINITY, "int32", lanes)
+
+
+_INFINITY = 0x7F800000
 
 
 UNARY: Mapping[str, Callable[[Vector, int, str], Vector]] = {
     "abs": _plain(tirx.abs),
+    "bitwise_not": _plain(tirx.bitwise_not),
     "ceil": _plain(tirx.ceil),
     "erf": _of_floats(functions.erf),
     "exp": _of_floats(functions.exp),
     "floor": _plain(tirx.floor),
+    "is_infinite": _of_floats(_is_infinite),
+    "is_nan": _of_floats(_is_nan),
     "log": _of_floats(functions.log),
     "neg": lambda x, lanes, dtype: constant(0, dtype, lanes) - x,
     "not": _plain(tirx.Not),
@@ -229,8 +251,12 @@ UNARY: Mapping[str, Callable[[Vector, int, str], Vector]] = {
     "sign": _sign,
     "sqrt": _plain(tirx.sqrt),
     "tanh": _of_floats(functions.tanh),
+    "truncate": _plain(tirx.trunc),
+    **{name: _of_floats(getattr(trigonometry, name)) for name in trigonometry.__all__},
 }
 """Operators of one operand."""
+
+_TESTS = ("is_infinite", "is_nan")
 
 _COMPARISONS: Mapping[str, Callable[[Vector, Vector], Vector]] = {
     "equal": lambda a, b: a == b,
@@ -243,11 +269,19 @@ _COMPARISONS: Mapping[str, Callable[[Vector, Vector], Vector]] = {
 BINARY: Mapping[str, Callable[[Vector, Vector], Vector]] = {
     "add": lambda a, b: a + b,
     "and": tirx.And,
+    "bitwise_and": tirx.bitwise_and,
+    "bitwise_or": tirx.bitwise_or,
+    "bitwise_xor": tirx.bitwise_xor,
     "div": lambda a, b: a / b,
-    "max": tirx.max,
-    "min": tirx.min,
+    "max": functions.at_least,
+    "min": functions.at_most,
+    "modulo": tirx.floormod,
     "mul": lambda a, b: a * b,
     "or": tirx.Or,
+    "quotient": tirx.truncdiv,
+    "remainder": tirx.truncmod,
+    "shift_left": tirx.shift_left,
+    "shift_right": tirx.shift_right,
     "sub": lambda a, b: a - b,
     **_COMPARISONS,
 }

@@ -47,13 +47,13 @@ _ERF_MOST = 4.0
 
 
 def at_least(x: Any, least: Any) -> Any:
-    """The greater of two numbers; `x` if it is none."""
-    return tirx.Select(x < least, least, x)
+    """The greater of two numbers; `x` if that is none."""
+    return tirx.max(least, x)  # the second is what TVM takes where a comparison fails
 
 
 def at_most(x: Any, most: Any) -> Any:
-    """The smaller of two numbers; `x` if it is none."""
-    return tirx.Select(x > most, most, x)
+    """The smaller of two numbers; `x` if that is none."""
+    return tirx.min(most, x)
 
 
 def exp(x: Any, lanes: int) -> Any:
@@ -105,11 +105,12 @@ def log(x: Any, lanes: int) -> Any:
     def number(value: float) -> Any:
         return constant(value, _DTYPE, lanes)
 
+    x = bind(x)
     turns, low, high = _log_parts(x, lanes)
     result = bind(high + (low + turns * number(_LN2_LOW)) + turns * number(_LN2_HIGH))
     result = tirx.Select(x < number(float("inf")), result, x)  # infinity, and what is no number
     result = tirx.Select(x == number(0.0), number(float("-inf")), result)
-    return bind(tirx.Select(x < number(0.0), number(float("nan")), result))
+    return tirx.Select(x < number(0.0), number(float("nan")), result)
 
 
 def _log_parts(x: Any, lanes: int) -> tuple[Any, Any, Any]:
@@ -133,7 +134,7 @@ def _log_parts(x: Any, lanes: int) -> tuple[Any, Any, Any]:
 
 
 def power(x: Any, y: Any, lanes: int) -> Any:
-    """x to the power of y; the product in the exponent is taken in float64, where it keeps what matters behind it."""
+    """A number to the power of another; the product in the exponent is a float64, which keeps what matters behind it."""
 
     def number(value: float) -> Any:
         return constant(value, _DTYPE, lanes)
@@ -141,23 +142,20 @@ def power(x: Any, y: Any, lanes: int) -> Any:
     def double(value: Any) -> Any:
         return cast(value, "float64", lanes) if not isinstance(value, float) else constant(value, "float64", lanes)
 
-    size = bind(tirx.abs(x))
+    zero, one = number(0.0), number(1.0)
+    size = tirx.abs(x)
+    edge = tirx.Select(x == zero, number(-math.inf), tirx.Select(size < number(math.inf), zero, size))
+    edge = tirx.Select(y == zero, zero, edge)
     turns, low, high = _log_parts(size, lanes)
-    logarithm = double(turns) * double(math.log(2)) + double(low) + double(high)
-    exponent = bind(at_most(at_least(double(y) * logarithm, double(-200.0)), double(200.0)))
+    logarithm = double(turns) * double(math.log(2)) + double(low) + double(high + edge)
+    exponent = bind(at_most(at_least(double(y) * logarithm, double(_EXP_LEAST)), double(_EXP_MOST)))
     whole = bind(tirx.nearbyint(exponent * double(1 / math.log(2))))
     rest = bind(cast(exponent - whole * double(math.log(2)), _DTYPE, lanes))
-    result = _scaled_exp(rest, cast(whole, "int32", lanes), lanes)
-    infinite, zero, one = number(float("inf")), number(0.0), number(1.0)
-    vanishes = tirx.Select(x == zero, tirx.Select(y > zero, one, zero), tirx.Select(y < zero, one, zero))
-    edge = tirx.Select(vanishes == one, zero, infinite)
-    result = tirx.Select(x == zero, edge, tirx.Select(size == infinite, edge, result))
     nearest = bind(tirx.nearbyint(y))
     odd = tirx.bitwise_and(cast(nearest, "int32", lanes), constant(1, "int32", lanes)) == constant(1, "int32", lanes)
-    of_negative = tirx.Select(odd, zero - result, result)
-    of_negative = tirx.Select(tirx.any(nearest == y, size == infinite), of_negative, number(float("nan")))
-    result = tirx.Select(x < zero, of_negative, tirx.Select(x < infinite, result, tirx.Select(x == x, result, x)))
-    return bind(tirx.Select(y == zero, one, result))
+    sign = tirx.Select(odd, number(-1.0), one)
+    sign = tirx.Select(nearest == y, sign, number(math.nan))
+    return bind(_scaled_exp(rest, cast(whole, "int32", lanes), lanes) * tirx.Select(x < zero, sign, one))
 
 
 def sigmoid(x: Any, lanes: int) -> Any:
@@ -172,7 +170,7 @@ def tanh(x: Any, lanes: int) -> Any:
     kept = bind(at_most(at_least(x, constant(-_TANH_MOST, _DTYPE, lanes)), most))
     square = bind(kept * kept)
     result = kept * polynomial(_TANH_UP, square, lanes) / polynomial(_TANH_DOWN, square, lanes)
-    return bind(tirx.Select(tirx.abs(x) < constant(_TANH_LEAST, _DTYPE, lanes), x, result))
+    return tirx.Select(tirx.abs(x) < constant(_TANH_LEAST, _DTYPE, lanes), x, result)
 
 
 def erf(x: Any, lanes: int) -> Any:

@@ -196,8 +196,8 @@ class Gemm:
 
     @property
     def _pace(self) -> int:
-        """Weights of the next panel that are fetched for each k."""
-        return 0 if self._weight_stays else -(-self.width // self._part)
+        """Weights of the next panel that are fetched for each k; ARM CPUs see by themselves what comes next."""
+        return 0 if self._weight_stays or self.isa.lane_operands else -(-self.width // self._part)
 
     def _weights(self, panel: Any, block: Any) -> Any:
         """The first weight of a panel's block."""

@@ -119,8 +119,8 @@ class Multiply:
         return rows * vectors + parts * (vectors + 1) + spare
 
     def loads(self, rows: float, vectors: float) -> float:
-        """Loads that a tile takes for a group of elements along k."""
-        return rows / (self.rows * self.steps) + vectors * self.rows
+        """Loads that a tile takes for a group of elements along k; those of bands fetch two vectors."""
+        return rows / (self.rows * self.steps) + vectors
 
     def arranged(self, packed: np.ndarray) -> np.ndarray:
         """Put packed weights [panels, depth / group, width, group] into the order in which registers hold them."""
@@ -173,9 +173,10 @@ class Multiply:
         return [self._bytes(load(buffer, index + i * size, size)) for i in range(groups)]
 
     def _in_bands(self, rows: Sequence[Any], groups: int) -> list[Any]:
-        """Bring groups of two rows together, or of one and zeros."""
+        """Bring groups of two rows together, or of one that is taken twice."""
         size = groups * self.group
-        pair = [*map(bind, rows), *[constant(0, self.activation, size)] * (self.rows - len(rows))]
+        bound = list(map(bind, rows))
+        pair = [bound[0], bound[-1]]
         found: list[Any] = []
         for i in range(groups):
             own = range(i * self.group, (i + 1) * self.group)

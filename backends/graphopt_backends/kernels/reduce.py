@@ -13,6 +13,7 @@ from graphopt_backends.kernels.emit import (
     bind,
     constant,
     either,
+    first_lanes,
     lane,
     load,
     load_first,
@@ -27,7 +28,7 @@ from graphopt_backends.kernels.emit import (
 from graphopt_backends.kernels.epilogue import SUM
 from graphopt_backends.kernels.expression import Expression, evaluate
 
-__all__ = ["Operator", "Reduce", "horizontal"]
+__all__ = ["Operator", "Reduce", "fold", "horizontal"]
 
 Operator = Literal["sum", "mean", "max", "min"]
 
@@ -123,43 +124,64 @@ class Reduce:
 def horizontal(
     isa: Isa, operator: Operator, source: Any, start: Any, count: int, function: Callable[[Any, int], Any] | None = None
 ) -> Any:
-    """Reduce consecutive elements to one number; several accumulators hide the latency of the additions.
+    """Reduce consecutive elements to one number.
 
     Args:
         isa: The CPU.
         operator: sum, max or min.
-        source: Elements.
+        source: Elements, float32.
         start: Where they begin.
         count: How many there are.
-        function: Applied to each before.
+        function: Applied to each vector before.
+    """
+    lanes = isa.vector_bits // 32
+
+    def fetch(index: Any, valid: int) -> Any:
+        value = load_first(source, start + index, lanes, valid, "float32")
+        return function(bind(value), lanes) if function else value
+
+    return fold(isa, operator, count, fetch)
+
+
+def fold(isa: Isa, operator: Operator, count: int, fetch: Callable[[Any, int], Any], *, unrolled: bool = False) -> Any:
+    """Reduce vectors to one number; several accumulators hide the latency of the additions.
+
+    Args:
+        isa: The CPU.
+        operator: sum, max or min.
+        count: Elements.
+        fetch: Gives the vector that begins with an element, of which so many are there; others do not count.
+        unrolled: No loop: elements have fixed numbers.
     """
     lanes, combine = isa.vector_bits // 32, _COMBINE[operator]
-    apply = function or (lambda x, _lanes: x)
     whole, rest = divmod(count, lanes)
-    parallel = min(_PARALLEL, whole)
-    scalar = local(1, "float32")
-    store(scalar, constant(_START[operator], "float32"), 0, 1)
-    if parallel:
-        totals = [local(lanes, "float32") for _ in range(parallel)]
-        for total in totals:
-            store(total, constant(_START[operator], "float32", lanes), 0, lanes)
-        turns, more = divmod(whole, parallel)
+    turns, more = divmod(whole, _PARALLEL)
+    totals = [local(lanes, "float32") for _ in range(_PARALLEL if turns else max(1, more))]
+    start = constant(_START[operator], "float32", lanes)
+    for total in totals:
+        store(total, start, 0, lanes)
+
+    def take(total: Any, index: Any, valid: int) -> None:
+        value = fetch(index, valid)
+        if valid < lanes:
+            value = tirx.Select(first_lanes(lanes, valid), value, start)
+        store(total, combine(load(total, 0, lanes), value), 0, lanes)
+
+    if unrolled:
+        for j in range(turns * _PARALLEL):
+            take(totals[j % _PARALLEL], j * lanes, lanes)
+    elif turns:
         with loop(turns) as i:
             for j, total in enumerate(totals):
-                value = apply(load(source, start + (i * parallel + j) * lanes, lanes), lanes)
-                store(total, combine(load(total, 0, lanes), value), 0, lanes)
-        for j in range(more):
-            value = apply(load(source, start + (turns * parallel + j) * lanes, lanes), lanes)
-            store(totals[j], combine(load(totals[j], 0, lanes), value), 0, lanes)
-        vector = load(totals[0], 0, lanes)
-        for total in totals[1:]:
-            vector = combine(vector, load(total, 0, lanes))
-        store(scalar, _across(vector, lanes, combine), 0, 1)
+                take(total, (i * _PARALLEL + j) * lanes, lanes)
+    for j in range(more):
+        take(totals[j], (turns * _PARALLEL + j) * lanes, lanes)
     if rest:
-        with loop(rest) as i:
-            value = apply(load(source, start + whole * lanes + i, 1), 1)
-            store(scalar, combine(load(scalar, 0, 1), value), 0, 1)
-    return bind(load(scalar, 0, 1))
+        take(totals[-1], whole * lanes, rest)
+    vector = load(totals[0], 0, lanes)
+    for total in totals[1:]:
+        vector = combine(vector, load(total, 0, lanes))
+    return bind(_across(vector, lanes, combine))
 
 
 def _across(vector: Any, lanes: int, combine: Callable[[Any, Any], Any]) -> Any:

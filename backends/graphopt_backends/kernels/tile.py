@@ -8,7 +8,7 @@ from functools import partial
 from operator import itemgetter
 from typing import Any
 
-from graphopt_backends.kernels.emit import bind, constant, load, local, loop, prefetch, store, tirx
+from graphopt_backends.kernels.emit import bind, cast, constant, load, local, loop, prefetch, splits, store, tirx
 from graphopt_backends.kernels.multiply import Multiply
 
 __all__ = ["SET_BYTES", "Panel", "Rows", "Walk", "accumulate", "rectangle_of", "tile_of"]
@@ -23,6 +23,7 @@ _MOST_VECTORS = 4
 _MOST_STRIPS = 8
 _ENOUGH = 28  # accumulators that hide the latency of every CPU there is
 _FEW_ROWS = 4
+_UNROLLED = 2  # turns of a loop whose instructions take two rows: there are few of them in one
 
 Walk = tuple[int, int, int]
 """A loop along k: turns, elements of activations and rows of packed weights that a turn goes on."""
@@ -69,7 +70,7 @@ def rectangle_of(multiply: Multiply, height: int, width: int, vectors: int) -> t
     for wide in range(1, min(vectors, _MOST_VECTORS) + 1):
         for high in range(1, min(height, _MOST_HIGH) + 1):
             for columns in range(1, min(width, _MOST_ROWS // high) + 1):
-                if multiply.registers(high * columns, wide) > multiply.isa.registers:
+                if multiply.registers(high * columns, wide) + _apart(multiply, high * columns) > multiply.isa.registers:
                     break
                 if high > 1 and columns < width:
                     continue  # a second row pays where one is short
@@ -79,9 +80,28 @@ def rectangle_of(multiply: Multiply, height: int, width: int, vectors: int) -> t
                 loads = multiply.loads(mean_rows, mean_vectors)
                 enough = 3.0 if multiply.isa.lane_operands else 1.5
                 worth = min(held, _ENOUGH) * min(1.0, held / loads / enough) - 0.1 * (high - 1)
+                worth *= _filled(multiply, (height, high), (width, columns))
                 if worth > best + 1e-9:
                     best, found = worth, (high, columns, wide)
     return found
+
+
+def _apart(multiply: Multiply, rows: int) -> int:
+    """Registers that rows take besides, if they were not brought together before."""
+    return rows + 3 if multiply.rows > 1 else 0
+
+
+def _filled(multiply: Multiply, *axes: tuple[int, int]) -> float:
+    """Part of the rows which instructions take that are there; the last of a tile may take one that is not.
+
+    Args:
+        multiply: How many they take.
+        axes: Rows or columns of an image, and the most that a tile has.
+    """
+    sizes = [1]
+    for total, most in axes:
+        sizes = [size * part for size in sizes for _, count, part in splits(total, most) for _ in range(count)]
+    return sum(sizes) / sum(-(-size // multiply.rows) * multiply.rows for size in sizes)
 
 
 @dataclass(frozen=True)
@@ -95,6 +115,10 @@ class Rows:
     start: Any
     offsets: Sequence[Any]
     bands: bool = False
+
+    def far(self) -> Rows:
+        """With 64-bit indices: LLVM then adds what is constant to an address where it loads, and needs no more."""
+        return replace(self, start=_far(self.start))
 
 
 @dataclass(frozen=True)
@@ -115,6 +139,10 @@ class Panel:
     ahead: Any = 0
     pace: int = 0
 
+    def far(self) -> Panel:
+        """See `Rows.far`."""
+        return replace(self, start=_far(self.start), ahead=_far(self.ahead))
+
     def below(self, rows: Any) -> Panel:
         """The same some rows of weights further down."""
         return replace(self, start=self.start + rows * self.width, ahead=self.ahead + rows * self.pace)
@@ -123,6 +151,10 @@ class Panel:
         """Let come what comes for `count` elements along k."""
         for first in range(0, count * self.pace, _LINE_BYTES // element_bytes):
             prefetch(self.buffer, self.ahead + k * self.pace + first)
+
+
+def _far(index: Any) -> Any:
+    return index if isinstance(index, int) else bind(cast(index, "int64", 1))
 
 
 def accumulate(
@@ -144,7 +176,7 @@ def accumulate(
                 store(total, constant(0, multiply.sum, lanes), 0, lanes)
             totals = [*totals, zeros]
         _exchange_halves(multiply, totals)
-    _walk(multiply, totals, rows, panel, walks)
+    _walk(multiply, totals, rows.far(), panel.far(), walks)
     if multiply.rows > 1:
         _exchange_halves(multiply, totals)
 
@@ -169,7 +201,8 @@ def _walk(multiply: Multiply, totals: Sequence[Sequence[Any]], rows: Rows, panel
             _walk(multiply, totals, further, panel.below(i * weight_rows), walks[1:])
         return
     group = multiply.group
-    length, step = walks[0][0], group * multiply.steps
+    unrolled = _UNROLLED if multiply.rows > 1 else 1
+    length, step = walks[0][0], group * multiply.steps * unrolled
     whole = length // step
     bands = _bands(multiply, totals)
 
@@ -201,16 +234,21 @@ def _walk(multiply: Multiply, totals: Sequence[Sequence[Any]], rows: Rows, panel
             return [partial(multiply.load_band, rows.buffer, place, groups) for place in at]
         return [partial(multiply.load_activation, rows.buffer, place, groups) for place in places(k)]
 
+    def some(k: Any) -> None:
+        """As many groups as are loaded together."""
+        if multiply.steps == 1:
+            add([partial(_only, fetch) for fetch in fetched(k, 1)], k)
+            return
+        loaded = [fetch() for fetch in fetched(k, multiply.steps)]
+        for i in range(multiply.steps):
+            add([partial(itemgetter(i), groups) for groups in loaded], k + i * group)
+
     if whole:
         with loop(whole) as turn:
             k = turn * step if whole > 1 else 0
             panel.fetch(k, step, multiply.element_bytes)
-            if multiply.steps == 1:
-                add([partial(_only, fetch) for fetch in fetched(k, 1)], k)
-            else:
-                loaded = [fetch() for fetch in fetched(k, multiply.steps)]
-                for i in range(multiply.steps):
-                    add([partial(itemgetter(i), groups) for groups in loaded], k + i * group)
+            for first in range(0, step, group * multiply.steps):
+                some(k + first)
     k = whole * step
     while length - k >= group:
         add([partial(_only, fetch) for fetch in fetched(k, 1)], k)

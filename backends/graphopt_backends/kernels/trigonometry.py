@@ -51,17 +51,18 @@ def _wave(x: Any, quarter: int, lanes: int) -> Any:
     near_one = _number(1.0, lanes) - _number(0.5, lanes) * square
     of_cosine = bind(polynomial(_COS, square, lanes) * square * square + near_one)
     one, two = (constant(i, "int32", lanes) for i in (1, 2))
-    value = bind(tirx.Select(tirx.bitwise_and(number, one) == one, of_cosine, of_sine))
-    return bind(tirx.Select(tirx.bitwise_and(number, two) == two, _number(0.0, lanes) - value, value))
+    value = tirx.Select(tirx.bitwise_and(number, one) == one, of_cosine, of_sine)
+    return tirx.Select(tirx.bitwise_and(number, two) == two, _number(0.0, lanes) - value, value)
 
 
 def atan(x: Any, lanes: int) -> Any:
     """Arcus tangent, in radians."""
+    x = bind(x)
     size = bind(tirx.abs(x))
     far, middle = size > _number(math.tan(3 * math.pi / 8), lanes), size > _number(math.tan(math.pi / 8), lanes)
     one = _number(1.0, lanes)
     near = tirx.Select(middle, (size - one) / (size + one), size)
-    moved = bind(tirx.Select(far, _number(-1.0, lanes) / size, near))
+    moved = tirx.Select(far, _number(-1.0, lanes) / size, near)
     start = tirx.Select(middle, _number(math.pi / 4, lanes), _number(0.0, lanes))
     start = tirx.Select(far, _number(math.pi / 2, lanes), start)
     square = bind(moved * moved)
@@ -87,15 +88,21 @@ def sinh(x: Any, lanes: int) -> Any:
     """Hyperbolic sine."""
     square = bind(x * x)
     near = polynomial(_SINH, square, lanes) * square * x + x
-    half = _number(0.5, lanes)
-    far = half * exp(x, lanes) - half * exp(_number(0.0, lanes) - x, lanes)
-    return bind(tirx.Select(tirx.abs(x) < _number(1.0, lanes), near, far))
+    grown, shrunk = _half_exponentials(x, lanes)
+    return tirx.Select(tirx.abs(x) < _number(1.0, lanes), near, grown - shrunk)
 
 
 def cosh(x: Any, lanes: int) -> Any:
     """Hyperbolic cosine."""
-    half = _number(0.5, lanes)
-    return bind(half * exp(x, lanes) + half * exp(_number(0.0, lanes) - x, lanes))
+    grown, shrunk = _half_exponentials(x, lanes)
+    return bind(grown + shrunk)
+
+
+def _half_exponentials(x: Any, lanes: int) -> tuple[Any, Any]:
+    """exp(x) / 2 and exp(-x) / 2, which are float32 where exp(x) is not."""
+    half = bind(_number(0.5, lanes) * x)
+    up, down = exp(half, lanes), exp(_number(0.0, lanes) - half, lanes)
+    return bind(_number(0.5, lanes) * up * up), bind(_number(0.5, lanes) * down * down)
 
 
 def asinh(x: Any, lanes: int) -> Any:
@@ -106,7 +113,7 @@ def asinh(x: Any, lanes: int) -> Any:
     huge = log(size, lanes) + _number(math.log(2), lanes)  # the square is no float32
     far = tirx.Select(size > _number(1e18, lanes), huge, far)
     near = tirx.abs(atanh(x / root, lanes))
-    return _with_sign(bind(tirx.Select(size < _number(0.5, lanes), near, far)), x, lanes)
+    return _with_sign(tirx.Select(size < _number(0.5, lanes), near, far), x, lanes)
 
 
 def acosh(x: Any, lanes: int) -> Any:
@@ -114,16 +121,17 @@ def acosh(x: Any, lanes: int) -> Any:
     one = _number(1.0, lanes)
     value = log(x + tirx.sqrt((x - one) * (x + one)), lanes)
     huge = log(x, lanes) + _number(math.log(2), lanes)
-    return bind(tirx.Select(x > _number(1e18, lanes), huge, value))
+    return tirx.Select(x > _number(1e18, lanes), huge, value)
 
 
 def atanh(x: Any, lanes: int) -> Any:
     """Inverse hyperbolic tangent."""
+    x = bind(x)
     one, square = _number(1.0, lanes), bind(x * x)
     near = polynomial(_ATANH, square, lanes) * square * x + x
     far = _number(0.5, lanes) * log((one + x) / (one - x), lanes)
-    return bind(tirx.Select(tirx.abs(x) < _number(0.5, lanes), near, far))
+    return tirx.Select(tirx.abs(x) < _number(0.5, lanes), near, far)
 
 
 def _with_sign(value: Any, x: Any, lanes: int) -> Any:
-    return bind(tirx.Select(x < _number(0.0, lanes), _number(0.0, lanes) - value, value))
+    return tirx.Select(x < _number(0.0, lanes), _number(0.0, lanes) - value, value)

@@ -7,9 +7,11 @@ from typing import Any
 
 import numpy as np
 
+from graphopt_backends.kernels.peak import peaks_of
 from graphopt_backends.network.memory import lay_out, lifetimes
 from graphopt_backends.network.network import Network
-from graphopt_backends.network.program import Place, Step, module
+from graphopt_backends.network.program import module
+from graphopt_backends.network.steps import PEAK, Place, Step
 
 __all__ = ["Assembled", "assemble"]
 
@@ -57,12 +59,19 @@ def assemble(network: Network) -> Assembled:
             places.append(Place(parameter or f"{buffer.origin} {buffer.name}", start + view.offset * item))
         shared = call.kernel.operations >= _ALONE
         own = _aligned(call.kernel.scratch)
-        steps.append(Step(name, tuple(places), shared, own, scratch_at, call.kernel.operations, call.sites))
+        operations, arithmetic = call.kernel.operations, _arithmetic(call.kernel)
+        steps.append(Step(name, tuple(places), shared, own, scratch_at, operations, call.sites, arithmetic))
     parameters = (*(f"input {n}" for n in network.inputs), *(f"output {n}" for n in network.outputs))
     kernels = {name: kernel.primitive(name) for kernel, name in names.items()}
-    made = module(kernels, (*parameters, "weights", "workspace"), steps)
+    peaks = {f"{PEAK}{kind}": peak.primitive(f"{PEAK}{kind}") for kind, peak in peaks_of(network.isa).items()}
+    made = module(kernels, (*parameters, "weights", "workspace"), steps, peaks)
     scratch = max((step.scratch for step in steps), default=0)
     return Assembled(made, tuple(steps), scratch_at + _SLACK, scratch)
+
+
+def _arithmetic(kernel: Any) -> str:
+    multiply = getattr(kernel, "multiply", None)
+    return "" if multiply is None else "float" if multiply.kind == "f32" else "integer"
 
 
 def _aligned(size: int) -> int:

@@ -8,9 +8,23 @@ import onnx_ir as ir
 
 from graphopt.targets import Isa
 from graphopt_backends._fold import is_constant
-from graphopt_backends.network import linear, moves, resize, rows
-from graphopt_backends.network.integers import dequantized, pass_on
+from graphopt_backends.network import (
+    attention,
+    blockwise,
+    choice,
+    dynamic,
+    linear,
+    moves,
+    norms,
+    recurrent,
+    resize,
+    rows,
+    scatter,
+    scores,
+)  # fmt: skip
+from graphopt_backends.network.integers import dequantized
 from graphopt_backends.network.network import Network, dtype_of, shape_of
+from graphopt_backends.network.passing import pass_on
 from graphopt_backends.network.regions import Region, find_regions
 from graphopt_backends.network.views import Buffer, View, contiguous_strides
 from graphopt_backends.network.weights import Weights
@@ -20,7 +34,11 @@ __all__ = ["convert", "unsupported"]
 Converter = Callable[[Network, ir.Node, Region | None], None]
 
 _ANCHORS: Mapping[str, Converter] = linear.CONVERTERS
-_OTHERS: Mapping[str, Converter] = {**moves.CONVERTERS, **resize.CONVERTERS, **rows.CONVERTERS}
+_FAMILIES = (attention, choice, dynamic, moves, recurrent, resize, rows, scatter)
+_OTHERS: Mapping[str, Converter] = {op: made for family in _FAMILIES for op, made in family.CONVERTERS.items()}
+_CHECKS: Mapping[str, Callable[[ir.Node], bool]] = {
+    op: check for family in _FAMILIES for op, check in family.CHECKS.items()
+}
 
 
 def convert(model: ir.Model, isa: Isa, weights: Weights) -> Network:
@@ -32,6 +50,7 @@ def convert(model: ir.Model, isa: Isa, weights: Weights) -> Network:
         weights: Where constants go.
     """
     pass_on(model)
+    _fuse(model)
     network, graph = Network(isa, weights), model.graph
     network.inputs = tuple(str(value.name) for value in graph.inputs)
     network.outputs = tuple(str(value.name) for value in graph.outputs)
@@ -40,16 +59,24 @@ def convert(model: ir.Model, isa: Isa, weights: Weights) -> Network:
         buffer = Buffer(dtype_of(value), max(1, int(_product(shape))), "input", str(value.name))
         network.views[value] = View(buffer, shape, contiguous_strides(shape))
     regions = find_regions(graph, _has_epilogue, linear.accepts)
+    guards = choice.find_guards(graph)
     for node in graph:
         region = regions.get(node)
-        if region is None and not _is_read_with_its_user(node):
+        before, known = len(network.calls), set(network.views) if node in guards else set[ir.Value]()
+        if blockwise.keeps(node):
+            pass  # a part of the weight of what reads it
+        elif region is None and not _is_read_with_its_user(node):
             _OTHERS[node.op_type](network, node, None)
         elif region is not None and node is region.last:
             anchor = region.anchor
-            if anchor.op_type in _ANCHORS and _has_epilogue(anchor):
+            if blockwise.is_supported(anchor):
+                blockwise.convert(network, anchor, region)
+            elif anchor.op_type in _ANCHORS and _has_epilogue(anchor):
                 _ANCHORS[anchor.op_type](network, anchor, region)
             else:
                 _arithmetic(network, region)
+        if node in guards:
+            choice.put_under(network, before, guards[node], known, guards)
     for value in graph.outputs:
         _deliver(network, value)
     return network
@@ -58,12 +85,30 @@ def convert(model: ir.Model, isa: Isa, weights: Weights) -> Network:
 def unsupported(model: ir.Model) -> list[ir.Node]:
     """Nodes that no kernel computes; those of a quantized model are brought into order first."""
     pass_on(model)
+    found = _unknown(model)
+    if found:
+        fused = model.clone()
+        _fuse(fused)
+        names = {node.name for node in _unknown(fused)}
+        found = [node for node in found if node.name in names]
+    return found
+
+
+def _fuse(model: ir.Model) -> None:
+    """Put nodes that are one kernel in place of what exporters write for them."""
+    norms.fuse(model)
+    scores.fuse(model)
+
+
+def _unknown(model: ir.Model) -> list[ir.Node]:
     regions = find_regions(model.graph, _has_epilogue, linear.accepts)
     return [node for node in model.graph if node not in regions and not _is_known(node)]
 
 
 def _is_read_with_its_user(node: ir.Node) -> bool:
     """A DequantizeLinear is a part of what reads it, or of the weight that it makes."""
+    if blockwise.keeps(node):
+        return True
     return node.op_type == "DequantizeLinear" and (
         dequantized(node.outputs[0]) is not None or all(v is None or is_constant(v) for v in node.inputs)
     )
@@ -72,12 +117,12 @@ def _is_read_with_its_user(node: ir.Node) -> bool:
 def _is_known(node: ir.Node) -> bool:
     if node.op_type not in _OTHERS:
         return _is_read_with_its_user(node)
-    check = {**moves.CHECKS, **resize.CHECKS, **rows.CHECKS}.get(node.op_type)
+    check = _CHECKS.get(node.op_type)
     return check is None or check(node)
 
 
 def _has_epilogue(node: ir.Node) -> bool:
-    return node.op_type in _ANCHORS and linear.is_supported(node)
+    return blockwise.is_supported(node) or (node.op_type in _ANCHORS and linear.is_supported(node))
 
 
 def _arithmetic(network: Network, region: Region) -> None:
@@ -99,7 +144,7 @@ def _wanted_order(value: ir.Value) -> tuple[int, ...] | None:
     return linear.image_order(rank) if rank > 2 and any(user.op_type in _IMAGES for user in users) else None
 
 
-_IMAGES = frozenset({"AveragePool", "Conv", "MaxPool", "Resize"})
+_IMAGES = frozenset({"AveragePool", "Conv", "ConvInteger", "MaxPool", "Resize"})
 
 
 def _deliver(network: Network, value: ir.Value) -> None:

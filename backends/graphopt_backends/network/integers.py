@@ -1,29 +1,21 @@
 """Quantized graphs: what is computed on integers, and what merely passes them on.
 
 A DequantizeLinear in front of arithmetic is part of that arithmetic, and one in front of a convolution or product
-makes it one of integers. Before that, those in front of operators that only move or compare elements change places
-with them, so that integers are what moves.
+makes it one of integers.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
 import onnx_ir as ir
 
-from graphopt_backends._fold import is_constant, static_shape
+from graphopt_backends._fold import is_constant
 from graphopt_backends.kernels.expression import Expression, as_type, call, parameter
 
-__all__ = ["Grid", "Integers", "dequantized", "grid_of", "integers_of", "is_weight", "pass_on", "real", "weight_of"]
+__all__ = ["Grid", "Integers", "as_bytes", "dequantized", "grid_of", "integers_of", "is_weight", "real", "weight_of"]
 
-_MOVES = frozenset(
-    {
-        "DepthToSpace", "Expand", "Flatten", "Gather", "Identity", "MaxPool", "Reshape", "Slice", "SpaceToDepth",
-        "Squeeze", "Tile", "Transpose", "Unsqueeze",
-    }
-)  # fmt: skip
 _BYTES = (ir.DataType.UINT8, ir.DataType.INT8)
 
 
@@ -80,16 +72,16 @@ class Integers:
 
     Attributes:
         source: Integers that it reads.
-        grid: Their grid.
-        weight: Integers, with zero points of 0.
-        scale: Of the sums: one for each output channel, or one for all.
+        zero_point: Theirs; a value where only a run tells it.
+        weight: Integers, their zero points taken away: from -255 to 255.
+        scale: Of the sums: one for each output channel, or one for all; None: the sums themselves are the result.
         bias: Added to the sums, int32, if there is one.
     """
 
     source: ir.Value
-    grid: Grid
+    zero_point: int | ir.Value
     weight: np.ndarray
-    scale: np.ndarray
+    scale: np.ndarray | None
     bias: np.ndarray | None
 
 
@@ -97,12 +89,17 @@ def integers_of(node: ir.Node, channel_axis: int) -> Integers | None:
     """The integer form of a convolution or product; None where its operands are no 8-bit integers.
 
     Args:
-        node: A Conv, Gemm or MatMul.
+        node: A Conv, Gemm, MatMul, ConvInteger or MatMulInteger.
         channel_axis: Axis of the weight with the output channels.
     """
     source, weight = node.inputs[0], node.inputs[1]
-    read = dequantized(source) if source is not None else None
-    stored = _stored(weight, channel_axis) if weight is not None else None
+    if source is None or weight is None:
+        return None
+    if node.op_type.endswith("Integer"):
+        return _explicit(node, source, weight)
+    if node.attributes.get_float("alpha", 1.0) != 1.0 or node.attributes.get_float("beta", 1.0) != 1.0:
+        return None
+    read, stored = dequantized(source), _stored(weight, channel_axis)
     if read is None or stored is None:
         return None
     values, scales = stored
@@ -112,11 +109,29 @@ def integers_of(node: ir.Node, channel_axis: int) -> Integers | None:
         bias = _bias(node.inputs[2], scale)
         if bias is None:
             return None
-    return Integers(read[0], read[1], values, scale, bias)
+    return Integers(read[0], read[1].zero_point, values, scale, bias)
+
+
+def _explicit(node: ir.Node, source: ir.Value, weight: ir.Value) -> Integers:
+    """Operands of an operator on integers."""
+    zero, weight_zero = (node.inputs[i] if len(node.inputs) > i else None for i in (2, 3))
+    values = _array(weight).astype(np.int16)
+    if weight_zero is not None:
+        columns = _array(weight_zero).astype(np.int16)
+        shape = (-1,) + (1,) * (values.ndim - 1) if node.op_type == "ConvInteger" else (-1,)
+        values = values - columns.reshape(shape if columns.size > 1 else ())
+    if zero is None:
+        return Integers(source, 0, values, None, None)
+    return Integers(source, int(_array(zero).reshape(-1)[0]) if is_constant(zero) else zero, values, None, None)
+
+
+def _array(value: ir.Value) -> np.ndarray:
+    assert value.const_value is not None
+    return value.const_value.numpy()
 
 
 def _stored(weight: ir.Value, channel_axis: int) -> tuple[np.ndarray, np.ndarray] | None:
-    """Integers and scales of a weight."""
+    """Integers of a weight without their zero points, and scales."""
     node = weight.producer()
     if node is None or node.op_type != "DequantizeLinear" or node.attributes.get_int("block_size", 0):
         return None
@@ -125,12 +140,27 @@ def _stored(weight: ir.Value, channel_axis: int) -> tuple[np.ndarray, np.ndarray
     constants = [value for value in (values, scale, zero) if value is not None]
     if values is None or scale is None or not all(is_constant(value) for value in constants):
         return None
-    if values.dtype != ir.DataType.INT8 or values.const_value is None or (zero is not None and _numbers(zero).any()):
+    if values.dtype not in _BYTES or scale.dtype != ir.DataType.FLOAT:
         return None
-    scales, rank = _numbers(scale).astype(np.float32), len(values.const_value.shape)
-    if scales.size > 1 and node.attributes.get_int("axis", 1) % rank != channel_axis % rank:
-        return None
-    return values.const_value.numpy(), scales
+    array, scales = _array(values).astype(np.int16), _numbers(scale)
+    if max(scales.size, _numbers(zero).size if zero is not None else 1) > 1:
+        axis = node.attributes.get_int("axis", 1) % array.ndim
+        if axis != channel_axis % array.ndim:
+            return None
+    if zero is not None and _numbers(zero).any():
+        zeros = _numbers(zero).astype(np.int16)
+        array = array - zeros.reshape([-1 if i == channel_axis % array.ndim and zeros.size > 1 else 1
+                                       for i in range(array.ndim)])  # fmt: skip
+    return array, scales
+
+
+def as_bytes(weight: np.ndarray, axis: int) -> tuple[np.ndarray, np.ndarray | None]:
+    """Weights as int8, and what those of each index of an axis have too little then; None: nothing."""
+    others = tuple(i for i in range(weight.ndim) if i != axis % weight.ndim)
+    above = np.maximum(weight.max(others, keepdims=True, initial=0) - 127, 0)
+    excess = above + np.minimum(weight.min(others, keepdims=True, initial=0) + 128, 0)
+    found = (weight - excess).astype(np.int8)
+    return found, excess.reshape(-1) if excess.any() else None
 
 
 def is_weight(value: ir.Value) -> bool:
@@ -163,98 +193,14 @@ def weight_of(value: ir.Value) -> np.ndarray:
 def _bias(value: ir.Value, scale: np.ndarray) -> np.ndarray | None:
     """The bias in steps of the sums: as it is stored, or a float one rounded to them."""
     node = value.producer()
-    if node is not None and node.op_type == "DequantizeLinear" and node.inputs[0] is not None:
+    if node is not None and node.op_type == "DequantizeLinear" and is_weight(value):
         stored, steps = node.inputs[0], node.inputs[1]
-        if steps is None or not is_constant(stored) or not is_constant(steps) or stored.dtype != ir.DataType.INT32:
-            return None
-        same = np.allclose(_numbers(steps), scale, rtol=1e-5, atol=0)
-        return _numbers(stored) if same else None
-    if is_constant(value) and value.dtype == ir.DataType.FLOAT:
-        steps = np.round(_numbers(value).astype(np.float64) / scale)
-        return steps.astype(np.int32) if np.abs(steps).max(initial=0) < 2**30 else None
-    return None
-
-
-def pass_on(model: ir.Model) -> None:
-    """Let moves of dequantized values move integers, in place; pairs that undo each other disappear."""
-    changed = True
-    while changed:
-        changed = False
-        for node in list(model.graph):
-            if node.graph is None:
-                continue
-            rule = _RULES.get(node.op_type)
-            changed = (rule is not None and rule(model.graph, node)) or changed
-
-
-def _swap(graph: ir.Graph, node: ir.Node) -> bool:
-    """move(dequantize(x)) -> dequantize(move(x))."""
-    source = node.inputs[0]
-    found = dequantized(source) if source is not None else None
-    output = node.outputs[0]
-    if found is None or output.is_graph_output() or any(o.name and o.uses() for o in node.outputs[1:]):
-        return False
-    maker = source.producer() if source is not None else None
-    assert maker is not None
-    moved = ir.Value(name=f"{output.name}_integers", type=found[0].type, shape=output.shape)
-    attributes = list(node.attributes.values())
-    twin = ir.Node(node.domain, node.op_type, [found[0], *node.inputs[1:]], attributes, outputs=[moved], name=node.name)
-    real_again = ir.Value(name=f"{output.name}_real", type=output.type, shape=output.shape)
-    back = ir.Node(
-        maker.domain, maker.op_type, [moved, *maker.inputs[1:]], list(maker.attributes.values()), outputs=[real_again],
-        name=f"{node.name}_dequantize",
-    )  # fmt: skip
-    graph.insert_after(node, [twin, back])
-    output.replace_all_uses_with(real_again)
-    graph.remove(node, safe=True)
-    return True
-
-
-def _cancel(graph: ir.Graph, node: ir.Node) -> bool:
-    """quantize(dequantize(x)) on one grid -> x."""
-    source, output = node.inputs[0], node.outputs[0]
-    found = dequantized(source) if source is not None else None
-    if found is None or output.is_graph_output() or grid_of(node) != found[1]:
-        return False
-    output.replace_all_uses_with(found[0])
-    graph.remove(node, safe=True)
-    return True
-
-
-def _concatenate(graph: ir.Graph, node: ir.Node) -> bool:
-    """quantize(concat(dequantize(a), ...)) -> concat(quantize(dequantize(a)), ...)."""
-    output = node.outputs[0]
-    users = [user for user, _ in output.uses()]
-    if len(users) != 1 or output.is_graph_output():
-        return False
-    quantize = users[0]
-    grid = grid_of(quantize)
-    sources = [value for value in node.inputs if value is not None]
-    if grid is None or quantize.op_type != "QuantizeLinear" or not all(dequantized(value) for value in sources):
-        return False
-    final = quantize.outputs[0]
-    parts: list[ir.Value] = []
-    for i, value in enumerate(sources):
-        part = ir.Value(name=f"{output.name}_part{i}", type=final.type, shape=value.shape)
-        attributes = list(quantize.attributes.values())
-        rounded = ir.Node(
-            quantize.domain, quantize.op_type, [value, *quantize.inputs[1:]], attributes, outputs=[part],
-            name=f"{node.name}_quantize{i}",
-        )  # fmt: skip
-        graph.insert_before(node, rounded)
-        parts.append(part)
-    joined = ir.Value(name=f"{output.name}_integers", type=final.type, shape=output.shape)
-    twin = ir.Node(node.domain, node.op_type, parts, list(node.attributes.values()), outputs=[joined], name=node.name)
-    graph.insert_after(quantize, twin)
-    final.replace_all_uses_with(joined, replace_graph_outputs=True)
-    if static_shape(joined) is None:
-        joined.shape = output.shape
-    graph.remove([quantize, node], safe=True)
-    return True
-
-
-_RULES: Mapping[str, Callable[[ir.Graph, ir.Node], bool]] = {
-    **dict.fromkeys(_MOVES, _swap),
-    "Concat": _concatenate,
-    "QuantizeLinear": _cancel,
-}
+        assert stored is not None
+        assert steps is not None
+        shifted = any(_numbers(zero).any() for zero in node.inputs[2:] if zero is not None)
+        if stored.dtype == ir.DataType.INT32 and not shifted and np.allclose(_numbers(steps), scale, rtol=1e-5, atol=0):
+            return _numbers(stored)
+    if not is_weight(value):
+        return None
+    steps = np.round(weight_of(value).reshape(-1).astype(np.float64) / scale)
+    return steps.astype(np.int32) if np.abs(steps).max(initial=0) < 2**30 else None

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 
-from graphopt_backends._fold import static_shape
+from graphopt.targets import Isa
+from graphopt_backends._fold import is_constant, static_shape
 from graphopt_backends.kernels.batched import Batched
 from graphopt_backends.kernels.conv import Conv, Window
 from graphopt_backends.kernels.depthwise import Depthwise
@@ -25,12 +26,12 @@ from graphopt_backends.kernels.expression import (
 )  # fmt: skip
 from graphopt_backends.kernels.gemm import Gemm
 from graphopt_backends.kernels.multiply import Kind, Multiply, integer_kind
-from graphopt_backends.network.integers import integers_of, is_weight, weight_of
+from graphopt_backends.network.integers import as_bytes, integers_of, is_weight, weight_of
 from graphopt_backends.network.network import Network, shape_of
 from graphopt_backends.network.regions import Region
 from graphopt_backends.network.views import View
 
-__all__ = ["CONVERTERS", "accepts", "is_supported", "order_of_reader"]
+__all__ = ["CONVERTERS", "accepts", "flat_rows", "float_epilogue", "is_supported", "order_of_reader"]
 
 
 def is_supported(node: ir.Node) -> bool:
@@ -39,7 +40,7 @@ def is_supported(node: ir.Node) -> bool:
     output = node.outputs[0]
     return (
         node.domain in ("", "ai.onnx")
-        and output.dtype == ir.DataType.FLOAT
+        and output.dtype == (ir.DataType.INT32 if node.op_type.endswith("Integer") else ir.DataType.FLOAT)
         and all(v is None or static_shape(v) is not None for v in (*node.inputs, output))
         and check(node)
     )
@@ -83,10 +84,24 @@ def _has_packed_weight(node: ir.Node) -> bool:
     return is_weight(weight) and len(shape_of(weight)) == 2
 
 
+def _integer_check(node: ir.Node) -> bool:
+    """Weights and their zero points are constants, grids of activations one for all."""
+    weight, zero = node.inputs[1], node.inputs[2] if len(node.inputs) > 2 else None
+    constants = [weight, *node.inputs[3:]]
+    single = zero is None or int(np.prod(shape_of(zero))) == 1
+    ranks = (3, 4) if node.op_type == "ConvInteger" else (2,)
+    plain = node.attributes.get_string("auto_pad", "NOTSET") in ("NOTSET", "VALID")
+    if not single or not plain or not all(value is None or is_constant(value) for value in constants):
+        return False
+    return len(shape_of(_value(node, 1))) in ranks
+
+
 _CHECKS: Mapping[str, Callable[[ir.Node], bool]] = {
     "Conv": _conv_check,
+    "ConvInteger": _integer_check,
     "Gemm": _gemm_check,
     "MatMul": _matmul_check,
+    "MatMulInteger": _integer_check,
 }
 
 
@@ -136,35 +151,86 @@ class _Operands:
         weight: The constant.
         bias: Added to the sums, or None.
         kind: Element types.
-        zero_point: Of the activations.
-        scale: What a step of the sums is worth; None for floats.
+        zero_point: Of the activations; a value where only a run tells it.
+        scale: What a step of the sums is worth; None: they are the result.
+        excess: What the weights of each output channel have too little to be bytes.
     """
 
     source: View
     weight: np.ndarray
     bias: np.ndarray | None
     kind: Kind = "f32"
-    zero_point: int = 0
+    zero_point: int | ir.Value = 0
     scale: np.ndarray | None = None
+    excess: np.ndarray | None = None
 
 
 def _operands(network: Network, node: ir.Node, channel_axis: int) -> _Operands:
-    """Integers where all operands are and a kernel computes them, else floats."""
+    """Integers where all operands are, else floats."""
     integers = integers_of(node, channel_axis)
     if integers is not None:
-        kind = integer_kind(network.isa, integers.grid.dtype, integers.weight)
-        source = network.view(integers.source)
-        return _Operands(source, integers.weight, integers.bias, kind, integers.grid.zero_point, integers.scale)
+        source, weight, excess = network.view(integers.source), integers.weight, None
+        if not _is_depthwise(node, weight):
+            weight, excess = as_bytes(weight, channel_axis)
+        kind = integer_kind(network.isa, source.dtype, weight)
+        return _Operands(source, weight, integers.bias, kind, integers.zero_point, integers.scale, excess)
     bias = weight_of(_value(node, 2)) if len(node.inputs) > 2 and node.inputs[2] is not None else None
     return _Operands(network.input(node, 0), weight_of(_value(node, 1)), bias)
 
 
-def _shifted(network: Network, on: _Operands, bias: np.ndarray | None, weight: np.ndarray) -> np.ndarray | None:
-    """The bias without what the zero point of the activations adds to sums; columns of the weight are those of sums."""
-    shift = on.zero_point + Multiply(network.isa, on.kind).shift
-    if not shift:
-        return bias
-    return ((0 if bias is None else bias) - weight.sum(0, dtype=np.int64) * shift).astype(np.int32)
+def _is_depthwise(node: ir.Node, weight: np.ndarray) -> bool:
+    """One filter for every channel."""
+    groups = node.attributes.get_int("group", 1)
+    return groups > 1 and weight.shape[:2] == (groups, 1)
+
+
+Term = tuple[View, View]
+"""Integers whose product belongs to a sum; both are repeated to the shape of the result."""
+
+
+@dataclass(frozen=True)
+class _Sums:
+    """What sums of bytes need besides: weights are seen as a matrix whose columns are those of the sums.
+
+    Attributes:
+        on: Operands.
+        weight: The matrix.
+    """
+
+    on: _Operands
+    weight: np.ndarray
+
+    @property
+    def whole(self) -> np.ndarray:
+        """Sums of the weights of each column."""
+        sums = self.weight.sum(0, dtype=np.int64)
+        return sums if self.on.excess is None else sums + self.on.excess * self.weight.shape[0]
+
+    def bias(self, isa: Isa, bias: np.ndarray | None) -> np.ndarray | None:
+        """The bias without what zero point and sign of the activations add to the sums."""
+        if self.on.kind == "f32":
+            return bias
+        shift = Multiply(isa, self.on.kind).shift
+        added = self.weight.sum(0, dtype=np.int64) * shift
+        if isinstance(self.on.zero_point, int):
+            added = added + self.whole * self.on.zero_point
+        return ((0 if bias is None else bias) - added).astype(np.int32) if added.any() else bias
+
+    def terms(self, network: Network, shape: Sequence[int], totals: Callable[[], View]) -> list[Term]:
+        """What is known only when sums are: a zero point, and activations that weights are too little for.
+
+        Args:
+            network: Where operands are.
+            shape: Of a number for each column, as it is repeated to the result.
+            totals: Gives sums of the activations alone.
+        """
+        found: list[Term] = []
+        if not isinstance(self.on.zero_point, int):
+            sums = -self.whole.astype(np.int32)
+            found.append((network.view(self.on.zero_point), network.constant(sums.reshape(shape))))
+        if self.on.excess is not None:
+            found.append((totals(), network.constant(self.on.excess.astype(np.int32).reshape(shape))))
+        return found
 
 
 def _convolve(network: Network, node: ir.Node, region: Region | None) -> None:
@@ -178,24 +244,34 @@ def _convolve(network: Network, node: ir.Node, region: Region | None) -> None:
     if weight.ndim == 3:
         weight = weight[:, :, None]
     result = network.new(region.result, image_order(source.rank))
-    depthwise = groups == channels == filters and groups > 1
-    bias = on.bias
+    depthwise = _is_depthwise(node, weight)
+    isa, zero = network.isa, on.zero_point if isinstance(on.zero_point, int) else None
+
+    def kernel(filters: int, epilogue: Epilogue) -> Any:
+        if depthwise:
+            return Depthwise(isa, batch, height, width, channels, window, epilogue, source.dtype, zero, pitch)
+        if window == Window((1, 1)) and groups == 1:
+            return Gemm(isa, on.kind, batch * height * width, filters, channels, epilogue, pitch)
+        return Conv(isa, on.kind, batch, height, width, channels, filters, window, groups, epilogue, zero, pitch)
+
+    def put(made: Any, weight: np.ndarray, bias: np.ndarray | None, operands: Sequence[View], result: View) -> None:
+        packed = weight[:, :, 0, 0].T if isinstance(made, Gemm) else weight
+        given = [] if isinstance(on.zero_point, int) or isinstance(made, Gemm) else [network.view(on.zero_point)]
+        _call(network, made, source, packed, bias, [*operands, *given], result, *region.nodes)
+
+    def totals() -> View:
+        total = network.temporary((batch, 1, *result.shape[2:]), "int32", image_order(source.rank))
+        ones = np.ones((1, *weight.shape[1:]), np.int8)
+        bias = _Sums(replace(on, zero_point=0, excess=None), ones.reshape(1, -1).T).bias(isa, None)
+        put(kernel(1, Epilogue(operand(0, "int32"), bias=bias is not None)), ones, bias, [], total)
+        return total
+
+    bias, terms = on.bias, list[Term]()
     if not depthwise:
-        bias = _shifted(network, on, bias, weight.reshape(filters, -1).T)
-    epilogue, operands = _epilogue(network, region, result, 1, bias is not None, on.scale, exact=depthwise)
-    isa = network.isa
-    if depthwise:
-        kernel: Any = Depthwise(
-            isa, batch, height, width, channels, window, epilogue, source.dtype, on.zero_point, pitch
-        )
-    elif window == Window((1, 1)) and groups == 1:
-        kernel = Gemm(isa, on.kind, batch * height * width, filters, channels, epilogue, pitch)
-    else:
-        kernel = Conv(
-            isa, on.kind, batch, height, width, channels, filters, window, groups, epilogue, on.zero_point, pitch
-        )
-    packed = weight[:, :, 0, 0].T if isinstance(kernel, Gemm) else weight
-    _call(network, kernel, source, packed, bias, operands, result, region)
+        sums = _Sums(on, weight.reshape(filters, -1).T)
+        bias, terms = sums.bias(isa, bias), sums.terms(network, (1, filters, *[1] * len(sizes)), totals)
+    epilogue, operands = _epilogue(network, region, result, 1, bias is not None, on, terms, exact=depthwise)
+    put(kernel(filters, epilogue), weight, bias, operands, result)
 
 
 def _multiply(network: Network, node: ir.Node, region: Region | None) -> None:
@@ -215,18 +291,34 @@ def _multiply(network: Network, node: ir.Node, region: Region | None) -> None:
             bias = None if bias is None or not beta else bias * np.float32(beta)
     depth, columns = weight.shape
     rows = source.size // depth
+    flat, pitch = flat_rows(network, source, depth, node)
+    if bias is not None:
+        bias = np.ascontiguousarray(np.broadcast_to(bias.reshape(-1), (columns,)))
+    result, isa = network.new(region.result), network.isa
+
+    def totals() -> View:
+        total = network.temporary((*result.shape[:-1], 1), "int32")
+        ones = np.ones((depth, 1), np.int8)
+        bias = _Sums(replace(on, zero_point=0, excess=None), ones).bias(isa, None)
+        plain = Epilogue(operand(0, "int32"), bias=bias is not None)
+        _call(network, Gemm(isa, on.kind, rows, 1, depth, plain, pitch), flat, ones, bias, [], total, node)
+        return total
+
+    sums = _Sums(on, weight)
+    bias, terms = sums.bias(isa, bias), sums.terms(network, (columns,), totals)
+    epilogue, operands = _epilogue(network, region, result, result.rank - 1, bias is not None, on, terms)
+    kernel = Gemm(isa, on.kind, rows, columns, depth, epilogue, pitch)
+    _call(network, kernel, flat, weight, bias, operands, result, *region.nodes)
+
+
+def flat_rows(network: Network, source: View, depth: int, node: ir.Node) -> tuple[View, int]:
+    """Activations as rows of consecutive elements, and the elements from row to row."""
+    rows = source.size // depth
     flat = source.reshaped((rows, depth))
     if flat is None or (depth > 1 and flat.strides[1] != 1) or (rows > 1 and flat.strides[0] < depth):
         flat = network.copied(source, node=node).reshaped((rows, depth))
         assert flat is not None
-    if bias is not None:
-        bias = np.ascontiguousarray(np.broadcast_to(bias.reshape(-1), (columns,)))
-    bias = _shifted(network, on, bias, weight)
-    result = network.new(region.result)
-    pitch = flat.strides[0] if rows > 1 else depth
-    epilogue, operands = _epilogue(network, region, result, result.rank - 1, bias is not None, on.scale)
-    kernel = Gemm(network.isa, on.kind, rows, columns, depth, epilogue, pitch)
-    _call(network, kernel, flat, weight, bias, operands, result, region)
+    return flat, flat.strides[0] if rows > 1 else depth
 
 
 def _multiply_batches(network: Network, node: ir.Node, region: Region) -> None:
@@ -275,8 +367,8 @@ def _value(node: ir.Node, index: int) -> ir.Value:
 
 
 def _epilogue(
-    network: Network, region: Region, result: View, axis: int, bias: bool, scale: np.ndarray | None, *,
-    exact: bool = False,
+    network: Network, region: Region, result: View, axis: int, bias: bool, on: _Operands, terms: Sequence[Term] = (),
+    *, exact: bool = False,
 ) -> tuple[Epilogue, list[View]]:  # fmt: skip
     """The epilogue of a region and its operands; all axes but one are rows, and must follow each other alike.
 
@@ -286,32 +378,52 @@ def _epilogue(
         result: Where it goes.
         axis: That of the columns.
         bias: Sums begin with one.
-        scale: What a step of sums of integers is worth, one number for all columns or one for each.
+        on: What the sums are made of.
+        terms: What is added to sums of integers.
         exact: Those sums are floats.
     """
     views: list[View] = []
     strides: list[tuple[int, int]] = []
     rows = [i for i in result.order if i != axis]
     sizes = (result.size // result.shape[axis], result.shape[axis])
-    for value in region.operands:
-        view = network.view(value).broadcast(result.shape)
+
+    def read(view: View) -> Expression:
+        """One more operand."""
+        view = view.broadcast(result.shape)
         flat = view.permuted((*rows, axis)).reshaped(sizes)
         if flat is None or (flat.shape[1] > 1 and flat.strides[1] not in (0, 1)):
             flat = network.copied(view, result.order).permuted((*rows, axis)).reshaped(sizes)
             assert flat is not None
         views.append(flat)
         strides.append((flat.strides[0] if flat.shape[0] > 1 else 0, flat.strides[1] if flat.shape[1] > 1 else 1))
+        return operand(len(views), flat.dtype)
+
+    for value in region.operands:
+        read(network.view(value))
     expression = region.expression
-    if scale is not None:
-        sums = as_type(operand(0, "float32" if exact else "int32"), "float32")
-        own, scale = _taken_factor(expression, scale)
-        step = parameter(float(scale[0])) if scale.size == 1 else operand(len(views) + 1)
-        if scale.size > 1:
-            views.append(network.constant(scale))
-            strides.append((0, 1))
-        expression = substituted(own, {operand(0): call("mul", sums, step)})
+    if on.kind != "f32":
+        sums = operand(0, "float32" if exact else "int32")
+        for left, right in terms:
+            product = call("mul", as_type(read(left), "int32"), as_type(read(right), "int32"))
+            sums = call("add", as_type(sums, "int32"), product)
+        if on.scale is None:
+            expression = substituted(expression, {operand(0, "int32"): as_type(sums, "int32")})
+        else:
+            own, scale = _taken_factor(expression, on.scale)
+            step = parameter(float(scale[0])) if scale.size == 1 else operand(len(views) + 1)
+            if scale.size > 1:
+                views.append(network.constant(scale))
+                strides.append((0, 1))
+            expression = substituted(own, {operand(0): call("mul", as_type(sums, "float32"), step)})
     expression, held = network.bound(simplified(expression), len(views) + 1)
     return Epilogue(expression, (*strides, *((0, 0) for _ in held)), bias), [*views, *held]
+
+
+def float_epilogue(
+    network: Network, region: Region, result: View, axis: int, *, bias: bool
+) -> tuple[Epilogue, list[View]]:
+    """The epilogue of a region whose sums are floats, and its operands; see `_epilogue`."""
+    return _epilogue(network, region, result, axis, bias, _Operands(result, np.empty(0), None))
 
 
 def _taken_factor(expression: Expression, scale: np.ndarray) -> tuple[Expression, np.ndarray]:
@@ -333,16 +445,18 @@ def _factors(expression: Expression) -> set[Expression]:
 
 def _call(
     network: Network, kernel: Any, source: View, weight: np.ndarray, bias: np.ndarray | None, operands: Sequence[View],
-    result: View, region: Region,
+    result: View, *nodes: ir.Node,
 ) -> None:  # fmt: skip
     views = [source, network.constant(kernel.pack(weight))]
     if bias is not None:
         views.append(network.constant(kernel.pack_column(bias)))
-    network.call(kernel, [*views, *operands, result], *region.nodes)
+    network.call(kernel, [*views, *operands, result], *nodes)
 
 
 CONVERTERS: Mapping[str, Callable[[Network, ir.Node, Region | None], None]] = {
     "Conv": _convolve,
+    "ConvInteger": _convolve,
     "Gemm": _multiply,
     "MatMul": _multiply,
+    "MatMulInteger": _multiply,
 }

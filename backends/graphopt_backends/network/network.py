@@ -10,10 +10,10 @@ import numpy as np
 import onnx_ir as ir
 
 from graphopt.targets import Isa
-from graphopt_backends._fold import is_constant, static_shape
+from graphopt_backends._fold import static_shape
 from graphopt_backends.kernels.expression import Expression, operand, parameters, simplified, substituted
 from graphopt_backends.kernels.loops import Loops, merged_axes
-from graphopt_backends.network.integers import dequantized, real
+from graphopt_backends.network.integers import dequantized, is_weight, real, weight_of
 from graphopt_backends.network.views import Buffer, View, contiguous_strides
 from graphopt_backends.network.weights import Weights
 
@@ -157,10 +157,10 @@ class Network:
 
 
 def constant_of(value: ir.Value) -> np.ndarray:
-    """Values of a constant."""
-    if not is_constant(value) or value.const_value is None:
+    """Values of a constant, dequantized if it is stored as integers."""
+    if not is_weight(value):
         raise KeyError(value.name)
-    return value.const_value.numpy()
+    return weight_of(value)
 
 
 def shape_of(value: ir.Value) -> tuple[int, ...]:

@@ -8,7 +8,6 @@ runtime is told, and lets those wait that need what the others did.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
@@ -16,60 +15,31 @@ import tvm
 from tvm.script.ir_builder import IRBuilder
 
 from graphopt_backends.kernels.emit import T, tirx, when
+from graphopt_backends.network.steps import BEHIND, ENTRY, Step
 
-__all__ = ["BEHIND", "ENTRY", "Place", "Step", "module"]
-
-ENTRY = "graphopt_entry"
-"""Name of the entry function: void(parameters..., team, int32 task, int32 tasks)."""
-
-BEHIND = "graphopt_behind"
-"""Function of the runtime that is called behind every step: void(team, task, tasks, step, whether to wait)."""
+__all__ = ["module"]
 
 _ANY_SIZE = 1 << 46
 
 
-@dataclass(frozen=True)
-class Place:
-    """Where a tensor lies: an offset in bytes in a parameter of the entry function."""
-
-    parameter: str
-    offset: int = 0
-
-
-@dataclass(frozen=True)
-class Step:
-    """A call of a kernel.
-
-    Attributes:
-        kernel: Name of its function.
-        places: Its pointers, in order.
-        shared: All tasks compute a part of it; else the first computes it alone.
-        scratch: Bytes of the workspace that each task needs for itself, the kernel's last pointer; 0: it has none.
-        scratch_at: Where the first task's part of it begins.
-        operations: How much arithmetic it is.
-        sites: Names of the nodes that it computes.
-    """
-
-    kernel: str
-    places: tuple[Place, ...]
-    shared: bool
-    scratch: int = 0
-    scratch_at: int = 0
-    operations: int = 0
-    sites: tuple[str, ...] = ()
-
-
-def module(kernels: Mapping[str, Any], parameters: Sequence[str], steps: Sequence[Step]) -> Any:
+def module(
+    kernels: Mapping[str, Any],
+    parameters: Sequence[str],
+    steps: Sequence[Step],
+    others: Mapping[str, Any] | None = None,
+) -> Any:
     """An IRModule with the kernels and their entry function.
 
     Args:
         kernels: Private functions by name.
         parameters: Pointers that the entry function takes; scratch memory lies in the one called `workspace`.
         steps: Calls in order.
+        others: Public functions besides.
     """
     variables = {name: tvm.ir.GlobalVar(name) for name in kernels}
     functions = {variables[name]: function for name, function in kernels.items()}
     functions[tvm.ir.GlobalVar(ENTRY)] = _entry(variables, parameters, steps)
+    functions |= {tvm.ir.GlobalVar(name): function for name, function in (others or {}).items()}
     return tvm.IRModule(functions)
 
 

@@ -90,7 +90,9 @@ class _Growth:
             return False
         if self.accepts is None:
             return self.take(self.anchor)
-        self.nodes, self.values = [self.anchor], {self.anchor.outputs[0]: operand(0)}
+        output = self.anchor.outputs[0]
+        dtype = "float32" if output.dtype is None else str(output.dtype.numpy())
+        self.nodes, self.values = [self.anchor], {output: operand(0, dtype)}
         return True
 
     def take(self, node: ir.Node) -> bool:

@@ -125,12 +125,14 @@ def _reduce_check(node: ir.Node) -> bool:
 def _softmax(network: Network, node: ir.Node, _: Region | None) -> None:
     source = network.input(node)
     axis = node.attributes.get_int("axis", -1) % source.rank
-    order = (*(i for i in range(source.rank) if i != axis), axis)
-    moved = network.contiguous(source.permuted(order), node)
+    if not source.is_dense:
+        source = network.contiguous(source, node)
+    order = source.order
+    place = order.index(axis)
+    outer, inner = (int(np.prod([source.shape[i] for i in part])) for part in (order[:place], order[place + 1 :]))
     result = network.new(node.outputs[0], order)
-    columns = source.shape[axis]
-    kernel = Softmax(network.isa, source.size // columns, columns, node.op_type == "LogSoftmax")
-    network.call(kernel, [moved, result], node)
+    kernel = Softmax(network.isa, outer, source.shape[axis], node.op_type == "LogSoftmax", inner)
+    network.call(kernel, [source, result], node)
 
 
 def _normalize(network: Network, node: ir.Node, _: Region | None) -> None:

@@ -29,10 +29,12 @@ typedef struct {
   uint64_t bytes;
 } graphopt_tensor;
 
-/* A step of a run: the kernel that is called, the nodes of the model that it computes, and how much arithmetic it is. */
+/* A step of a run: the kernel that is called, the nodes of the model that it computes, whether it multiplies and adds
+ * floats ("float") or bytes ("integer") or does something else (""), and how many operations it takes. */
 typedef struct {
   const char* kernel;
   const char* sites;
+  const char* arithmetic;
   uint64_t operations;
 } graphopt_step;
 
@@ -72,6 +74,10 @@ GRAPHOPT_EXPORT void graphopt_run(graphopt_model* model, const void* const* inpu
 /* Runs the model once and adds the nanoseconds of each step to times[step_count]. */
 GRAPHOPT_EXPORT void graphopt_profile(
     graphopt_model* model, const void* const* inputs, void* const* outputs, uint64_t* times);
+
+/* Operations a second that one core of this machine can do in its registers, measured; 0 for arithmetic that the
+ * library has not. */
+GRAPHOPT_EXPORT double graphopt_peak(const char* arithmetic);
 
 GRAPHOPT_EXPORT void graphopt_close(graphopt_model* model);
 

@@ -22,6 +22,7 @@
 
 #include "cpu.h"
 #include "graphopt.h"
+#include "loops.h"
 
 enum { PAGE = 4096, HUGE_PAGE = 2 << 20, SPINS = 20000, PATIENCE = 2000, MOST_THREADS = 256 };
 
@@ -284,6 +285,24 @@ void graphopt_profile(graphopt_model* model, const void* const* inputs, void* co
   model->last = now();
   graphopt_run(model, inputs, outputs);
   model->times = NULL;
+}
+
+double graphopt_peak(const char* arithmetic) {
+  enum { BYTES = 4096, TURNS = 20000, TRIALS = 50 };
+  static const uint8_t operands[BYTES] __attribute__((aligned(64)));
+  uint8_t sums[BYTES] __attribute__((aligned(64)));
+  for (const graphopt_loop* loop = graphopt_loops; loop->arithmetic; ++loop) {
+    if (strcmp(loop->arithmetic, arithmetic) != 0) continue;
+    uint64_t least = UINT64_MAX;
+    for (int i = 0; i < TRIALS; ++i) {
+      uint64_t begun = now();
+      loop->run(operands, operands, sums, TURNS);
+      uint64_t taken = now() - begun;
+      if (taken < least) least = taken;
+    }
+    return (double)loop->operations * TURNS / ((double)least * 1e-9);
+  }
+  return 0;
 }
 
 void graphopt_close(graphopt_model* model) {
