@@ -62,7 +62,9 @@ class Case:
         """The kernel in one line."""
         parts = [str(getattr(self.kernel, field.name)) for field in fields(self.kernel) if field.name not in _LONG]
         tail = getattr(self.kernel, "epilogue", None)
-        return " ".join([type(self.kernel).__name__, self.kernel.isa.name, *parts, str(tail.expression) if tail else ""])
+        return " ".join(
+            [type(self.kernel).__name__, self.kernel.isa.name, *parts, str(tail.expression) if tail else ""]
+        )
 
     @property
     def result(self) -> np.ndarray:
@@ -123,9 +125,7 @@ def _bytes(seed: int, dtype: type[np.integer[Any]], *shape: int) -> np.ndarray:
     return np.where(rng.random(shape) < rng.choice([0.1, 0.9]), extreme, values).astype(dtype)
 
 
-def _pair(
-    seed: int, multiply: Multiply, source: Sequence[int], weight: Sequence[int]
-) -> tuple[np.ndarray, np.ndarray]:
+def _pair(seed: int, multiply: Multiply, source: Sequence[int], weight: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
     """Activations and weights."""
     if multiply.instruction is None:
         return _floats(seed, *source), _floats(seed + 1, *weight)
@@ -165,7 +165,9 @@ def _tail(draw: DrawFn, kind: Kind, rows: int, columns: int, seed: int) -> Tail:
     return draw(drawn(rows, columns, seed))
 
 
-def _packed(kernel: Any, source: np.ndarray, weight: np.ndarray, start: np.ndarray | None, tail: Tail) -> list[np.ndarray]:
+def _packed(
+    kernel: Any, source: np.ndarray, weight: np.ndarray, start: np.ndarray | None, tail: Tail
+) -> list[np.ndarray]:
     bias = [] if start is None else [kernel.pack_column(start)]
     return [source, kernel.pack(weight), *bias, *tail.arrays]
 

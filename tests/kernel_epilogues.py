@@ -61,9 +61,7 @@ def gelu(x: Expression) -> Expression:
 
 
 @st.composite
-def float_tails(
-    draw: DrawFn, rows: int, columns: int, seed: int, *, bias: bool = True, exact: bool = False
-) -> Tail:
+def float_tails(draw: DrawFn, rows: int, columns: int, seed: int, *, bias: bool = True, exact: bool = False) -> Tail:
     """Epilogues of sums of floats.
 
     Args:

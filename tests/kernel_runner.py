@@ -17,7 +17,7 @@ from graphopt_backends._compile import llvm_target
 from graphopt_backends._link import Linker, known_linkers
 from graphopt_backends.kernels.build import build
 from graphopt_backends.network.program import module
-from graphopt_backends.network.steps import BEHIND, ENTRY, Place, Step
+from graphopt_backends.network.steps import BEHIND, DONE, ENTRY, TAKE, Place, Step
 
 _AVX2 = ("+avx2", "+fma", "+f16c", "+bmi", "+bmi2", "+lzcnt", "+movbe")
 _AVX512 = (*_AVX2, "+avx512f", "+avx512bw", "+avx512cd", "+avx512dq", "+avx512vl")
@@ -52,14 +52,13 @@ def run(kernel: Any, arrays: Sequence[np.ndarray], result: np.ndarray, tasks: in
     memory += [guarded, np.zeros(kernel.scratch * tasks + 4096, np.uint8)]
     with tempfile.TemporaryDirectory(prefix="graphopt-") as scratch:
         entry = loaded(kernel, len(arrays), Path(scratch))
-        for task in range(tasks):
-            entry(*(ctypes.c_void_p(array.ctypes.data) for array in memory), None, task, tasks)
+        entry(*(ctypes.c_void_p(array.ctypes.data) for array in memory), None, 0, tasks)
     assert (guarded[result.nbytes :] == 171).all(), "written behind the result"
     return guarded[: result.nbytes].view(result.dtype).reshape(result.shape)
 
 
 def loaded(kernel: Any, count: int, folder: Path) -> Any:
-    """A kernel as a C function: (operands..., result, workspace, team, task, tasks).
+    """A kernel as a C function, (operands..., result, workspace, team, 0, tasks), that computes all parts.
 
     Args:
         kernel: What to build.
@@ -70,11 +69,15 @@ def loaded(kernel: Any, count: int, folder: Path) -> Any:
     step = Step("kernel", tuple(map(Place, names)), shared=True, scratch=kernel.scratch)
     made = module({"kernel": kernel.primitive("kernel")}, (*names, "workspace"), [step])
     build(made, tvm.target.Target(llvm_target(kernel.isa, 1))).write_to_file(str(folder / "kernel.o"))
-    (folder / "behind.c").write_text(f"void {BEHIND}(void* team, int task, int tasks, int step, int meet) {{}}\n")
+    (folder / "team.c").write_text(
+        f"int {TAKE}(void* team, int step, int part) {{ return 1; }}\n"
+        f"void {DONE}(void* team, int step) {{}}\n"
+        f"void {BEHIND}(void* team, int step, int parts, int meet) {{}}\n"
+    )
     (folder / "exports").write_text(f"{{ global: {ENTRY}; local: *; }};\n")
     linker = _linker(kernel.isa)
-    linker.objects(folder, ["behind.c"])
-    linker.library(folder / "kernel.so", folder, ["kernel.o", "behind.o"], "exports")
+    linker.objects(folder, ["team.c"])
+    linker.library(folder / "kernel.so", folder, ["kernel.o", "team.o"], "exports")
     entry = getattr(ctypes.CDLL(str(folder / "kernel.so")), ENTRY)
     entry.restype = None
     return entry

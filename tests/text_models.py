@@ -30,6 +30,6 @@ def build(text: str, opset: int = 17, **weights: Array | tuple[int, ...]) -> ir.
 
 def _type(given: Array | tuple[int, ...]) -> str:
     shape = given if isinstance(given, tuple) else given.shape
-    kinds = {"int64": "int64", "bool": "bool"}
-    kind = kinds.get(str(given.dtype), "float") if isinstance(given, np.ndarray) else "float"
+    plain = isinstance(given, tuple) or given.dtype.kind == "f"
+    kind = "float" if plain else str(given.dtype)
     return f"{kind}[{','.join(map(str, shape))}]" if shape else kind

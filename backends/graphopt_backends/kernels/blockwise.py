@@ -8,10 +8,6 @@ of codes, the scales, and the shifts if there are any. What is done with it depe
     float         few     sums of a block are made of bare codes, then scaled: memory decides
     float         many    a decoded and scaled vector of weights serves all rows
     int8          any     blocks of activations are rounded to int8 first; dot products of bytes, then scaled
-
-A word holds eight codes of a column. For floats they stand in order; the decoders are a table in a register where one
-instruction looks sixteen numbers up, else two shifts and a conversion. For bytes, the lower halves of the four bytes
-are the first four codes and the upper halves the next four, so that a mask gives a group that dot products take.
 """
 
 from __future__ import annotations
@@ -19,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
@@ -32,42 +28,29 @@ from graphopt_backends.kernels.emit import (
     cast,
     constant,
     either,
-    intrinsic,
     lane,
     load,
     local,
     loop,
-    prefetch,
     primitive,
     reinterpret,
     share_pairs,
-    splits,
     spread,
-    start_of,
     store,
     tirx,
 )  # fmt: skip
 from graphopt_backends.kernels.epilogue import PLAIN, Epilogue, Result, Tile, begin, finish
 from graphopt_backends.kernels.gemm import pack_columns, pack_matrix
 from graphopt_backends.kernels.multiply import Multiply
-from graphopt_backends.kernels.tile import SET_BYTES
+from graphopt_backends.kernels.nibbles import CODES, Decoder, Record, byte_words
+from graphopt_backends.kernels.prepared import MIDDLE, Activations, Prepared, Source
+from graphopt_backends.kernels.tile import SET_BYTES, Tiles
 
-__all__ = ["CODES", "MIDDLE", "Activations", "Blockwise"]
-
-Activations = Literal["float32", "int8"]
-"""What activations are multiplied as."""
-
-CODES = 8
-"""Codes of a word; the depth of a block is a multiple of it, and of what is read of activations at once."""
-
-MIDDLE = 8
-"""The code of zero."""
+__all__ = ["MIDDLE", "Activations", "Blockwise"]
 
 _STEP = 16  # elements along k that one turn of a loop takes
 _FEW_ROWS = 4
 _STRIPS = 8
-_LEAST_SCALE = 1e-30
-_LINE_WORDS = 16
 _AHEAD_WORDS = 4096  # how far in front of what is read the stream of weights is fetched
 
 
@@ -116,7 +99,7 @@ class Blockwise:
     def is_known(self) -> bool:
         """This CPU has instructions for it."""
         if self.activations == "float32":
-            return not self.table or self.isa.vector_bits >= 256
+            return self._decoder.is_known
         return not self.table and self.dot.group == 4
 
     @cached_property
@@ -169,35 +152,29 @@ class Blockwise:
     def _pitch(self) -> int:
         return self.source_pitch or self.depth
 
-    @property
-    def _sums_needed(self) -> bool:
-        """Shifts are multiplied with the sums of a block of activations."""
-        return self.shifted and self._scales_sums
+    @cached_property
+    def _prepared(self) -> Prepared:
+        """How activations lie in scratch memory; sums of blocks are what shifts are multiplied with."""
+        return Prepared(self.isa, self.activations, self.depth, self.block, self.shifted and self._scales_sums)
+
+    @cached_property
+    def _decoder(self) -> Decoder:
+        return Decoder(self.isa, self.table)
 
     @property
     def _copies(self) -> bool:
         fight = self.rows > 1 and 4 * self._pitch % SET_BYTES == 0  # for places in the cache
-        return self.activations == "int8" or self._sums_needed or self.depth % self.block != 0 or fight
-
-    @property
-    def _row_words(self) -> int:
-        """Words of scratch memory for a row: its activations, and for every block scale, correction and sum."""
-        size = self._facts + 3 * self.blocks
-        return size if 4 * size % SET_BYTES else size + self.multiply.lanes
+        return self.activations == "int8" or self._prepared.sums or self.depth % self.block != 0 or fight
 
     @cached_property
-    def _tiles(self) -> tuple[tuple[int, int, int], ...]:
-        return splits(self.rows, self.tile[0])
-
-    @cached_property
-    def _tile_count(self) -> int:
-        return sum(tiles[1] for tiles in self._tiles)
+    def _tiles(self) -> Tiles:
+        return Tiles(self.rows, self.tile[0])
 
     @cached_property
     def _part(self) -> int:
         """Tiles of a part of the rows, whose prepared activations stay in the cache."""
-        fit = self.isa.level2_bytes // 2 // (4 * self.tile[0] * (self._row_words if self._copies else self.depth))
-        return max(1, min(fit, self._tile_count))
+        fit = self.isa.level2_bytes // 2 // (4 * self.tile[0] * (self._prepared.words if self._copies else self.depth))
+        return max(1, min(fit, self._tiles.count))
 
     @cached_property
     def _ahead(self) -> int:
@@ -207,7 +184,7 @@ class Blockwise:
     @property
     def scratch(self) -> int:
         """Bytes of memory that every task needs for itself."""
-        return 4 * self._part * self.tile[0] * self._row_words if self._copies else 0
+        return 4 * self._part * self.tile[0] * self._prepared.words if self._copies else 0
 
     @property
     def operations(self) -> int:
@@ -224,22 +201,15 @@ class Blockwise:
         """
         padded = np.full((self.blocks * self.block, self.columns), MIDDLE, np.uint8)
         padded[: self.depth] = codes
-        words = self._code_words(padded).reshape(self.panels, self.blocks, self.block // CODES, self.width)
+        if self.activations == "int8":
+            words = byte_words(self.dot, pack_matrix(padded, self.width, 4))
+        else:
+            words = self._decoder.words(pack_matrix(padded, self.width, CODES))
+        words = words.reshape(self.panels, self.blocks, self.block // CODES, self.width)
         numbers = [scales] if shifts is None else [scales, shifts]
         parts = [pack_matrix(part.astype(np.float32), self.width, 1).reshape(self.panels, self.blocks, 1, self.width)
                  for part in numbers]  # fmt: skip
         return np.concatenate([words, *(part.view(np.int32) for part in parts)], axis=2)
-
-    def _code_words(self, codes: np.ndarray) -> np.ndarray:
-        if self.activations == "int8":
-            groups = self.dot.arranged(pack_matrix(codes.astype(np.int8), self.width, 4)).astype(np.uint8)
-            pairs = groups.reshape(self.panels, -1, 2, self.width * 4)
-            return np.ascontiguousarray(pairs[:, :, 0] | (pairs[:, :, 1] << 4)).view(np.int32)
-        if not self._looks_up:
-            codes = codes ^ MIDDLE  # which makes them signed numbers of 4 bits
-        groups = pack_matrix(codes, self.width, CODES).astype(np.uint32)
-        places = np.arange(0, 32, 4, dtype=np.uint32)
-        return np.bitwise_or.reduce(groups << places, axis=-1).view(np.int32)
 
     def pack_column(self, values: np.ndarray) -> np.ndarray:
         """Lay out numbers for each column."""
@@ -255,38 +225,22 @@ class Blockwise:
             Pointer("result", self.epilogue.dtype, (self.rows - 1) * pitch + self.columns),
         ]
         if self._copies:
-            pointers.append(Pointer("scratch", self._prepared, self.scratch // 4))
+            pointers.append(Pointer("scratch", self._prepared.dtype, self.scratch // 4))
         return primitive(name, pointers, self._body)
-
-    @property
-    def _prepared(self) -> str:
-        return "int32" if self.activations == "int8" else "float32"
 
     def _body(self, frame: Frame) -> None:
         """Parts of the rows, panels, tiles; activations of a part are prepared once."""
-        with share_pairs(frame, -(-self._tile_count // self._part), self.panels) as (part, first, last):
+        with share_pairs(frame, -(-self._tiles.count // self._part), self.panels) as (part, first, last):
             tile = bind(part * self._part)
-            end = bind(tirx.min(tile + self._part, self._tile_count))
-            row = bind(start_of(self._tiles, tile))
+            end = bind(tirx.min(tile + self._part, self._tiles.count))
+            row = bind(self._tiles.start(tile))
             if self._copies:
-                with T.serial(0, start_of(self._tiles, end) - row) as r:
-                    self._prepare(frame, bind((row + r) * self._pitch), bind(r * self._row_words))
+                with T.serial(0, self._tiles.start(end) - row) as r:
+                    self._prepared.put(frame, bind((row + r) * self._pitch), bind(r * self._prepared.words))
             with T.serial(first, last) as panel, T.serial(tile, end) as index:
-                self._each_height(frame, index, row, panel)
+                self._tiles.visit(index, lambda at, rows: self._tile(frame, at, at - row, rows, panel))
 
-    def _each_height(self, frame: Frame, index: Any, first_row: Any, panel: Any) -> None:
-        row = bind(start_of(self._tiles, index))
-        if len(self._tiles) == 1:
-            self._columns(frame, row, row - first_row, self._tiles[0][2], panel)
-        else:
-            (_, count, high), (_, _, low) = self._tiles
-            either(
-                index < count,
-                lambda: self._columns(frame, row, row - first_row, high, panel),
-                lambda: self._columns(frame, row, row - first_row, low, panel),
-            )
-
-    def _columns(self, frame: Frame, row: Any, number: Any, rows: int, panel: Any) -> None:
+    def _tile(self, frame: Frame, row: Any, number: Any, rows: int, panel: Any) -> None:
         """The last panel may have fewer columns; it is computed whole and stored in part."""
         whole, rest = divmod(self.columns, self.width)
         column = bind(panel * self.width)
@@ -295,7 +249,7 @@ class Blockwise:
         source = self._source(frame, row, number, rows)
         with loop(self.blocks) as block:
             at = _place((panel * self.blocks + block) * self._words)
-            record = _Record(frame["weight"], at, self.width, self.block // CODES * self.width, self._ahead)
+            record = Record(frame["weight"], at, self.width, self.block // CODES * self.width, self._ahead)
             if self.activations == "int8":
                 self._add_dots(totals, source, record, block)
             elif self._scales_sums:
@@ -315,87 +269,21 @@ class Blockwise:
         else:
             either(panel < whole, lambda: put(self.width), lambda: put(rest))
 
-    def _source(self, frame: Frame, row: Any, number: Any, rows: int) -> _Source:
+    def _source(self, frame: Frame, row: Any, number: Any, rows: int) -> Source:
         if self._copies:
-            start = _place(number * self._row_words)
-            return _Source(frame["scratch"], [start + r * self._row_words for r in range(rows)])
+            start = _place(number * self._prepared.words)
+            return Source(frame["scratch"], [start + r * self._prepared.words for r in range(rows)])
         start = _place(row * self._pitch)
-        return _Source(frame["source"], [start + r * self._pitch for r in range(rows)])
+        return Source(frame["source"], [start + r * self._pitch for r in range(rows)])
 
-    @property
-    def _facts(self) -> int:
-        """Where, behind a row's prepared activations, the scales of its blocks are; corrections and sums follow."""
-        size = self.blocks * self.block
-        return size // 4 if self.activations == "int8" else size
-
-    def _prepare(self, frame: Frame, source: Any, target: Any) -> None:
-        """Copy a row into scratch memory, zeros behind it, with what is known of each block."""
-        whole, rest = divmod(self.depth, self.block)
-        if whole:
-            with loop(whole) as block:
-                self._prepare_block(frame, source, target, block, self.block)
-        if rest:
-            self._prepare_block(frame, source, target, whole, rest)
-
-    def _prepare_block(self, frame: Frame, source: Any, target: Any, block: Any, count: int) -> None:
-        if self.activations == "int8":
-            self._round(frame, bind(source + block * self.block), target, block, count)
-            return
-        lanes = self.multiply.lanes
-        to, scratch = bind(target + block * self.block), frame["scratch"]
-        total = local(lanes, "float32")
-        store(total, constant(0, "float32", lanes), 0, lanes)
-        for first in range(0, self.block, lanes):
-            value = self._activation(frame, source + block * self.block, first, count)
-            store(scratch, value, to + first, lanes)
-            store(total, load(total, 0, lanes) + value, 0, lanes)
-        if self._sums_needed:
-            place = target + self._facts + 2 * self.blocks + block
-            store(scratch, _added(load(total, 0, lanes), lanes), place, 1)
-
-    def _activation(self, frame: Frame, start: Any, first: int, count: int) -> Any:
-        """A vector of a row's block, of which `count` elements are there; zeros stand for the rest."""
-        lanes = self.multiply.lanes
-        there = max(0, min(lanes, count - first))
-        if there == lanes:
-            return bind(load(frame["source"], start + first, lanes))
-        zero = tirx.const(0.0, "float32")
-        values = [frame["source"][(start + first + i,)] if i < there else zero for i in range(lanes)]
-        return bind(tirx.Shuffle(values, list(range(lanes))))
-
-    def _round(self, frame: Frame, source: Any, target: Any, block: Any, count: int) -> None:
-        """Round a block of a row to int8, so that the largest is 127 steps; codes of zero are taken into account."""
-        lanes, scratch, facts = self.multiply.lanes, frame["scratch"], bind(target + self._facts + block)
-        most, total = local(lanes, "float32"), local(lanes, "int32")
-        store(most, constant(0, "float32", lanes), 0, lanes)
-        store(total, constant(0, "int32", lanes), 0, lanes)
-        vectors = range(0, self.block, lanes)
-        for first in vectors:
-            size = tirx.abs(self._activation(frame, source, first, count))
-            store(most, tirx.max(load(most, 0, lanes), size), 0, lanes)
-        largest = bind(intrinsic(f"llvm.vector.reduce.fmax.v{lanes}f32", "float32", 1, load(most, 0, lanes)))
-        steps = bind(tirx.const(127.0, "float32") / tirx.max(largest, tirx.const(_LEAST_SCALE, "float32")))
-        for first in vectors:
-            value = self._activation(frame, source, first, count) * spread(steps, lanes)
-            whole = bind(intrinsic(f"llvm.lrint.v{lanes}i32.v{lanes}f32", "int32", lanes, value))
-            words = reinterpret(cast(whole, "int8", lanes), "int32", lanes // 4)
-            store(scratch, words, target + (block * self.block + first) // 4, lanes // 4)
-            store(total, load(total, 0, lanes) + whole, 0, lanes)
-        scale = bind(largest / tirx.const(127.0, "float32"))
-        sums = bind(intrinsic(f"llvm.vector.reduce.add.v{lanes}i32", "int32", 1, load(total, 0, lanes)))
-        store(scratch, reinterpret(scale, "int32", 1), facts, 1)
-        store(scratch, sums * tirx.const(-MIDDLE, "int32"), facts + self.blocks, 1)
-        if self.shifted:
-            store(scratch, reinterpret(scale * cast(sums, "float32", 1), "int32", 1), facts + 2 * self.blocks, 1)
-
-    def _add_dots(self, totals: Tile, source: _Source, record: _Record, block: Any) -> None:
+    def _add_dots(self, totals: Tile, source: Source, record: Record, block: Any) -> None:
         """Add a block's sums of products of bytes, scaled."""
         lanes, rows, vectors = self.multiply.lanes, len(totals), len(totals[0])
-        at, fact = _place(block), self._facts
-        facts = [start + at + fact for start in source.starts]
+        at, known = _place(block), self._prepared
+        facts = [start + at for start in source.starts]
         sums = [[local(lanes, "int32") for _ in range(vectors)] for _ in range(rows)]
         for row, fact in zip(sums, facts, strict=True):
-            first = bind(spread(source.buffer[(fact + self.blocks,)], lanes))
+            first = bind(spread(source.buffer[(fact + known.corrections,)], lanes))
             for total in row:
                 store(total, first, 0, lanes)
         mask, nibble = constant(0x0F0F0F0F, "int32", lanes), constant(4, "int32", lanes)
@@ -403,7 +291,7 @@ class Blockwise:
             record.fetch(turn * 2, 2)
             word = _place(block * (self.block // 4) + turn * (_STEP // 4))
             words = [start + word for start in source.starts]
-            loaded = [self._quad(source.buffer, word) for word in words]
+            loaded = [self._four(source.buffer, word) for word in words]
             for half in range(2):
                 packed = [bind(record.codes(turn * 2 + half, v, lanes)) for v in range(vectors)]
                 for upper in range(2):
@@ -413,39 +301,32 @@ class Blockwise:
         scales = [record.scales(v, lanes) for v in range(vectors)]
         shifts = [record.shifts(v, lanes) for v in range(vectors)] if self.shifted else []
         for r, (row, fact) in enumerate(zip(sums, facts, strict=True)):
-            own = bind(spread(reinterpret(source.buffer[(fact,)], "float32", 1), lanes))
+            own = bind(spread(reinterpret(source.buffer[(fact + known.scales,)], "float32", 1), lanes))
             for v, total in enumerate(row):
                 value = cast(load(total, 0, lanes), "float32", lanes)
                 _add(totals[r][v], value * bind(scales[v] * own), lanes)
             if self.shifted:
                 self._add_shifts(totals[r], source, fact, shifts)
 
-    def _add_shifts(self, totals: Sequence[Any], source: _Source, fact: Any, shifts: Sequence[Any]) -> None:
-        lanes, value = self.multiply.lanes, source.buffer[(fact + 2 * self.blocks,)]
+    def _add_shifts(self, totals: Sequence[Any], source: Source, fact: Any, shifts: Sequence[Any]) -> None:
+        lanes, value = self.multiply.lanes, source.buffer[(fact + self._prepared.totals,)]
         sums = bind(spread(reinterpret(value, "float32", 1) if self.activations == "int8" else value, lanes))
         for total, shift in zip(totals, shifts, strict=True):
             _add(total, sums * shift, lanes)
-
-    def _quad(self, buffer: Any, word: Any) -> Callable[[int], Any]:
-        """Four groups of a row's bytes, each in all lanes."""
-        lanes = self.multiply.lanes
-        if self.isa.lane_operands:
-            words = bind(load(buffer, word, 4))
-            return lambda i: reinterpret(spread(lane(words, i), lanes), "int8", 4 * lanes)
-        return lambda i: bind(reinterpret(spread(buffer[(word + i,)], lanes), "int8", 4 * lanes))
 
     def _add_group(self, sums: Tile, loaded: Sequence[Callable[[int], Any]], group: int, codes: Sequence[Any]) -> None:
         lanes, instruction = self.multiply.lanes, self.dot.instruction
         assert instruction is not None
         weights = [instruction.weight(code) if instruction.signed else code for code in codes]
         for row, fetch in zip(sums, loaded, strict=True):
-            activation = instruction.activation(fetch(group)) if instruction.signed else [fetch(group)]
+            four = reinterpret(fetch(group), "int8", 4 * lanes)
+            activation = instruction.activation(four) if instruction.signed else [four]
             for total, weight in zip(row, weights, strict=True):
                 # where one operand has no sign, codes are that one
                 pair = (activation, weight) if instruction.signed else ([weight], activation)
                 store(total, instruction.add(load(total, 0, lanes), *pair), 0, lanes)
 
-    def _add_sums(self, totals: Tile, source: _Source, record: _Record, block: Any) -> None:
+    def _add_sums(self, totals: Tile, source: Source, record: Record, block: Any) -> None:
         """Add a block's sums of products with bare codes, scaled."""
         lanes, vectors = self.multiply.lanes, len(totals[0])
         sums = [[local(lanes, "float32") for _ in range(vectors)] for _ in totals]
@@ -457,7 +338,7 @@ class Blockwise:
             for v in range(vectors):
                 word = bind(record.codes(turn, v, lanes))
                 for i in range(CODES):
-                    weight = bind(self._decoded(word, i))
+                    weight = bind(self._decoder.decoded(word, i))
                     for row, start in zip(sums, source.starts, strict=True):
                         _add(row[v], spread(source.buffer[(start + k + i,)], lanes) * weight, lanes)
         scales = [record.scales(v, lanes) for v in range(vectors)]
@@ -466,9 +347,9 @@ class Blockwise:
                 _add(total, load(inner, 0, lanes) * scale, lanes)
             if self.shifted:
                 shifts = [record.shifts(v, lanes) for v in range(vectors)]
-                self._add_shifts(into, source, start + _place(block) + self._facts, shifts)
+                self._add_shifts(into, source, start + _place(block), shifts)
 
-    def _add_products(self, totals: Tile, source: _Source, record: _Record, block: Any) -> None:
+    def _add_products(self, totals: Tile, source: Source, record: Record, block: Any) -> None:
         """Add a block's products with scaled weights, each of which serves all rows."""
         lanes, vectors = self.multiply.lanes, len(totals[0])
         scales = [record.scales(v, lanes) for v in range(vectors)]
@@ -480,7 +361,7 @@ class Blockwise:
             for half in range(2):
                 loaded = [self._four(source.buffer, start + k + 4 * half) for start in source.starts]
                 for i in range(4):
-                    weights = [self._decoded(word, 4 * half + i) * scale
+                    weights = [self._decoder.decoded(word, 4 * half + i) * scale
                                for word, scale in zip(words, scales, strict=True)]  # fmt: skip
                     if shifts:
                         weights = [weight + shift for weight, shift in zip(weights, shifts, strict=True)]
@@ -491,85 +372,12 @@ class Blockwise:
                             _add(total, activation * weight, lanes)
 
     def _four(self, buffer: Any, index: Any) -> Callable[[int], Any]:
-        """Four of a row's activations, each in all lanes."""
+        """Four of a row's words, each in all lanes."""
         lanes = self.multiply.lanes
         if self.isa.lane_operands:
             vector = bind(load(buffer, index, 4))
             return lambda i: spread(lane(vector, i), lanes)
         return lambda i: bind(spread(buffer[(index + i,)], lanes))
-
-    @property
-    def _looks_up(self) -> bool:
-        """Codes are places in a table."""
-        return bool(self.table) or self.isa.vector_bits == 512
-
-    def _decoded(self, word: Any, i: int) -> Any:
-        """What the codes at one place of a vector of words stand for."""
-        lanes = self.multiply.lanes
-
-        def number(value: int) -> Any:
-            return constant(value, "int32", lanes)
-
-        if not self._looks_up:
-            upmost = word << number(28 - 4 * i) if i < CODES - 1 else word
-            return cast(upmost >> number(28), "float32", lanes)
-        table = self.table or tuple(float(code - MIDDLE) for code in range(16))
-        places = bind(word >> number(4 * i)) if i else word
-        if lanes == 16:
-            return intrinsic("llvm.x86.avx512.permvar.sf.512", "float32", lanes, _vector_of(table), places)
-        lower, upper = (
-            intrinsic("llvm.x86.avx2.permps", "float32", lanes, _vector_of(half), places)
-            for half in (table[:8], table[8:])
-        )
-        return tirx.Select((places & number(8)) != number(0), bind(upper), bind(lower))
-
-
-@dataclass(frozen=True)
-class _Source:
-    """Activations of a tile: where each row begins."""
-
-    buffer: Any
-    starts: Sequence[Any]
-
-
-@dataclass(frozen=True)
-class _Record:
-    """A block of a panel of packed weights.
-
-    Attributes:
-        buffer: All of them.
-        start: Its first word.
-        width: Columns.
-        size: Words of codes.
-        ahead: How far in front of what is read words are fetched; 0: they are not.
-    """
-
-    buffer: Any
-    start: Any
-    width: int
-    size: int
-    ahead: int
-
-    def fetch(self, turn: Any, turns: int) -> None:
-        """Let words come that are as many as those of some turns."""
-        if self.ahead:
-            start = self.start + turn * self.width + self.ahead
-            for word in range(0, turns * self.width, _LINE_WORDS):
-                prefetch(self.buffer, start + word)
-
-    def codes(self, turn: Any, vector: int, lanes: int) -> Any:
-        """Words of eight codes."""
-        return load(self.buffer, self.start + turn * self.width + vector * lanes, lanes)
-
-    def scales(self, vector: int, lanes: int) -> Any:
-        """Scales of the columns."""
-        words = load(self.buffer, self.start + self.size + vector * lanes, lanes)
-        return bind(reinterpret(words, "float32", lanes))
-
-    def shifts(self, vector: int, lanes: int) -> Any:
-        """What is added to the weights of the columns."""
-        words = load(self.buffer, self.start + self.size + self.width + vector * lanes, lanes)
-        return bind(reinterpret(words, "float32", lanes))
 
 
 def _place(index: Any) -> Any:
@@ -579,16 +387,3 @@ def _place(index: Any) -> Any:
 
 def _add(total: Any, value: Any, lanes: int) -> None:
     store(total, load(total, 0, lanes) + value, 0, lanes)
-
-
-def _added(vector: Any, lanes: int) -> Any:
-    """The sum of all lanes."""
-    total: Any = tirx.const(0.0, "float32")
-    vector = bind(vector)
-    for i in range(lanes):
-        total = total + lane(vector, i)
-    return total
-
-
-def _vector_of(values: Sequence[float]) -> Any:
-    return tirx.Shuffle([tirx.const(value, "float32") for value in values], list(range(len(values))))

@@ -23,8 +23,6 @@ from graphopt_backends.kernels.emit import (
     loop,
     primitive,
     share_pairs,
-    splits,
-    start_of,
     store,
     store_first,
     tirx,
@@ -32,7 +30,7 @@ from graphopt_backends.kernels.emit import (
 )  # fmt: skip
 from graphopt_backends.kernels.epilogue import PLAIN, Epilogue, Result, Tile, begin, finish
 from graphopt_backends.kernels.multiply import Kind, Multiply
-from graphopt_backends.kernels.tile import SET_BYTES, Panel, Rows, accumulate, tile_of
+from graphopt_backends.kernels.tile import SET_BYTES, Panel, Rows, Tiles, accumulate, tile_of
 
 __all__ = ["Gemm", "pack_columns", "pack_matrix"]
 
@@ -113,7 +111,7 @@ class Gemm:
     @property
     def scratch(self) -> int:
         """Bytes of memory that every task needs for itself."""
-        return self._copied(self._part) * self.multiply.element_bytes if self._copies else 0
+        return self._part * self._bands_pitch * self.multiply.element_bytes if self._copies else 0
 
     @property
     def operations(self) -> int:
@@ -143,19 +141,14 @@ class Gemm:
         return primitive(name, pointers, self._body)
 
     @cached_property
-    def _tiles(self) -> tuple[tuple[int, int, int], ...]:
-        """Tiles along the rows: start, number, height."""
-        return splits(self.rows, self.tile[0])
-
-    @cached_property
-    def _tile_count(self) -> int:
-        return sum(tiles[1] for tiles in self._tiles)
+    def _tiles(self) -> Tiles:
+        return Tiles(self.rows, self.tile[0])
 
     @cached_property
     def _weight_stays(self) -> bool:
         """The packed weight stays in the cache while rows pass by, or is read only once."""
         weight = self.panels * self.width * self.packed_depth * self.multiply.element_bytes
-        return weight <= self.isa.level2_bytes // 2 or self._tile_count == 1
+        return weight <= self.isa.level2_bytes // 2 or self._tiles.count == 1
 
     @cached_property
     def _block(self) -> int:
@@ -173,26 +166,26 @@ class Gemm:
         if self._weight_stays:
             return 1
         fit = self.isa.level2_bytes // 2 // (self.tile[0] * self._block * self.multiply.element_bytes)
-        for_all = -(-self._tile_count * self.panels // (2 * self.isa.cores))
-        return max(1, min(fit, for_all, self._tile_count))
+        for_all = -(-self._tiles.count * self.panels // (2 * self.isa.cores))
+        return max(1, min(fit, for_all, self._tiles.count))
 
     def _body(self, frame: Frame) -> None:
         """Parts of the rows, blocks along k, panels, tiles: what is read again and again stays in the cache."""
         blocks = self.depth // self._block
-        with share_pairs(frame, -(-self._tile_count // self._part), self.panels) as (part, first, last):
+        with share_pairs(frame, -(-self._tiles.count // self._part), self.panels) as (part, first, last):
             tile = bind(part * self._part)
+            start = bind(self._tiles.start(tile))
             with loop(blocks) as block:
                 if self._copies:
-                    self._each_tile(tile, lambda row, rows, i: self._copy(frame, row, rows, i, block))
+                    self._copy(frame, tile, block)
                 with T.serial(first, last) as panel:
-                    following = tirx.Select(
-                        panel + 1 < last, self._weights(panel + 1, block), self._weights(first, block + 1)
-                    )
-                    ahead = bind(following) if self._pace else 0
-                    self._each_tile(
-                        tile,
-                        lambda row, rows, i: self._columns(frame, _Place(row, rows, i, panel, block, ahead)),
-                    )
+                    below, beside = self._weights(first, block + 1), self._weights(panel + 1, block)
+                    ahead = bind(tirx.Select(panel + 1 < last, beside, below)) if self._pace else 0
+
+                    def multiplied(row: Any, rows: int, i: Any, panel: Any = panel, ahead: Any = ahead) -> None:
+                        self._columns(frame, _Place(row, row - start, rows, i, panel, block, ahead))
+
+                    self._each_tile(tile, multiplied)
 
     @property
     def _pace(self) -> int:
@@ -205,33 +198,32 @@ class Gemm:
 
     def _each_tile(self, first: Any, body: Callable[[Any, int, Any], None]) -> None:
         """Emit code for the tiles of a part: `body(first row, rows, number in the part)`."""
-        last = bind(tirx.min(first + self._part, self._tile_count))
+        last = bind(tirx.min(first + self._part, self._tiles.count))
         with T.serial(first, last) if self._part > 1 else loop(1, first) as tile:
-            row, number = bind(start_of(self._tiles, tile)), tile - first if self._part > 1 else 0
-            if len(self._tiles) == 1:
-                body(row, self._tiles[0][2], number)
-            else:
-                (_, count, high), (_, _, low) = self._tiles
-                either(tile < count, lambda: body(row, high, number), lambda: body(row, low, number))
+            number = tile - first if self._part > 1 else 0
+            self._tiles.visit(tile, lambda row, rows: body(row, rows, number))
 
-    def _copied(self, number: Any) -> Any:
-        """Where a tile of a part was copied to."""
-        return number * (-(-self.tile[0] // self.multiply.rows) * self._copied_pitch)
-
-    def _copy(self, frame: Frame, row: Any, rows: int, number: Any, block: Any) -> None:
-        """Copy the rows of a tile into this task's scratch memory."""
+    def _copy(self, frame: Frame, tile: Any, block: Any) -> None:
+        """Copy the rows of a part, which begins with a tile, into this task's scratch memory."""
         if self._in_bands:
-            self._copy_bands(frame, row, rows, number)
+            self._each_tile(tile, lambda row, rows, i: self._copy_bands(frame, row, rows, i))
             return
         lanes = self.isa.vector_bits // (8 * self.multiply.element_bytes)
-        for r in range(rows):
-            source = (row + r) * self._pitch + block * self._block
-            target = self._copied(number) + r * self._copied_pitch
+        first = bind(self._tiles.start(tile))
+        last = self._tiles.start(tirx.min(tile + self._part, self._tiles.count))
+        with T.serial(0, last - first) as row:
+            source = bind((first + row) * self._pitch + block * self._block)
+            target = bind(row * self._copied_pitch)
+            each_vector(
+                self._block,
+                lanes,
+                lambda i, n: store(frame["scratch"], load(frame["source"], source + i, n), target + i, n),
+            )
 
-            def move(i: Any, n: int, source: Any = source, target: Any = target) -> None:
-                store(frame["scratch"], load(frame["source"], source + i, n), target + i, n)
-
-            each_vector(self._block, lanes, move)
+    @property
+    def _bands_pitch(self) -> int:
+        """Elements from tile to tile of rows that were copied in bands."""
+        return -(-self.tile[0] // self.multiply.rows) * self._copied_pitch
 
     def _copy_bands(self, frame: Frame, row: Any, rows: int, number: Any) -> None:
         """Copy rows so that a group of each row of a band follows that of the row before; zeros stand for the rest."""
@@ -239,7 +231,7 @@ class Gemm:
         whole, rest = divmod(self.depth, group)
         for r in range(-(-rows // high) * high):
             source = (row + r) * self._pitch
-            target = self._copied(number) + r // high * self._copied_pitch + r % high * group
+            target = number * self._bands_pitch + r // high * self._copied_pitch + r % high * group
 
             def move(i: Any, count: int, source: Any = source, target: Any = target, there: bool = r < rows) -> None:
                 value = constant(0, dtype, group)
@@ -277,7 +269,8 @@ class Gemm:
             when(place.block > 0, lambda: _resume(frame, multiply, totals, result))
         if self._copies:
             bands = [r * self._copied_pitch for r in range(-(-rows // multiply.rows))]
-            source = Rows(frame["scratch"], self._copied(place.number), bands, bands=self._in_bands)
+            copied = place.number * self._bands_pitch if self._in_bands else place.before * self._copied_pitch
+            source = Rows(frame["scratch"], bind(copied), bands, bands=self._in_bands)
         else:
             start = bind(row * self._pitch + place.block * self._block)
             source = Rows(frame["source"], start, [r * self._pitch for r in range(rows)])
@@ -298,10 +291,11 @@ class Gemm:
 
 @dataclass(frozen=True)
 class _Place:
-    """Where a tile lies: its first row, its rows, its number in its part, its panel and block along k.
+    """Where a tile lies.
 
     Attributes:
         row: Its first row.
+        before: Rows of its part before it.
         rows: How many rows it has.
         number: Which tile of its part it is.
         panel: Its panel of columns.
@@ -310,6 +304,7 @@ class _Place:
     """
 
     row: Any
+    before: Any
     rows: int
     number: Any
     panel: Any

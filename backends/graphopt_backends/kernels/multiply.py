@@ -114,7 +114,7 @@ class Multiply:
         if self.rows > 1:
             return rows * vectors + rows // self.rows * self.steps + 1
         if self.isa.lane_operands:
-            # two more than named: LLVM loads early, and in-order CPUs get two turns in one
+            # two more than named: LLVM loads early
             return rows * vectors + rows + vectors + 2 + (parts - 1) + spare
         return rows * vectors + parts * (vectors + 1) + spare
 

@@ -4,14 +4,27 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from operator import itemgetter
 from typing import Any
 
-from graphopt_backends.kernels.emit import bind, cast, constant, load, local, loop, prefetch, splits, store, tirx
+from graphopt_backends.kernels.emit import (
+    bind,
+    cast,
+    constant,
+    either,
+    load,
+    local,
+    loop,
+    prefetch,
+    splits,
+    start_of,
+    store,
+    tirx,
+)
 from graphopt_backends.kernels.multiply import Multiply
 
-__all__ = ["SET_BYTES", "Panel", "Rows", "Walk", "accumulate", "rectangle_of", "tile_of"]
+__all__ = ["SET_BYTES", "Panel", "Rows", "Tiles", "Walk", "accumulate", "rectangle_of", "tile_of"]
 
 SET_BYTES = 2048
 """Rows that lie a multiple of this apart share the few places that a cache has for them."""
@@ -102,6 +115,41 @@ def _filled(multiply: Multiply, *axes: tuple[int, int]) -> float:
     for total, most in axes:
         sizes = [size * part for size in sizes for _, count, part in splits(total, most) for _ in range(count)]
     return sum(sizes) / sum(-(-size // multiply.rows) * multiply.rows for size in sizes)
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """Rows cut into tiles of one or two heights, as even as possible.
+
+    Attributes:
+        rows: How many there are.
+        most: Rows of a tile at most.
+    """
+
+    rows: int
+    most: int
+
+    @cached_property
+    def _blocks(self) -> tuple[tuple[int, int, int], ...]:
+        return splits(self.rows, self.most)
+
+    @property
+    def count(self) -> int:
+        """Number of tiles."""
+        return sum(block[1] for block in self._blocks)
+
+    def start(self, index: Any) -> Any:
+        """The first row of a tile; one behind the last gives the number of rows."""
+        return start_of(self._blocks, index)
+
+    def visit(self, index: Any, body: Callable[[Any, int], None]) -> None:
+        """Emit code for a tile of either height: `body(first row, rows)`."""
+        row = bind(self.start(index))
+        if len(self._blocks) == 1:
+            body(row, self._blocks[0][2])
+        else:
+            (_, count, high), (_, _, low) = self._blocks
+            either(index < count, lambda: body(row, high), lambda: body(row, low))
 
 
 @dataclass(frozen=True)

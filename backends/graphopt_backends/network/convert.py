@@ -16,12 +16,13 @@ from graphopt_backends.network import (
     linear,
     moves,
     norms,
+    order,
     recurrent,
     resize,
     rows,
     scatter,
     scores,
-)  # fmt: skip
+)
 from graphopt_backends.network.integers import dequantized
 from graphopt_backends.network.network import Network, dtype_of, shape_of
 from graphopt_backends.network.passing import pass_on
@@ -34,7 +35,7 @@ __all__ = ["convert", "unsupported"]
 Converter = Callable[[Network, ir.Node, Region | None], None]
 
 _ANCHORS: Mapping[str, Converter] = linear.CONVERTERS
-_FAMILIES = (attention, choice, dynamic, moves, recurrent, resize, rows, scatter)
+_FAMILIES = (attention, choice, dynamic, moves, order, recurrent, resize, rows, scatter)
 _OTHERS: Mapping[str, Converter] = {op: made for family in _FAMILIES for op, made in family.CONVERTERS.items()}
 _CHECKS: Mapping[str, Callable[[ir.Node], bool]] = {
     op: check for family in _FAMILIES for op, check in family.CHECKS.items()

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from itertools import pairwise
 from typing import Literal
@@ -34,9 +35,30 @@ def _reshape(network: Network, node: ir.Node, _: Region | None) -> None:
     source, shape = network.input(node), shape_of(node.outputs[0])
     view = source.reshaped(shape)
     if view is None:
-        view = network.copied(source, node=node).reshaped(shape)
+        view = network.copied(source, _order_for(source, shape), node).reshaped(shape)
         assert view is not None
     network.views[node.outputs[0]] = view
+
+
+def _order_for(view: View, shape: Sequence[int]) -> tuple[int, ...]:
+    """An order of axes in which a copy can have another shape, as near to that of the memory as it goes.
+
+    Axes that become, together, one or more others stay together; the runs of them come from the slowest to the fastest.
+    """
+    if view.size == 0:
+        return tuple(range(view.rank))
+    runs: list[list[int]] = []
+    wanted, want, have = iter(shape), 1, 1
+    for axis, size in enumerate(view.shape):
+        if have == want:
+            runs.append([])
+            have = want = 1
+        runs[-1].append(axis)
+        have *= size
+        while want < have:
+            want *= next(wanted)
+    steps = {id(run): min((view.strides[i] for i in run if view.shape[i] > 1), default=math.inf) for run in runs}
+    return tuple(axis for run in sorted(runs, key=lambda run: -steps[id(run)]) for axis in run)
 
 
 def _transpose(network: Network, node: ir.Node, _: Region | None) -> None:

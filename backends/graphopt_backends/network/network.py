@@ -13,6 +13,7 @@ from graphopt.targets import Isa
 from graphopt_backends._fold import static_shape
 from graphopt_backends.kernels.expression import Expression, operand, parameters, simplified, substituted
 from graphopt_backends.kernels.loops import Loops, merged_axes
+from graphopt_backends.kernels.transpose import transpose_of
 from graphopt_backends.network.integers import dequantized, is_weight, real, weight_of
 from graphopt_backends.network.views import Buffer, View, contiguous_strides
 from graphopt_backends.network.weights import Weights
@@ -149,7 +150,12 @@ class Network:
 
     def copy(self, source: View, result: View, node: ir.Node | None = None) -> None:
         """Copy elements."""
-        self.loops(operand(0, source.dtype), [source], result, *([node] if node is not None else []))
+        nodes = [node] if node is not None else []
+        turned = transpose_of(self.isa, source.dtype, result.shape, source.strides, result.strides)
+        if turned is not None:
+            self.call(turned, [source, result], *nodes)
+        else:
+            self.loops(operand(0, source.dtype), [source], result, *nodes)
 
     def contiguous(self, view: View, node: ir.Node | None = None) -> View:
         """The elements one after the other: the view itself if they are."""

@@ -10,11 +10,12 @@ import onnx_ir as ir
 
 from graphopt_backends._fold import is_constant
 from graphopt_backends.kernels.order import Cumulate, Extreme, Top
+from graphopt_backends.kernels.total import Combination, Total
 from graphopt_backends.network.network import Network, constant_of, dtype_of, shape_of
 from graphopt_backends.network.regions import Region
 from graphopt_backends.network.views import View
 
-__all__ = ["CHECKS", "CONVERTERS"]
+__all__ = ["CHECKS", "CONVERTERS", "INTEGER_CHECKS", "INTEGER_CONVERTERS"]
 
 _KINDS = (
     ir.DataType.FLOAT, ir.DataType.INT8, ir.DataType.INT32, ir.DataType.INT64, ir.DataType.UINT8,
@@ -58,6 +59,39 @@ def _top(network: Network, node: ir.Node, _: Region | None) -> None:
     network.call(kernel, [moved, *results], node)
 
 
+_COMBINATIONS: Mapping[str, Combination] = {
+    "ReduceMax": "max", "ReduceMin": "min", "ReduceProd": "product", "ReduceSum": "sum",
+}  # fmt: skip
+
+
+def _total(network: Network, node: ir.Node, _: Region | None) -> None:
+    """Axes that go are moved to the end."""
+    source, axes = network.input(node), _axes(node)
+    kept = [axis for axis in range(source.rank) if axis not in axes]
+    moved = network.contiguous(source.permuted((*kept, *axes)), node)
+    length = math.prod(source.shape[axis] for axis in axes)
+    kernel = Total(
+        network.isa, _COMBINATIONS[node.op_type], source.dtype, source.size // length, length, 1,
+    )  # fmt: skip
+    network.call(kernel, [moved, network.new(node.outputs[0])], node)
+
+
+def _axes(node: ir.Node) -> list[int]:
+    value = node.inputs[0]
+    assert value is not None
+    rank = len(shape_of(value))
+    given = list(node.attributes.get_ints("axes") or ())
+    if len(node.inputs) > 1 and node.inputs[1] is not None:
+        given = [int(i) for i in constant_of(node.inputs[1]).reshape(-1)]
+    if not given and not node.attributes.get_int("noop_with_empty_axes", 0):
+        given = list(range(rank))
+    return sorted({axis % rank for axis in given})
+
+
+def _total_check(node: ir.Node) -> bool:
+    return _is_plain(node) and (len(node.inputs) < 2 or node.inputs[1] is None or is_constant(node.inputs[1]))
+
+
 def _is_plain(node: ir.Node) -> bool:
     value = node.inputs[0]
     return value is not None and value.dtype in _KINDS and bool(np.prod(shape_of(value)))
@@ -78,6 +112,7 @@ CONVERTERS: Mapping[str, Callable[[Network, ir.Node, Region | None], None]] = {
     "ArgMax": _extreme,
     "ArgMin": _extreme,
     "CumSum": _cumulate,
+    "ReduceProd": _total,
     "TopK": _top,
 }
 
@@ -85,5 +120,13 @@ CHECKS: Mapping[str, Callable[[ir.Node], bool]] = {
     "ArgMax": _is_plain,
     "ArgMin": _is_plain,
     "CumSum": _cumulate_check,
+    "ReduceProd": _total_check,
     "TopK": _top_check,
 }
+
+INTEGER_CONVERTERS: Mapping[str, Callable[[Network, ir.Node, Region | None], None]] = dict.fromkeys(
+    _COMBINATIONS, _total
+)
+"""Reductions of integers; those of floats have faster kernels."""
+
+INTEGER_CHECKS: Mapping[str, Callable[[ir.Node], bool]] = dict.fromkeys(_COMBINATIONS, _total_check)

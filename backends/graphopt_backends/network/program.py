@@ -1,8 +1,8 @@
 """A network as one function: kernels in order, on memory that was laid out before.
 
-Launching a parallel region takes microseconds, a barrier inside of one a fraction of that, and calling a function on
-pointers nothing. So every thread of a team walks through all steps and computes its share of each; behind a step the
-runtime is told, and lets those wait that need what the others did.
+Launching a parallel region takes microseconds, asking for a part of a step inside of one a fraction of that, and
+calling a function on pointers nothing. So every thread of a team walks through all steps; the runtime says which parts
+of each it computes, and lets it wait where it needs what the others did.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from typing import Any
 import tvm
 from tvm.script.ir_builder import IRBuilder
 
-from graphopt_backends.kernels.emit import T, tirx, when
-from graphopt_backends.network.steps import BEHIND, ENTRY, Step
+from graphopt_backends.kernels.emit import T, bind, tirx, when
+from graphopt_backends.network.steps import BEHIND, DONE, ENTRY, TAKE, Step
 
 __all__ = ["module"]
 
@@ -59,14 +59,19 @@ def _entry(variables: Mapping[str, Any], parameters: Sequence[str], steps: Seque
                 args.append(tirx.address_of(memory["workspace"][own]))
             T.evaluate(tvm.ir.Call(variables[step.kernel], [*args, task, tasks], ret_ty="void"))
 
-        alone = tirx.const(0, "int32"), tirx.const(1, "int32")
-        for number, (step, following) in enumerate(pairwise((*steps, None))):
+        def part(step: Step, number: Any, task: Any, tasks: Any) -> None:
+            call(step, task, tasks)
+            T.evaluate(tirx.call_extern("void", DONE, team, number))
+
+        for place, (step, following) in enumerate(pairwise((*steps, None))):
             assert step is not None
-            if step.shared:
-                call(step, task, tasks)
-            else:
-                when(task == 0, lambda step=step: call(step, *alone))
+            number, one = tirx.const(place, "int32"), tirx.const(1, "int32")
+            with T.serial(0, tasks if step.shared else one) as i:
+                chosen = bind(tirx.truncmod(task + i, tasks)) if step.shared else tirx.const(0, "int32")
+                taken = tirx.call_extern("int32", TAKE, team, number, chosen)
+                parts = tasks if step.shared else one
+                when(taken != 0, lambda s=step, n=number, c=chosen, p=parts: part(s, n, c, p))
             meet = following is None or step.shared or following.shared
-            flags = [tirx.const(number, "int32"), tirx.const(int(meet), "int32")]
-            T.evaluate(tirx.call_extern("void", BEHIND, team, task, tasks, *flags))
+            flag = tirx.const(int(meet), "int32")
+            T.evaluate(tirx.call_extern("void", BEHIND, team, number, tasks if step.shared else one, flag))
     return builder.get()

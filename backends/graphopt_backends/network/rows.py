@@ -16,6 +16,7 @@ from graphopt_backends.kernels.reduce import Operator, Reduce
 from graphopt_backends.kernels.rows import Normalize, Softmax
 from graphopt_backends.network.linear import channels_last, image_order, window_of
 from graphopt_backends.network.network import Network, constant_of, shape_of
+from graphopt_backends.network.order import INTEGER_CHECKS, INTEGER_CONVERTERS
 from graphopt_backends.network.regions import Region
 from graphopt_backends.network.views import View
 
@@ -57,7 +58,10 @@ def _global_pool(network: Network, node: ir.Node, _: Region | None) -> None:
     _reduced(network, node, source, tuple(range(2, source.rank)), operator)
 
 
-def _reduce(network: Network, node: ir.Node, _: Region | None) -> None:
+def _reduce(network: Network, node: ir.Node, region: Region | None) -> None:
+    if not _is_float(node):
+        INTEGER_CONVERTERS[node.op_type](network, node, region)
+        return
     source = network.input(node)
     axes = _axes(node, source.rank)
     operator, before, after = _OPERATORS[node.op_type]
@@ -118,8 +122,9 @@ _OPERATORS: Mapping[str, tuple[Operator, Expression, Expression]] = {
 
 
 def _reduce_check(node: ir.Node) -> bool:
-    constant = len(node.inputs) < 2 or node.inputs[1] is None or is_constant(node.inputs[1])
-    return constant and _is_float(node)
+    if not _is_float(node):
+        return node.op_type in INTEGER_CHECKS and INTEGER_CHECKS[node.op_type](node)
+    return len(node.inputs) < 2 or node.inputs[1] is None or is_constant(node.inputs[1])
 
 
 def _softmax(network: Network, node: ir.Node, _: Region | None) -> None:

@@ -4,13 +4,19 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-__all__ = ["BEHIND", "ENTRY", "PEAK", "Place", "Step"]
+__all__ = ["BEHIND", "DONE", "ENTRY", "PEAK", "TAKE", "Place", "Step"]
 
 ENTRY = "graphopt_entry"
 """Name of the entry function: void(parameters..., team, int32 task, int32 tasks)."""
 
+TAKE = "graphopt_take"
+"""Function of the runtime: int32(team, step, part), whether this thread computes a part of a step."""
+
+DONE = "graphopt_done"
+"""Function of the runtime that is told of every part: void(team, step)."""
+
 BEHIND = "graphopt_behind"
-"""Function of the runtime that is called behind every step: void(team, task, tasks, step, whether to wait)."""
+"""Function of the runtime that is called behind every step: void(team, step, parts, whether to wait for them)."""
 
 PEAK = "graphopt_peak_"
 """What the names of functions begin with that measure the CPU; behind it stands the arithmetic."""

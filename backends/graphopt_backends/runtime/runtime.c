@@ -1,6 +1,8 @@
 /* What runs a compiled model: its memory, and a team of threads that walks through its steps together.
  *
- * Every thread executes the same entry function, computes its share of each step and meets the others behind it.
+ * Every thread executes the same entry function. A step that is worth it has as many parts as there are threads; each
+ * thread takes its own part, then those of threads that have not come yet, and goes on when all parts are done. So a
+ * thread that the system stopped holds nobody up unless it is in the middle of a part, and may come late or never.
  * Threads that have nothing to do spin for a moment, because the next run mostly follows soon, and then sleep.
  */
 #ifndef _GNU_SOURCE
@@ -30,8 +32,9 @@ typedef struct {
   graphopt_model* model;
   pthread_t thread;
   atomic_int number; /* the system's, 0 until it has started */
-  int task;
-  int core; /* that it is bound to; -1: none */
+  int task;          /* 0: the caller's own */
+  int core;          /* that it is bound to; -1: none */
+  unsigned run;      /* that it works on */
 } worker;
 
 struct graphopt_model {
@@ -42,25 +45,25 @@ struct graphopt_model {
   int threads;
   worker* workers;
   int home; /* core that no worker is bound to */
+  /* Runs are numbered; numbers wrap, and are compared by their difference. */
+  atomic_uint* taken;    /* by step and part: the last run that somebody took it for */
+  atomic_uint* finished; /* by step: parts that were done, in all runs */
   uint64_t* times;
   uint64_t last;
   unsigned born; /* forks of this process when the threads were started */
   /* the run: */
-  const void* const* inputs;
-  void* const* outputs;
-  atomic_uint runs; /* counts up when there is work */
+  _Atomic(const void* const*) inputs;
+  _Atomic(void* const*) outputs;
   atomic_int sleeping;
   atomic_int leave;
   pthread_mutex_t mutex;
   pthread_cond_t wake;
-  /* behind a step: */
-  _Alignas(64) atomic_uint arrived;
-  _Alignas(64) atomic_uint phase;
+  _Alignas(64) atomic_uint runs; /* counts up when there is work */
 };
 
 /* Made by the compiler, for each model: calls the entry function with pointers in its order. */
 void graphopt_enter(
-    const void* const* inputs, void* const* outputs, const void* weights, void* workspace, void* model, int32_t task,
+    const void* const* inputs, void* const* outputs, const void* weights, void* workspace, void* self, int32_t task,
     int32_t tasks);
 extern const graphopt_description graphopt_this;
 extern const uint8_t* const graphopt_embedded_weights;
@@ -73,38 +76,51 @@ static uint64_t now(void) {
   return (uint64_t)t.tv_sec * 1000000000u + (uint64_t)t.tv_nsec;
 }
 
-/* Called by every thread behind every step; `meet`: the next one needs what the others did. */
-void graphopt_behind(void* state, int32_t task, int32_t tasks, int32_t step, int32_t meet) {
-  graphopt_model* model = state;
-  if (tasks > 1 && meet) {
-    unsigned phase = atomic_load_explicit(&model->phase, memory_order_relaxed);
-    if (atomic_fetch_add_explicit(&model->arrived, 1, memory_order_acq_rel) + 1 == (unsigned)tasks) {
-      atomic_store_explicit(&model->arrived, 0, memory_order_relaxed);
-      atomic_store_explicit(&model->phase, phase + 1, memory_order_release);
-    } else {
-      for (int spins = 0; atomic_load_explicit(&model->phase, memory_order_acquire) == phase; ++spins) {
-        if (spins < PATIENCE)
-          cpu_relax();
-        else
-          sched_yield(); /* there are fewer cores than threads */
-      }
+/* True if this thread is to compute a part of a step. */
+int32_t graphopt_take(void* state, int32_t step, int32_t part) {
+  worker* self = state;
+  if (self->model->threads == 1) return 1;
+  atomic_uint* last = &self->model->taken[step * self->model->threads + part];
+  unsigned run = atomic_load_explicit(last, memory_order_relaxed);
+  return (int)(run - self->run) < 0 &&
+         atomic_compare_exchange_strong_explicit(last, &run, self->run, memory_order_acq_rel, memory_order_relaxed);
+}
+
+/* A part of a step is done. */
+void graphopt_done(void* state, int32_t step) {
+  worker* self = state;
+  if (self->model->threads > 1) atomic_fetch_add_explicit(&self->model->finished[step], 1, memory_order_acq_rel);
+}
+
+/* Waits until all parts of a step are done, if `meet`: the next step needs what others did. */
+void graphopt_behind(void* state, int32_t step, int32_t parts, int32_t meet) {
+  worker* self = state;
+  graphopt_model* model = self->model;
+  if (model->threads > 1 && meet) {
+    unsigned wanted = self->run * (unsigned)parts;
+    for (int spins = 0; (int)(atomic_load_explicit(&model->finished[step], memory_order_acquire) - wanted) < 0; ++spins) {
+      if (spins < PATIENCE)
+        cpu_relax();
+      else
+        sched_yield(); /* there are fewer cores than threads */
     }
   }
-  if (model->times && task == 0) {
+  if (model->times && self->task == 0) {
     uint64_t time = now();
     model->times[step] += time - model->last;
     model->last = time;
   }
 }
 
-static void enter(graphopt_model* model, int task) {
-  graphopt_enter(model->inputs, model->outputs, model->weights, model->workspace, model, task, model->threads);
+static void enter(worker* self) {
+  graphopt_model* model = self->model;
+  graphopt_enter(model->inputs, model->outputs, model->weights, model->workspace, self, self->task, model->threads);
 }
 
 static void* work(void* argument) {
   worker* self = argument;
   graphopt_model* model = self->model;
-  unsigned done = 0;
+  unsigned done = self->run;
   atomic_store(&self->number, (int)syscall(SYS_gettid));
   for (;;) {
     int spins = 0;
@@ -116,9 +132,9 @@ static void* work(void* argument) {
       atomic_fetch_sub(&model->sleeping, 1);
       pthread_mutex_unlock(&model->mutex);
     }
-    ++done;
+    done = self->run = atomic_load(&model->runs);
     if (atomic_load(&model->leave)) return NULL;
-    enter(model, self->task);
+    enter(self);
   }
 }
 
@@ -148,9 +164,7 @@ static int start(graphopt_model* model) {
   static pthread_once_t once = PTHREAD_ONCE_INIT;
   pthread_once(&once, watch_forks);
   model->born = forks;
-  atomic_store(&model->runs, 0);
   atomic_store(&model->sleeping, 0);
-  atomic_store(&model->arrived, 0);
   if (pthread_mutex_init(&model->mutex, NULL) || pthread_cond_init(&model->wake, NULL)) return 0;
   int cores[MOST_THREADS];
   int count = cpu_cores(cores, MOST_THREADS), next = 0;
@@ -166,11 +180,11 @@ static int start(graphopt_model* model) {
     }
     next = own == 0;
   }
-  for (int i = 0; i < model->threads - 1; ++i) {
+  for (int i = 1; i < model->threads; ++i) {
     worker* self = &model->workers[i];
-    self->model = model;
-    self->task = i + 1;
+    self->task = i;
     self->core = -1;
+    self->run = atomic_load(&model->runs);
     atomic_store(&self->number, 0);
     if (pthread_create(&self->thread, NULL, work, self)) return 0;
     if (bound) {
@@ -186,7 +200,7 @@ static int start(graphopt_model* model) {
 static void make_room(graphopt_model* model) {
   int core = sched_getcpu();
   if (core == model->home) return;
-  for (int i = 0; i < model->threads - 1; ++i) {
+  for (int i = 1; i < model->threads; ++i) {
     if (model->workers[i].core == core) {
       bind_worker(&model->workers[i], model->home);
       model->home = core;
@@ -257,14 +271,18 @@ graphopt_model* graphopt_open(const char* weights, int threads, char* message, s
     model->workspace_bytes =
         (size_t)(graphopt_this.workspace_bytes + (uint64_t)model->threads * graphopt_this.thread_bytes);
     model->workspace = page_aligned(model->workspace_bytes);
-    model->workers = calloc((size_t)model->threads, sizeof *model->workers);
-    if (!model->workspace || !model->workers) fault = "out of memory";
+    size_t threads = (size_t)model->threads, steps = (size_t)graphopt_this.step_count + 1;
+    model->workers = calloc(threads, sizeof *model->workers);
+    model->taken = calloc(steps * threads, sizeof *model->taken);
+    model->finished = calloc(steps, sizeof *model->finished);
+    if (!model->workspace || !model->workers || !model->taken || !model->finished) fault = "out of memory";
+    for (size_t i = 0; !fault && i < threads; ++i) model->workers[i].model = model;
   }
   if (!fault && !cpu_prepare(graphopt_this.features)) fault = "the system refuses the CPU's matrix registers";
   if (!fault && model->threads > 1 && !start(model)) fault = "cannot start threads";
   if (!fault) return model;
   snprintf(message, room, "%s", fault);
-  model->threads = 1;
+  model->born = forks - 1; /* no threads to wait for */
   graphopt_close(model);
   return NULL;
 }
@@ -276,8 +294,9 @@ void graphopt_run(graphopt_model* model, const void* const* inputs, void* const*
     if (model->born != forks) start(model); /* a child process has no threads but its first */
     make_room(model);
     call_workers(model);
+    model->workers[0].run = atomic_load(&model->runs);
   }
-  enter(model, 0);
+  enter(&model->workers[0]);
 }
 
 void graphopt_profile(graphopt_model* model, const void* const* inputs, void* const* outputs, uint64_t* times) {
@@ -310,9 +329,11 @@ void graphopt_close(graphopt_model* model) {
   if (model->threads > 1 && model->born == forks) {
     atomic_store(&model->leave, 1);
     call_workers(model);
-    for (int i = 0; i < model->threads - 1; ++i) pthread_join(model->workers[i].thread, NULL);
+    for (int i = 1; i < model->threads; ++i) pthread_join(model->workers[i].thread, NULL);
   }
   if (model->mapped) munmap((void*)(model->weights - PAGE), model->mapped);
+  free(model->taken);
+  free(model->finished);
   free(model->workers);
   free(model->workspace);
   free(model);

@@ -1,0 +1,172 @@
+"""Machine code for ARM CPUs that nobody here has: what the inner loops consist of, and how fast LLVM thinks they are."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+import tvm
+from arm_listing import Loop, cycles, innermost_loops, mca
+from kernel_epilogues import requantized
+from kernel_program import ISAS
+
+from graphopt.targets import Isa
+from graphopt_backends._compile import llvm_target
+from graphopt_backends.kernels.batched import Batched
+from graphopt_backends.kernels.build import build
+from graphopt_backends.kernels.conv import Conv, Window
+from graphopt_backends.kernels.depthwise import Depthwise
+from graphopt_backends.kernels.epilogue import Epilogue
+from graphopt_backends.kernels.expression import call, number, operand
+from graphopt_backends.kernels.gemm import Gemm
+
+_RELU = Epilogue(call("max", operand(0), number(0)), (), bias=True)
+_BYTES = requantized(np.ones(1, np.float32), 0.1, 3, "int8", np.zeros(1)).epilogue
+_SAME = Window((3, 3), pads=(1, 1, 1, 1))
+
+
+def _gemm(kind: Any, rows: int, columns: int, depth: int) -> Callable[[Isa], Gemm]:
+    return lambda isa: Gemm(isa, kind, rows, columns, depth, _RELU if kind == "f32" else _BYTES)
+
+
+def _conv(kind: Any, size: int, channels: int, filters: int, window: Window, groups: int = 1) -> Callable[[Isa], Conv]:
+    tail = _RELU if kind == "f32" else _BYTES
+    return lambda isa: Conv(isa, kind, 1, size, size, channels, filters, window, groups, tail)
+
+
+def _products(kind: Any) -> dict[str, Callable[[Isa], Any]]:
+    return {
+        "gemm": _gemm(kind, 128, 768, 768),
+        "gemm of a long sum": _gemm(kind, 49, 512, 2048),
+        "gemm of 5 rows": _gemm(kind, 5, 384, 1536),
+        "gemm of 4 rows": _gemm(kind, 4, 1024, 1024),
+    }
+
+
+def _images(kind: Any) -> dict[str, Callable[[Isa], Any]]:
+    return {
+        "conv": _conv(kind, 28, 128, 128, _SAME),
+        "conv of few pixels": _conv(kind, 7, 512, 512, _SAME),
+        "strided conv": _conv(kind, 56, 128, 128, Window((3, 3), (2, 2), pads=(1, 1, 1, 1))),
+        "strided conv of one tap": _conv(kind, 56, 256, 512, Window((1, 1), (2, 2))),
+    }
+
+
+def _odd_images(kind: Any) -> dict[str, Callable[[Isa], Any]]:
+    """Sums that are interrupted after a few elements."""
+    return {
+        "grouped conv": _conv(kind, 14, 512, 512, _SAME, 32),
+        "first conv": _conv(kind, 224, 3, 64, Window((7, 7), (2, 2), pads=(3, 3, 3, 3))),
+    }
+
+
+_BATCHED: Mapping[str, Callable[[Isa], Any]] = {
+    "scores": lambda isa: Batched(isa, (12,), 128, 128, 64, (64, 768), (64, 1, 768), (128 * 128, 128)),
+    "weighed values": lambda isa: Batched(isa, (12,), 128, 64, 128, (128 * 128, 128), (64, 768, 1), (64, 768)),
+}
+_DEPTHWISE: Mapping[str, Callable[[Isa], Any]] = {
+    "depthwise": lambda isa: Depthwise(isa, 1, 14, 14, 384, _SAME, _RELU),
+    "depthwise of 25 taps": lambda isa: Depthwise(isa, 1, 14, 14, 384, Window((5, 5), pads=(2, 2, 2, 2)), _RELU),
+}
+
+_CASES: Sequence[tuple[str, str, Mapping[str, Callable[[Isa], Any]], float, float]] = [
+    # CPU, instruction, kernels, least share of it among the instructions, least part of the peak
+    ("cortex-a76", "fmla", _products("f32") | _images("f32") | _odd_images("f32"), 0.75, 0.8),
+    ("cortex-a76", "sdot", _products("s8s8") | _images("s8s8") | _odd_images("s8s8"), 0.75, 0.8),
+    ("neoverse-v1", "fmla", _products("f32"), 0.75, 0.8),
+    ("neoverse-v1", "smmla", {"gemm": _gemm("s8s8", 128, 768, 768)}, 0.75, 0.8),
+    # few rows: a vector of weights is read for every four multiplications, and that of a long sum far from the next
+    ("neoverse-v1", "smmla", _products("s8s8"), 0.7, 0.8),
+    # rows of images are brought together in registers
+    ("neoverse-v1", "smmla", _images("s8s8"), 0.6, 0.8),
+    # rows that are read as they lie have addresses of their own
+    ("cortex-a76", "fmla", _BATCHED, 0.72, 0.8),
+    # every input is read for one multiplication, most of them from the first cache
+    ("cortex-a76", "fmla", _DEPTHWISE, 0.5, 0.8),
+    # it computes in order: what LLVM's model loses waits for loads
+    ("cortex-a53", "fmla", {"gemm": _gemm("f32", 128, 768, 768), "conv": _conv("f32", 28, 128, 128, _SAME)}, 0.75, 0.5),
+]
+
+
+def _named() -> list[Any]:
+    return [
+        pytest.param(device, instruction, make, share, peak, id=f"{device} {instruction} {name}")
+        for device, instruction, kernels, share, peak in _CASES
+        for name, make in kernels.items()
+    ]
+
+
+def _listing(kernel: Any) -> str:
+    function = kernel.primitive("kernel").with_attr("global_symbol", "kernel")
+    module = tvm.IRModule({tvm.ir.GlobalVar("kernel"): function})
+    return build(module, tvm.target.Target(llvm_target(kernel.isa, 1))).inspect_source("s")
+
+
+def _main_loops(kernel: Any) -> list[Loop]:
+    """Loops that multiply, but for those over what is left of a sum or of rows, which are small."""
+    found = [loop for loop in innermost_loops(_listing(kernel)) if loop.multiplications]
+    most = max(len(loop.multiplications) for loop in found)
+    return [loop for loop in found if 2 * len(loop.multiplications) >= most]
+
+
+def _features(isa: Isa) -> str:
+    return ",".join(isa.features)
+
+
+@functools.cache
+def _peak(isa: Isa, instruction: str) -> float:
+    """Cycles of one multiplication where nothing else is done and none waits for another."""
+    operands = {"fmla": "v30.4s, v31.s[0]", "sdot": "v30.16b, v31.4b[0]", "smmla": "v30.16b, v31.16b"}[instruction]
+    count = 24
+    lines = [f"{instruction} v{i}.4s, {operands}" for i in range(count)]
+    return cycles(lines, isa.cpu or "generic", _features(isa)) / count
+
+
+@pytest.mark.skipif(mca() is None, reason="llvm-mca is not installed")
+@pytest.mark.parametrize(("device", "instruction", "make", "share", "peak"), _named())
+def test_inner_loops_multiply_most_of_the_time_and_keep_everything_in_registers(
+    device: str, instruction: str, make: Callable[[Isa], Any], share: float, peak: float
+) -> None:
+    isa = ISAS[device]
+    kernel = make(isa)
+    for loop in _main_loops(kernel):
+        told = "\n".join(loop.lines)
+        assert all(line.startswith(instruction) for line in loop.multiplications), told
+        assert loop.share >= share, told
+        assert not loop.spills, told
+        estimated = _peak(isa, instruction) * len(loop.multiplications) / cycles(loop.lines, device, _features(isa))
+        assert estimated >= peak, told
+
+
+def test_a_tile_with_too_many_accumulators_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    kernel = Gemm(ISAS["cortex-a76"], "f32", 128, 768, 768, _RELU)
+    monkeypatch.setitem(kernel.__dict__, "tile", (8, 4))
+    assert any(loop.spills for loop in _main_loops(kernel))
+
+
+def test_loops_are_found_through_branches_out_of_them() -> None:
+    listing = """
+f:
+    mov x0, #0
+.LBB0_1:
+    mov x1, #0
+.LBB0_2:
+    ldr q0, [x2], #16
+    cbz x3, .LBB0_4
+    fmla v1.4s, v0.4s, v2.s[0]
+    str q1, [sp, #16]
+.LBB0_3:
+    b.ne .LBB0_2
+    b.ne .LBB0_1
+    ret
+.LBB0_4:
+    add x1, x1, #1
+    b .LBB0_3
+"""
+    (loop,) = innermost_loops(listing)
+    assert len(loop.lines) == 7
+    assert loop.spills == ("str q1, [sp, #16]",)
+    assert loop.share == pytest.approx(1 / 7)
