@@ -28,7 +28,6 @@ from graphopt_backends.kernels.emit import (
     share,
     splits,
     spread,
-    start_of,
     store,
     tirx,
     when,
@@ -36,7 +35,7 @@ from graphopt_backends.kernels.emit import (
 from graphopt_backends.kernels.epilogue import PLAIN, Epilogue, Result, begin, finish
 from graphopt_backends.kernels.gemm import pack_columns, pack_matrix
 from graphopt_backends.kernels.multiply import Kind, Multiply
-from graphopt_backends.kernels.tile import SET_BYTES, Panel, Rows, Walk, accumulate, rectangle_of
+from graphopt_backends.kernels.tile import SET_BYTES, Panel, Rows, Tiles, Walk, accumulate, rectangle_of
 
 __all__ = ["Conv", "Window"]
 
@@ -181,14 +180,14 @@ class Conv:
         return self.window.size[0] * self._runs * self._packed_run
 
     @cached_property
-    def _blocks(self) -> tuple[tuple[int, int, int], ...]:
-        """Blocks of rows of the result: start, number, height."""
-        return splits(self.result_size[0], self.tile[0])
+    def _blocks(self) -> Tiles:
+        """Blocks of rows of the result."""
+        return Tiles(self.result_size[0], self.tile[0])
 
     @cached_property
     def _band(self) -> int:
         """Blocks of a band: what the loops read for it takes half of the cache, with the weight or without."""
-        count = sum(block[1] for block in self._blocks)
+        count = self._blocks.count
         if not self._copies:
             return count
         row = self._row * self.multiply.element_bytes
@@ -203,19 +202,19 @@ class Conv:
 
     @property
     def _bands(self) -> int:
-        return -(-sum(block[1] for block in self._blocks) // self._band)
+        return -(-self._blocks.count // self._band)
 
     @property
     def _band_rows(self) -> int:
         """Rows of the image that a band needs at most."""
-        high = max(block[2] for block in self._blocks)
-        return (self._band * high - 1) * self.window.strides[0] + self._reach + 1
+        return (self._band * self._blocks.highest - 1) * self.window.strides[0] + self._reach + 1
 
     @cached_property
     def _pace(self) -> int:
-        """Weights of the next panel that are fetched for each k of a tile; 0 where they stay in the cache."""
+        """Weights of the next panel fetched for each k of a tile; ARM CPUs see by themselves what comes next."""
         weight = self.groups * self._group_panels * self._panel * self.packed_depth * self.multiply.element_bytes
-        return 0 if weight <= self.isa.level2_bytes // 2 else -(-self._panel // (self._band * self._row_tiles))
+        stays = self.isa.lane_operands or weight <= self.isa.level2_bytes // 2
+        return 0 if stays else -(-self._panel // (self._band * self._row_tiles))
 
     @cached_property
     def _row_tiles(self) -> int:
@@ -278,7 +277,7 @@ class Conv:
             image = bind(tirx.truncdiv(unit, panels * self._bands))
             if self._copies:
                 when(tirx.any(panel == 0, unit == first), lambda: self._copy(frame, image, band))
-            count = sum(block[1] for block in self._blocks)
+            count = self._blocks.count
             blocks = bind(tirx.min(self._band, count - band * self._band)) if self._bands > 1 else count
             with loop(blocks) as i:
                 self._block(frame, image, band, i, panel)
@@ -286,7 +285,7 @@ class Conv:
     def _copy(self, frame: Frame, image: Any, band: Any) -> None:
         """Copy the rows of the image that a band needs, with their border."""
         top, left, _, _ = self.window.pads
-        first = bind(start_of(self._blocks, band * self._band) * self.window.strides[0] - top)
+        first = bind(self._blocks.start(band * self._band) * self.window.strides[0] - top)
         row = self.width * self.channels
         source_pitch = self.source_pitch or self.channels
         with loop(self._band_rows) as i:
@@ -318,9 +317,9 @@ class Conv:
 
     def _block(self, frame: Frame, image: Any, band: Any, number: Any, panel: Any) -> None:
         block = bind(band * self._band + number)
-        row = bind(start_of(self._blocks, block))
+        row = bind(self._blocks.start(block))
         if self._copies:
-            start = bind((row - start_of(self._blocks, band * self._band)) * (self.window.strides[0] * self._row))
+            start = bind((row - self._blocks.start(band * self._band)) * (self.window.strides[0] * self._row))
         else:
             start = bind((image * self.height + row * self.window.strides[0]) * self._row)
         ahead = 0
@@ -328,11 +327,7 @@ class Conv:
             below = (panel + 1) * (self.packed_depth * self._panel)
             ahead = bind(below + number * (self._row_tiles * self.packed_depth * self._pace))
         place = _Place(image, row, start, panel, ahead)
-        if len(self._blocks) == 1:
-            self._columns(frame, place, self._blocks[0][2])
-        else:
-            (_, count, high), (_, _, low) = self._blocks
-            either(block < count, lambda: self._columns(frame, place, high), lambda: self._columns(frame, place, low))
+        self._blocks.visit(block, lambda _, high: self._columns(frame, place, high))
 
     def _columns(self, frame: Frame, place: _Place, high: int) -> None:
         before = 0

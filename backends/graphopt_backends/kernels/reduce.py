@@ -102,15 +102,26 @@ class Reduce:
             )
 
     def _column(self, frame: Frame, row: Any, column: Any, count: int) -> None:
-        lanes, total = self.isa.vector_bits // 32, local(self.isa.vector_bits // 32, "float32")
-        store(total, constant(_START[self.operator], "float32", lanes), 0, lanes)
+        lanes, combine = self.isa.vector_bits // 32, _COMBINE[self.operator]
+        totals = [local(lanes, "float32") for _ in range(min(_PARALLEL, self.reduced))]
+        for total in totals:
+            store(total, constant(_START[self.operator], "float32", lanes), 0, lanes)
         start = bind(row * (self.reduced * self.inner) + column)
-        with loop(self.reduced) as i:
+
+        def take(total: Any, i: Any) -> None:
             value = load_first(frame["source"], start + i * self.inner, lanes, count, "float32")
-            value = self._prepared(value, lanes)
-            store(total, _COMBINE[self.operator](load(total, 0, lanes), value), 0, lanes)
-        result = self._finished(load(total, 0, lanes), lanes)
-        store_first(frame["result"], result, row * self.inner + column, lanes, count)
+            store(total, combine(load(total, 0, lanes), self._prepared(bind(value), lanes)), 0, lanes)
+
+        turns, more = divmod(self.reduced, len(totals))
+        with loop(turns) as i:
+            for j, total in enumerate(totals):
+                take(total, i * len(totals) + j)
+        for j in range(more):
+            take(totals[j], turns * len(totals) + j)
+        vector = load(totals[0], 0, lanes)
+        for total in totals[1:]:
+            vector = combine(vector, load(total, 0, lanes))
+        store_first(frame["result"], self._finished(bind(vector), lanes), row * self.inner + column, lanes, count)
 
     def _prepared(self, value: Any, lanes: int) -> Any:
         return evaluate(self.before, [value], lanes)

@@ -138,6 +138,11 @@ class Tiles:
         """Number of tiles."""
         return sum(block[1] for block in self._blocks)
 
+    @property
+    def highest(self) -> int:
+        """Rows of the highest."""
+        return max(block[2] for block in self._blocks)
+
     def start(self, index: Any) -> Any:
         """The first row of a tile; one behind the last gives the number of rows."""
         return start_of(self._blocks, index)

@@ -149,8 +149,8 @@ class Network:
         return result
 
     def copy(self, source: View, result: View, node: ir.Node | None = None) -> None:
-        """Copy elements."""
-        nodes = [node] if node is not None else []
+        """Copy elements, repeated to the shape of the result."""
+        nodes, source = [node] if node is not None else [], source.broadcast(result.shape)
         turned = transpose_of(self.isa, source.dtype, result.shape, source.strides, result.strides)
         if turned is not None:
             self.call(turned, [source, result], *nodes)

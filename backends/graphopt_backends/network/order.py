@@ -5,10 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 
-import numpy as np
 import onnx_ir as ir
 
-from graphopt_backends._fold import is_constant
+from graphopt_backends._fold import is_constant, static_shape
 from graphopt_backends.kernels.order import Cumulate, Extreme, Top
 from graphopt_backends.kernels.total import Combination, Total
 from graphopt_backends.network.network import Network, constant_of, dtype_of, shape_of
@@ -93,8 +92,10 @@ def _total_check(node: ir.Node) -> bool:
 
 
 def _is_plain(node: ir.Node) -> bool:
-    value = node.inputs[0]
-    return value is not None and value.dtype in _KINDS and bool(np.prod(shape_of(value)))
+    """All shapes are fixed, and there is something to look at."""
+    value, shape = node.inputs[0], static_shape(node.inputs[0])
+    fixed = shape is not None and 0 not in shape and static_shape(node.outputs[0]) is not None
+    return fixed and value is not None and value.dtype in _KINDS
 
 
 def _cumulate_check(node: ir.Node) -> bool:
@@ -104,7 +105,7 @@ def _cumulate_check(node: ir.Node) -> bool:
 def _top_check(node: ir.Node) -> bool:
     return (
         _is_plain(node) and is_constant(node.inputs[1]) and len(node.outputs) == 2
-        and dtype_of(node.outputs[1]) == "int64" and bool(np.prod(shape_of(node.outputs[0])))
+        and dtype_of(node.outputs[1]) == "int64" and 0 not in shape_of(node.outputs[0])
     )  # fmt: skip
 
 

@@ -99,7 +99,9 @@ def _reduced(
     output = node.outputs[0]
     kept_order = [axis for axis in order if axis not in axes]
     keeps = len(shape_of(output)) == source.rank
-    if keeps:
+    if kept_order == sorted(kept_order):
+        result = network.new(output)
+    elif keeps:
         result = network.new(output, (*kept_order, *axes))
     else:
         ranks = {axis: i for i, axis in enumerate(sorted(kept_order))}

@@ -13,7 +13,7 @@ from dataclasses import replace
 import numpy as np
 import onnx_ir as ir
 
-from graphopt_backends._fold import is_constant
+from graphopt_backends._fold import is_constant, static_shape
 from graphopt_backends.kernels.expression import Expression, call, number, operand
 from graphopt_backends.kernels.lookup import Lookup
 from graphopt_backends.kernels.scatter import Combine, Scatter
@@ -198,7 +198,8 @@ def _check(node: ir.Node) -> bool:
     known = ("none", "add", "mul", "max", "min")
     plain = node.attributes.get_string("reduction", "none") in known
     kinds = (ir.DataType.INT32, ir.DataType.INT64)
-    return plain and node.inputs[1] is not None and node.inputs[1].dtype in kinds
+    fixed = all(static_shape(value) is not None for value in (*node.inputs, node.outputs[0]))
+    return plain and fixed and node.inputs[1] is not None and node.inputs[1].dtype in kinds
 
 
 CONVERTERS: Mapping[str, Callable[[Network, ir.Node, Region | None], None]] = {

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import onnx
 import onnx_ir as ir
@@ -52,6 +54,30 @@ def test_rows_that_fight_for_places_in_the_cache_are_copied_and_right(
     np.testing.assert_allclose(
         run(kernel, [a, kernel.pack(w)], np.empty((rows, 50), np.float32)), a @ w, rtol=1e-4, atol=1e-3
     )
+
+
+@few
+@given(isas, st.integers(17, 70), st.integers(1, 100), st.sampled_from([576, 640, 768, 1024]), st.integers(0, 9))
+def test_sums_are_put_aside_between_blocks_of_a_depth_that_no_cache_holds(
+    isa: Isa, rows: int, columns: int, depth: int, seed: int
+) -> None:
+    a, w, b = _drawn(seed, rows, depth), _drawn(seed + 1, depth, columns), _drawn(seed + 2, columns)
+    small = replace(isa, level2_bytes=8 << 10)
+    kernel = Gemm(small, "f32", rows, columns, depth, Epilogue(call("max", operand(0), number(0)), (), bias=True))
+    got = run(kernel, [a, kernel.pack(w), kernel.pack_column(b)], np.empty((rows, columns), np.float32))
+    np.testing.assert_allclose(got, np.maximum(a @ w + b, 0), rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize("isa", ISAS, ids=lambda isa: isa.name)
+@pytest.mark.parametrize("size", [7, 11])
+def test_a_convolution_whose_weight_no_cache_holds_is_right(isa: Isa, size: int) -> None:
+    x, w, b = _drawn(1, 1, 20, size, size), _drawn(2, 70, 20, 3, 3), _drawn(3, 70)
+    window = Window((3, 3), pads=(1, 1, 1, 1))
+    small = replace(isa, level2_bytes=8 << 10)
+    kernel = Conv(small, "f32", 1, size, size, 20, 70, window, epilogue=Epilogue(bias=True))
+    operands = [x.transpose(0, 2, 3, 1), kernel.pack(w), kernel.pack_column(b)]
+    got = run(kernel, operands, np.empty((1, size, size, 70), np.float32))
+    np.testing.assert_allclose(got.transpose(0, 3, 1, 2), _convolved(x, w, b, window, 1), rtol=1e-4, atol=1e-4)
 
 
 @few
