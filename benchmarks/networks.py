@@ -1,4 +1,4 @@
-"""Compiled networks beside ONNX Runtime: GRAPHOPT_ZOO=... python benchmarks/networks.py [NETWORK ...] [--forms float,int8].
+"""Compiled networks beside ONNX Runtime: GRAPHOPT_ZOO=... python benchmarks/networks.py [NETWORK ...] [--forms FORMS].
 
 Every network is compiled for this machine's CPU and run by its library and by ONNX Runtime: the float model, the QDQ
 model that `quant` makes of it (the same file for both), and a decoder with blockwise INT4 weights. One process for each
@@ -95,8 +95,8 @@ def main() -> None:
     head = ("network", "form", "threads", "ORT ms", "ours ms", "ORT / ours", "float / ours", "max diff", "remarks")
     notes = (
         f"Batch 1, target `{options.target}`; medians of {options.rounds} interleaved rounds of {options.seconds:g} s. "
-        "INT8: the same QDQ model in both. `float / ours`: our library of the float model against that of the quantized one. "
-        "`max diff`: largest difference of outputs, over the largest output."
+        "INT8: the same QDQ model in both. `float / ours`: our library of the float model against that of the "
+        "quantized one. `max diff`: largest difference of outputs, over the largest output."
     )
     tables.write(options.name, "Compiled networks beside ONNX Runtime", head, rows, notes)
 

@@ -96,11 +96,8 @@ def _row(zoo: Any, name: str, backend: Backend, target: Target, options: argpars
         compiled, plain = Compiled(backend, target, folder, plan), zoo.session(source)
         diff = _difference(zoo, case, compiled, plain, data)
         scores = [zoo.score(name, session, limit=options.limit) for session in (plain, compiled)]
-    counts = Counter({"kernels": int(build.facts.get("steps", 0))})
-    runners = [f"{counts['kernels']} steps of kernels"]
-    runners += [
-        f"{build.facts[key]} {key}" for key in ("nodes run by tvm", "nodes run by onnxruntime") if key in build.facts
-    ]
+    runners = [f"{build.facts.get('steps', 0)} steps of kernels"]
+    runners += [f"{build.facts[key]} {key}" for key in sorted(build.facts) if key.startswith("nodes run by")]
     values = (f"{score['value']:.4g}" for score in scores)
     return "; ".join(runners), f"{diff:.1e}", scores[0]["metric"], *values, f"{took:.1f}"
 
