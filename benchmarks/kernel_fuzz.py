@@ -19,10 +19,10 @@ import tables
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
-from kernel_cases import FAMILIES, Case, check, drawn  # noqa: E402
-from kernel_program import ISAS, Crash, command_of, run_all  # noqa: E402
+from kernel_cases import FAMILIES, Case, check, drawn
+from kernel_program import ISAS, ProgramError, command_of, run_all
 
-from graphopt.targets import Isa  # noqa: E402
+from graphopt.targets import Isa
 
 _SHARES = {"gemm": 3, "conv": 3, "depthwise": 2, "batched": 2}
 """Parts of the cases that families get; the others get one."""
@@ -63,11 +63,11 @@ def _failures(cases: Sequence[Case], isa: Isa) -> Iterator[Failure]:
         some = cases[first : first + _AT_ONCE]
         try:
             yield from _wrong(some, isa)
-        except Crash:
+        except ProgramError:
             for case in some:  # one by one, so that the others are checked too
                 try:
                     yield from _wrong([case], isa)
-                except Crash as e:
+                except ProgramError as e:
                     yield case, str(e)
 
 
@@ -75,7 +75,7 @@ def _wrong(cases: Sequence[Case], isa: Isa) -> list[Failure]:
     """Cases whose results differ.
 
     Raises:
-        Crash: A kernel touched memory that is not its own.
+        ProgramError: A kernel touched memory that is not its own.
     """
     with tempfile.TemporaryDirectory(prefix="graphopt-") as folder:
         results = run_all(cases, isa, Path(folder))

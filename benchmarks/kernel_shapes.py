@@ -54,7 +54,7 @@ class _Graph:
     nodes: list[onnx.NodeProto] = field(default_factory=list[onnx.NodeProto])
     weights: list[onnx.TensorProto] = field(default_factory=list[onnx.TensorProto])
 
-    def constant(self, array: np.ndarray) -> str:
+    def constant(self, array: np.ndarray | np.generic) -> str:
         name = f"w{len(self.weights)}"
         self.weights.append(numpy_helper.from_array(np.ascontiguousarray(array), name))
         return name

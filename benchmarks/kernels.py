@@ -20,6 +20,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import kernel_shapes
 import numpy as np
@@ -40,18 +41,22 @@ from graphopt_backends.x86 import TARGETS
 
 Call = Callable[[], object]
 
+_RUNTIME: Any = onnxruntime
+"""Without types, which it has for a part of its functions only."""
+
 _THREADS = (1, 2)
 _CORES = {0, 1}
 _PAUSE = 0.06  # threads of the engine that ran before go to sleep
 _LEAST_CALLS = 7
 _GOALS = {"float": 1.15, "INT8": 1.2, "4-bit": 2.0}
-_NOTES = """Ratio: time of ONNX Runtime / time of ours, medians of {rounds} interleaved rounds of {seconds} s each. Up to \
-1.05 either way is a tie. GFLOP/s count a multiplication and an addition as two; rows of softmax and normalization count \
-elements. The peak is that of one core on registers alone, measured here: {peaks}. With two threads it is twice that.
+_NOTES = """Ratio: time of ONNX Runtime / time of ours, medians of {rounds} interleaved rounds of {seconds} s each. Up \
+to 1.05 either way is a tie. GFLOP/s count a multiplication and an addition as two; rows of softmax and normalization \
+count elements. The peak is that of one core on registers alone, measured here: {peaks}. With two threads it is twice that.
 
 Images: ours reads and writes them with their channels together, which is how it keeps them between layers; ONNX \
 Runtime reads and writes planes, and reorders them where its kernels want blocks of channels. So single convolutions \
-flatter ours; chains (`x4`: four layers in one graph) have that cost once for four. ONNX Runtime may use AMX for INT8, \
+flatter ours, but for a copy of the result, which is counted; chains (`x4`: four layers in one graph) have either cost \
+once for four. ONNX Runtime may use AMX for INT8, \
 where the CPU has it; ours uses {device}.
 """
 
@@ -151,23 +156,21 @@ def _compiled(operator: Operator, isa: Isa, folder: Path) -> Path | str:
     return path
 
 
-def _session(
-    model: bytes, feeds: Mapping[str, np.ndarray], threads: int
-) -> tuple[onnxruntime.OrtValue, Call]:  # fmt: skip
+def _session(model: bytes, feeds: Mapping[str, np.ndarray], threads: int) -> tuple[Any, Call]:
     """The output, and a call that fills it: everything is bound before, and no run options are given."""
-    options = onnxruntime.SessionOptions()
+    options = _RUNTIME.SessionOptions()
     options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
     options.log_severity_level = 3
     if threads == 2:
         options.add_session_config_entry("session.intra_op_thread_affinities", "2")  # counted from 1
-    session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+    session = _RUNTIME.InferenceSession(model, options, providers=["CPUExecutionProvider"])
     binding = session.io_binding()
-    held = {name: onnxruntime.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(feed)) for name, feed in feeds.items()}
+    held = {name: _RUNTIME.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(feed)) for name, feed in feeds.items()}
     for name, value in held.items():
         binding.bind_ortvalue_input(name, value)
     (output,) = session.get_outputs()
     dtype = {"tensor(float)": np.float32, "tensor(uint8)": np.uint8}[output.type]
-    result = onnxruntime.OrtValue.ortvalue_from_numpy(np.zeros(output.shape, dtype))
+    result = _RUNTIME.OrtValue.ortvalue_from_numpy(np.zeros(output.shape, dtype))
     binding.bind_ortvalue_output(output.name, result)
 
     def call() -> None:

@@ -76,6 +76,7 @@ _AS_LINUX_SAYS: Mapping[str, str] = {
     "v8.4a": "",
     "v8.6a": "",
     "v9a": "",
+    "vfp4": "vfpv4",
 }
 """LLVM's features that Linux spells in another way; nothing where other features stand for it."""
 

@@ -20,8 +20,8 @@ from graphopt_backends.kernels.depthwise import Depthwise
 from graphopt_backends.kernels.epilogue import Epilogue
 from graphopt_backends.kernels.expression import call, operand
 from graphopt_backends.kernels.gemm import Gemm
-from graphopt_backends.kernels.loops import Loops, merged_axes
 from graphopt_backends.kernels.lookup import Lookup
+from graphopt_backends.kernels.loops import Loops, merged_axes
 from graphopt_backends.kernels.multiply import Kind, Multiply
 from graphopt_backends.kernels.pool import Pool
 from graphopt_backends.kernels.reduce import Reduce

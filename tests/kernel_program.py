@@ -22,7 +22,7 @@ from graphopt_backends.arm import _emulated_cpu, _emulator
 from graphopt_backends.kernels.build import build
 from graphopt_backends.x86 import TARGETS as X86
 
-__all__ = ["ISAS", "Crash", "command_of", "run_all"]
+__all__ = ["ISAS", "ProgramError", "command_of", "run_all"]
 
 _DEVICES = ("avx2", "avx-vnni", "avx512", "avx512-vnni", "cortex-a53", "cortex-a76", "neoverse-v1")
 
@@ -75,7 +75,7 @@ static void keep(const uint8_t* memory, size_t bytes) {
 """
 
 
-class Crash(Exception):
+class ProgramError(Exception):
     """The program ended before it was through."""
 
 
@@ -98,7 +98,7 @@ def run_all(cases: Sequence[Case], isa: Isa, folder: Path) -> list[np.ndarray]:
         folder: For what is built, and what it reads and writes.
 
     Raises:
-        Crash: A kernel touched memory that is not its own.
+        ProgramError: A kernel touched memory that is not its own.
     """
     functions = {tvm.ir.GlobalVar(f"case_{i}"): _exported(case.kernel, f"case_{i}") for i, case in enumerate(cases)}
     made = build(tvm.IRModule(functions), tvm.target.Target(llvm_target(isa, 1)))
@@ -119,7 +119,7 @@ def run_all(cases: Sequence[Case], isa: Isa, folder: Path) -> list[np.ndarray]:
     if done.returncode:
         told = done.stderr.strip().splitlines()[-1:] or [f"exit status {done.returncode}"]
         number = told[0].removeprefix("case ").partition(":")[0]
-        raise Crash(f"{told[0]}: {cases[int(number)].name}" if number.isdigit() else told[0])
+        raise ProgramError(f"{told[0]}: {cases[int(number)].name}" if number.isdigit() else told[0])
     written, at = (folder / "made").read_bytes(), 0
     results: list[np.ndarray] = []
     for case in cases:

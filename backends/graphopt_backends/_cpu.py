@@ -17,12 +17,12 @@ from graphopt.model_io import save_model, weight_bytes
 from graphopt.reference import Feed
 from graphopt.targets import Isa, Target
 from graphopt_backends._compile import compile_library
-from graphopt_backends._deploy import add_example, add_runner, add_tvm_runner
+from graphopt_backends._deploy import add_example, add_header, add_runner, add_tvm_runner
 from graphopt_backends._engines import EMBED_BYTES, Division, divide, lift_weights
 from graphopt_backends._fold import static_shape
 from graphopt_backends._import import import_model
-from graphopt_backends._library import Made, compile_network, signatures
-from graphopt_backends._link import Linker, find_linker
+from graphopt_backends._library import BUILD, BUILD_SCRIPT, Made, compile_network, signatures
+from graphopt_backends._link import Linker, find_linker, links_elsewhere
 from graphopt_backends._lower import Lowered, lower
 from graphopt_backends._native import quiet
 from graphopt_backends._parts import GraphPart
@@ -50,7 +50,7 @@ class CpuBackend(Backend):
 
     def ready(self, target: Target, options: BuildOptions) -> None:
         """Find the compiler."""
-        find_linker(isa_of(target), options.cc)
+        _linker(target, options)
         versions()
 
     def unsupported(self, model: ir.Model, target: Target, options: BuildOptions) -> Sequence[Unsupported]:
@@ -62,13 +62,15 @@ class CpuBackend(Backend):
 
     def build(self, model: ir.Model, target: Target, folder: Path, options: BuildOptions) -> Build:
         """Compile `model` into `model.so`, or with a fallback into numbered parts, beside a runner and an example."""
-        linker = find_linker(isa_of(target), options.cc)
+        linker = _linker(target, options)
         with tempfile.TemporaryDirectory(prefix="graphopt-") as scratch:
             cache = options.cache if options.cache != Path() else Path(scratch)
             lowered = lower(model, options.binding, str(target))
             division = divide(lowered.model)
             if division.refused and options.fallback is None:
                 raise _refusal(target, division.refused.values())
+            if linker is None and len(division.parts) > 1:
+                raise _not_alone(target, division)
             if "tvm" in division.engines.values():
                 runtime_folder(isa_of(target).machine, target.name, cache)
             work = _Work(target, folder, options, linker, cache)
@@ -77,7 +79,10 @@ class CpuBackend(Backend):
             beside = work.companions(plan, lowered.model)
         files = [name for part in plan.parts for name in (part.file, part.weights) if name]
         files += [p.name for p in sorted(folder.glob("model*.ll")) + sorted(folder.glob("model*.s"))]
-        compiled = [part.file for part in plan.parts if part.engine != "onnxruntime"]
+        if linker is None:
+            files = [f"{BUILD}/{path.name}" for path in sorted((folder / BUILD).iterdir())]
+            files += [part.weights for part in plan.parts if part.weights]
+        compiled = [name for name in files if name.endswith((".so", ".o"))]
         facts = _facts(lowered, division, plan, made, work)
         return Build(
             compiled[0] if compiled else None, (*files, PLAN, *beside), facts, tuple(division.refused.values())
@@ -119,7 +124,7 @@ class _Work:
     target: Target
     folder: Path
     options: BuildOptions
-    linker: Linker
+    linker: Linker | None
     cache: Path
 
     @property
@@ -159,6 +164,7 @@ class _Work:
             weights = f"{name.removesuffix('.so')}.weights"
             lifted = lift_weights(part.model)
             write_tensors(self.folder / weights, ((v_name, tensor.numpy()) for v_name, tensor in lifted), PAGE)
+        assert self.linker is not None
         with quiet():
             module = import_model(part.model)
             threads, emit = self.options.threads, self.options.emit
@@ -169,6 +175,9 @@ class _Work:
         """Write what lies beside the libraries."""
         engines = {part.engine for part in plan.parts}
         files: list[str] = []
+        if self.linker is None:
+            ends = signatures(model.graph.inputs), signatures(model.graph.outputs)
+            return [*add_header(self.folder), *add_example(self.folder, plan.parts[0].weights, *ends, self.isa)]
         if "kernels" in engines:
             files += add_runner(self.folder, self.linker, self.isa, self.cache)
         if "tvm" in engines:
@@ -178,6 +187,20 @@ class _Work:
             ends = signatures(model.graph.inputs), signatures(model.graph.outputs)
             files += add_example(self.folder, plan.parts[0].weights, *ends, self.isa)
         return files
+
+
+def _linker(target: Target, options: BuildOptions) -> Linker | None:
+    """What links here; None where a bundle is linked elsewhere."""
+    isa = isa_of(target)
+    return None if links_elsewhere(isa) and not options.cc else find_linker(isa, options.cc)
+
+
+def _not_alone(target: Target, division: Division) -> BackendError:
+    first = next(iter(division.engines))
+    fact = f"brings one library, and no kernel computes {first!r}" + (
+        f" and {len(division.engines) - 1} more nodes" if len(division.engines) > 1 else ""
+    )
+    return BackendError(f"target {target}", fact, "compile for another target")
 
 
 def _refusal(target: Target, refused: Iterable[Unsupported]) -> BackendError:
@@ -205,8 +228,8 @@ def _facts(
         "isa": isa.name,
         "triple": isa.triple,
         "cpu": isa.cpu or "baseline",
-        "linker": work.linker.version(),
-        "kernel_bytes": sum((folder / part.file).stat().st_size for part in libraries),
+        "linker": work.linker.version() if work.linker else f"none: {BUILD}/{BUILD_SCRIPT} links it",
+        "kernel_bytes": sum((folder / part.file).stat().st_size for part in libraries if (folder / part.file).exists()),
         "parts": len(plan.parts),
     }
     if made:

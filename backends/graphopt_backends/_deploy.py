@@ -10,10 +10,10 @@ from pathlib import Path
 
 from graphopt.targets import Isa
 from graphopt_backends._library import SOURCES, Signature
-from graphopt_backends._link import Linker
+from graphopt_backends._link import Linker, c_compiler
 from graphopt_backends._runtime import RUNTIME, copy_runtime
 
-__all__ = ["RUNNERS", "add_example", "add_runner", "add_tvm_runner"]
+__all__ = ["RUNNERS", "add_example", "add_header", "add_runner", "add_tvm_runner"]
 
 RUNNERS = {"kernels": "run", "tvm": "run_tvm"}
 """Programs that run a part on files, by engine."""
@@ -24,6 +24,12 @@ _C_TYPES = {
     "int8": "int8_t", "int16": "int16_t", "int32": "int32_t", "int64": "int64_t",
     "uint8": "uint8_t", "uint16": "uint16_t", "uint32": "uint32_t", "uint64": "uint64_t",
 }  # fmt: skip
+
+
+def add_header(folder: Path) -> tuple[str, ...]:
+    """Put the C header into a bundle; returns its file."""
+    shutil.copyfile(SOURCES / _HEADER, folder / _HEADER)
+    return (_HEADER,)
 
 
 def add_runner(folder: Path, linker: Linker, isa: Isa, cache: Path) -> tuple[str, ...]:
@@ -89,7 +95,7 @@ def add_example(
     """
     text = (SOURCES / "example.c").read_text("utf8")
     for mark, value in {
-        "@COMPILER@": f"{isa.machine}-linux-gnu-gcc",
+        "@COMPILER@": c_compiler(isa),
         "@WEIGHTS@": f'"{weights}"' if weights else "NULL",
         "@INPUTS@": "".join(_array("input", i, t) for i, t in enumerate(inputs)),
         "@INPUT_NAMES@": ", ".join(f"input{i}" for i in range(len(inputs))) or "NULL",

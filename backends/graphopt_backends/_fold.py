@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import numpy as np
 import onnx_ir as ir
@@ -27,7 +29,12 @@ _NEVER = frozenset(
         "Optional", "SequenceConstruct",
     }
 )  # fmt: skip
-_SAME_SHAPE = frozenset({"BiasGelu", "FastGelu", "Gelu", "SkipLayerNormalization"})
+_SAME_SHAPE = frozenset(
+    {
+        "BiasGelu", "FastGelu", "Gelu", "GroupNormalization", "SkipLayerNormalization",
+        "SkipSimplifiedLayerNormalization",
+    }
+)  # fmt: skip
 _LINEAR = frozenset({"Conv", "ConvTranspose", "Gemm", "MatMul"})
 _log = logging.getLogger(__name__)
 
@@ -47,24 +54,57 @@ def fold(model: ir.Model) -> None:
 def infer_shapes(model: ir.Model) -> None:
     """Infer types and shapes in place; what cannot be inferred stays unknown.
 
-    ONNX knows nothing of other domains; operators of com.microsoft that keep the shape of their first input, and
-    MatMulNBits, are helped along.
+    ONNX knows nothing of other domains; operators of com.microsoft that keep the shape of their first input are
+    helped along, and a Gather of as many columns stands in for MatMulNBits.
     """
+    with _stand_ins(model):
+        _infer_shapes(model)
+
+
+def _infer_shapes(model: ir.Model) -> None:
     infer = ir_passes.ShapeInferencePass(check_type=False, strict_mode=False, data_prop=True)
     infer(model)
-    others = [node for graph in model.graphs() for node in graph if node.domain == "com.microsoft"]
+    nodes = [node for graph in model.graphs() for node in graph]
+    others = [node for node in nodes if node.domain == "com.microsoft" or node.op_type in _SAME_SHAPE]
     while sum(_keep_shape(node) for node in others):
         infer(model)
+
+
+@contextmanager
+def _stand_ins(model: ir.Model) -> Iterator[None]:
+    """Let MatMulNBits be a Gather for a while: one pass then infers what lies behind all of them."""
+    found = [
+        (node, tuple(node.inputs), node.attributes.get_int("N", 1))
+        for graph in model.graphs()
+        for node in graph
+        if (node.domain, node.op_type) == ("com.microsoft", "MatMulNBits")
+    ]
+    columns = {
+        size: add_constant(model.graph, f"columns_{size}", np.zeros(size, np.int64)) for size in {n for *_, n in found}
+    }
+    for node, _, size in found:
+        node.domain, node.op_type = "", "Gather"
+        node.attributes["axis"] = ir.AttrInt64("axis", -1)
+        node.resize_inputs(2)
+        node.replace_input_with(1, columns[size])
+    try:
+        yield
+    finally:
+        for node, inputs, _ in found:
+            node.domain, node.op_type = "com.microsoft", "MatMulNBits"
+            del node.attributes["axis"]
+            node.resize_inputs(len(inputs))
+            for i, value in enumerate(inputs):
+                node.replace_input_with(i, value)
+        for value in columns.values():
+            model.graph.initializers.pop(str(value.name))
 
 
 def _keep_shape(node: ir.Node) -> bool:
     source = node.inputs[0] if node.inputs else None
     shape, output = static_shape(source), node.outputs[0]
-    known = node.op_type in _SAME_SHAPE or node.op_type == "MatMulNBits"
-    if not known or source is None or shape is None or static_shape(output) is not None:
+    if node.op_type not in _SAME_SHAPE or source is None or shape is None or static_shape(output) is not None:
         return False
-    if node.op_type == "MatMulNBits":
-        shape = (*shape[:-1], node.attributes.get_int("N", 0))
     output.shape = ir.Shape(shape)
     output.type = output.type or source.type
     return True

@@ -19,10 +19,13 @@ import onnx_ir as ir
 from graphopt.errors import BackendError, WriteError
 from graphopt.targets import Isa
 from graphopt_backends._compile import llvm_target
-from graphopt_backends._link import Linker
+from graphopt_backends._link import Linker, c_compiler
 from graphopt_backends.network.steps import ENTRY, PEAK, Step
 
-__all__ = ["EMBEDDED_BYTES", "RUNTIME_SOURCES", "SOURCES", "Made", "Signature", "compile_network", "signatures"]
+__all__ = [
+    "BUILD", "BUILD_SCRIPT", "EMBEDDED_BYTES", "RUNTIME_SOURCES", "SOURCES", "Made", "Signature", "compile_network",
+    "signatures",
+]  # fmt: skip
 
 EMBEDDED_BYTES = 64 << 20
 """Weights above this lie in a file beside the library, which is mapped when it is loaded."""
@@ -32,6 +35,9 @@ SOURCES = Path(__file__).parent / "runtime"
 
 RUNTIME_SOURCES = ("graphopt.h", "loops.h", "cpu.h", "cpu.c", "runtime.c")
 """What a library is linked with; C11 and POSIX threads."""
+
+BUILD, BUILD_SCRIPT = "build", "build.sh"
+"""Folder of a bundle that is to be linked elsewhere, and what links it."""
 
 _COMPILED = ("cpu.c", "runtime.c")
 _HEADERS, _EXPORTS = ("graphopt.h", "loops.h"), "exports.map"
@@ -78,7 +84,7 @@ class Made:
 
 
 def compile_network(
-    model: ir.Model, isa: Isa, target: str, path: Path, linker: Linker, cache: Path, emit: Sequence[str] = ()
+    model: ir.Model, isa: Isa, target: str, path: Path, linker: Linker | None, cache: Path, emit: Sequence[str] = ()
 ) -> Made:
     """Compile a lowered model, all of whose nodes kernels compute, into the library `path`.
 
@@ -89,7 +95,8 @@ def compile_network(
         isa: The CPU.
         target: What is compiled for, for messages of the library.
         path: Where it goes.
-        linker: A C compiler for the CPU.
+        linker: A C compiler for the CPU; None: object code, sources and the command that links them go into the
+            folder `build` beside `path`.
         cache: Where the compiled runtime is kept.
         emit: `asm` and `source` write listings beside it.
 
@@ -128,7 +135,10 @@ def compile_network(
             weights.nbytes, weights.digest, assembled.workspace, assembled.scratch, not separate,
         )  # fmt: skip
         (folder / _DESCRIPTION).write_text(_description(facts), "utf8")
-        _link(folder, path, linker, isa.machine, cache)
+        if linker is None:
+            _ship(folder, path.parent / BUILD, isa, embedded=not separate)
+        else:
+            _link(folder, path, linker, isa.machine, cache)
         if separate:
             (folder / _WEIGHTS).replace(path.with_suffix(".weights"))
     kernels = len({step.kernel for step in assembled.steps})
@@ -144,6 +154,20 @@ def _link(folder: Path, path: Path, linker: Linker, machine: str, cache: Path) -
     runtime = _runtime_objects(linker, machine, cache)
     own = (_OBJECT, str(Path(_DESCRIPTION).with_suffix(".o")))
     linker.library(path, folder, (*own, *(str(path) for path in runtime)), _EXPORTS)
+
+
+def _ship(folder: Path, target: Path, isa: Isa, *, embedded: bool) -> None:
+    """Put what a library is linked from into a folder."""
+    target.mkdir()
+    made = (_OBJECT, _DESCRIPTION, *([_WEIGHTS] if embedded else []))
+    for name in made:
+        shutil.copyfile(folder / name, target / name)
+    for name in (*RUNTIME_SOURCES, _EXPORTS):
+        shutil.copyfile(SOURCES / name, target / name)
+    script = (SOURCES / BUILD_SCRIPT).read_text("utf8")
+    compiler = c_compiler(isa)
+    (target / BUILD_SCRIPT).write_text(script.replace("@TRIPLE@", isa.triple).replace("@COMPILER@", compiler), "utf8")
+    (target / BUILD_SCRIPT).chmod(0o755)
 
 
 def _runtime_objects(linker: Linker, machine: str, cache: Path) -> list[Path]:

@@ -15,7 +15,7 @@ from pathlib import Path
 from graphopt.errors import BackendError
 from graphopt.targets import Isa
 
-__all__ = ["Linker", "find_linker", "known_linkers"]
+__all__ = ["Linker", "c_compiler", "find_linker", "known_linkers", "links_elsewhere"]
 
 _REPEATABLE = ("-Wl,--build-id=none", "-s")
 
@@ -109,6 +109,18 @@ def known_linkers(isa: Isa) -> tuple[Linker, ...]:
         target = f"{isa.machine}-linux-gnu.2.28"
         found.append(Linker((sys.executable, "-m", "ziglang", "c++", "-target", target), "zig c++"))
     return tuple(found)
+
+
+def c_compiler(isa: Isa) -> str:
+    """What a C compiler for a CPU is mostly called: Debian's names, and those of the Android NDK."""
+    if isa.triple.endswith("android"):
+        return f"{isa.triple}24-clang"
+    return f"{'arm' if isa.machine.startswith('armv7') else isa.machine}-{isa.triple.partition('-')[2]}-gcc"
+
+
+def links_elsewhere(isa: Isa) -> bool:
+    """True for systems whose C library only their own compilers have: bundles bring object code and sources."""
+    return isa.triple.endswith("android") or isa.machine.startswith("armv7")
 
 
 def find_linker(isa: Isa, given: str | None) -> Linker:

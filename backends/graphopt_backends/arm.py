@@ -14,6 +14,7 @@ from graphopt.errors import BackendError
 from graphopt.targets import IntegerRules, Isa, Target, host_machine
 from graphopt_backends._cpu import CpuBackend, isa_of
 from graphopt_backends._doctor import cached, linkers, tvm_works
+from graphopt_backends._link import links_elsewhere
 from graphopt_backends._plan import Part
 from graphopt_backends._session import Step, in_process, through_program
 
@@ -44,10 +45,24 @@ def _target(
         name=device, triple=_TRIPLE, cpu=device, features=_FEATURES[dot], dot=dot, lane_operands=True,
         level1_bytes=level1 << 10, level2_bytes=level2 << 10, cores=cores,
     )  # fmt: skip
+    return _described(isa, summary, default=default)
+
+
+def _described(isa: Isa, summary: str, *, default: bool = False) -> Target:
     return Target(
-        name="arm", device=device, backend="arm", summary=summary, default=default, round_to=8, isa=isa,
+        name="arm", device=isa.name, backend="arm", summary=summary, default=default, round_to=8, isa=isa,
         integers=IntegerRules(activation="int8"),
     )  # fmt: skip
+
+
+_ANDROID = Isa(
+    name="android", triple="aarch64-linux-android", cpu="cortex-a76", features=_FEATURES["sdot"], dot="sdot",
+    lane_operands=True, level1_bytes=64 << 10, level2_bytes=256 << 10, cores=4,
+)  # fmt: skip
+_ARMV7 = Isa(
+    name="armv7", triple="armv7a-linux-gnueabihf", cpu="cortex-a7", features=("+neon", "+vfp4"), registers=16,
+    lane_operands=True, level2_bytes=128 << 10, cores=4,
+)  # fmt: skip
 
 
 TARGETS = (
@@ -68,6 +83,8 @@ TARGETS = (
     _target(
         "neoverse-v1", "Armv8.4 with matrix products: Graviton 3", dot="i8mm", cores=8, level1=64, level2=1024
     ),
+    _described(_ANDROID, "Android on Armv8.2 with dot products: object code and sources, linked by the NDK"),
+    _described(_ARMV7, "32-bit Armv7 with NEON: object code and sources, linked elsewhere"),
 )  # fmt: skip
 
 
@@ -77,13 +94,19 @@ class ArmBackend(CpuBackend):
     name: ClassVar[str] = "arm"
 
     def how(self, target: Target) -> Obtained:
-        """Executed on ARM, emulated where there is qemu, else compiled only."""
+        """Executed on ARM, emulated where there is qemu, else compiled only; so is what is linked elsewhere."""
+        if links_elsewhere(isa_of(target)):
+            return "compiled only"
         if host_machine() == _MACHINE:
             return "executed"
         return "emulated" if _emulator() and _root() else "compiled only"
 
     def step(self, part: Part, folder: Path, target: Target, threads: int) -> Step:
         """Load a part here, or start it under qemu."""
+        if links_elsewhere(isa_of(target)):
+            raise BackendError(
+                f"target {target}", "compiled only: its object code is linked elsewhere", "build/build.sh"
+            )
         if host_machine() == _MACHINE:
             return in_process(part, folder, threads)
         emulator, root = _emulator(), _root()

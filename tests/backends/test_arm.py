@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import struct
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +17,7 @@ from graphopt.model_io import input_specs, load_model
 from graphopt.reference import Reference, random_feed
 from graphopt_backends._link import known_linkers
 
-_AARCH64 = 183
+_AARCH64, _ARM = 183, 40
 
 
 def _machine(path: Path) -> int:
@@ -134,3 +137,31 @@ def test_resnet20_of_the_zoo_agrees_under_qemu(zoo, arm, arm_cache: Path, tmp_pa
     feed = random_feed(input_specs(model), ShapeBinding(), np.random.default_rng(0))
     output = engine.load(tmp_path, target, 2)(feed)
     np.testing.assert_allclose(output["logits"], Reference(model).run(feed)["logits"], atol=1e-4)
+
+
+@pytest.mark.parametrize("device", ["arm:armv7", "arm:android"])
+def test_what_is_linked_elsewhere_ships_as_object_code_and_sources(
+    device, cnn, backend, cache: Path, tmp_path: Path
+) -> None:
+    engine, target = backend(device)
+    engine.ready(target, BuildOptions(cache=cache))
+    build = engine.build(cnn, target, tmp_path, BuildOptions(cache=cache))
+    assert build.kernel == "build/kernels.o"
+    assert {"build/build.sh", "build/model.c", "build/runtime.c", "graphopt.h", "example.c"} <= set(build.files)
+    assert {p.relative_to(tmp_path).as_posix() for p in tmp_path.rglob("*") if p.is_file()} == {
+        *build.files, "model.plan.json"
+    }  # fmt: skip
+    assert engine.how(target) == "compiled only"
+    with pytest.raises(BackendError, match="linked elsewhere"):
+        engine.load(tmp_path, target, 1)
+
+
+@pytest.mark.slow
+def test_the_script_of_a_32_bit_bundle_links_it(cnn, backend, cache: Path, tmp_path: Path) -> None:
+    pytest.importorskip("ziglang")
+    engine, target = backend("arm:armv7")
+    engine.build(cnn, target, tmp_path, BuildOptions(cache=cache))
+    compiler = f"{sys.executable} -m ziglang cc -target arm-linux-gnueabihf -mcpu=cortex_a7"
+    subprocess.run(["sh", tmp_path / "build" / "build.sh"], env={**os.environ, "CC": compiler}, check=True)
+    head = (tmp_path / "model.so").read_bytes()[:20]
+    assert struct.unpack_from("<H", head, 18)[0] == _ARM

@@ -229,7 +229,9 @@ def accumulate(
                 store(total, constant(0, multiply.sum, lanes), 0, lanes)
             totals = [*totals, zeros]
         _exchange_halves(multiply, totals)
-    _walk(multiply, totals, rows.far(), panel.far(), walks)
+    if multiply.isa.lane_operands:
+        rows, panel = rows.far(), panel.far()
+    _walk(multiply, totals, rows, panel, walks)
     if multiply.rows > 1:
         _exchange_halves(multiply, totals)
 

@@ -1,4 +1,4 @@
-"""Copies that exchange two axes: squares of elements are turned in registers, so that rows are read and written whole."""
+"""Copies that exchange two axes: squares of elements are turned in registers; whole rows are read and written."""
 
 from __future__ import annotations
 
@@ -93,7 +93,9 @@ class Transpose:
             source, result = (bind(begin_of(self.outer, number, strides)) for strides in (self.source, self.result))
 
             def at(i: Any, high: int, j: Any, wide: int) -> None:
-                square(frame, bind(source + j * self.source[-1] + i), bind(result + i * self.result[-1] + j), high, wide)
+                square(
+                    frame, bind(source + j * self.source[-1] + i), bind(result + i * self.result[-1] + j), high, wide
+                )
 
             def along_j(i: Any, high: int) -> None:
                 if square == self._woven:
@@ -147,7 +149,9 @@ class Transpose:
         """One row becomes a few: its elements go to each in turn."""
         lanes = self._lanes
         parts = [
-            bind(load_first(frame["source"], source + k * lanes, lanes, min(lanes, high * wide - k * lanes), self.dtype))
+            bind(
+                load_first(frame["source"], source + k * lanes, lanes, min(lanes, high * wide - k * lanes), self.dtype)
+            )
             if k * lanes < high * wide
             else constant(0, self.dtype, lanes)
             for k in range(high)

@@ -1,4 +1,4 @@
-"""Products with constants of 4 bits, whose blocks have scales of their own.
+"""Products with constants of few bits, whose blocks have scales of their own.
 
 | form | scales | zero points |
 |---|---|---|
@@ -7,7 +7,8 @@
 | MatMul, Gemm of DequantizeLinear | one for each column, or one for all | 4 bits, or none: 0 |
 | MatMul of Gather(table of 16 numbers, Cast(uint4)) | none | none |
 
-Activations stay floats, unless a MatMulNBits allows int8 by an `accuracy_level` of 4.
+Activations are rounded to int8 block by block where ONNX Runtime does that too: in a MatMulNBits whose `accuracy_level`
+is 4, and behind a DequantizeLinear. Weights of 8 bits in blocks become floats when the model is compiled.
 """
 
 from __future__ import annotations
@@ -30,7 +31,9 @@ OPERATORS = frozenset({"Gemm", "MatMul", "MatMulNBits"})
 """Operators that are converted here if `is_supported` says so."""
 
 _CODES = (ir.DataType.INT4, ir.DataType.UINT4)
+_BYTES = (ir.DataType.INT8, ir.DataType.UINT8)
 _INT8_LEVEL = 4
+_MOST_ROUNDED = 128  # activations that share a step where a column has one scale
 _STEP = 16  # what blocks of the kernel are multiples of
 
 
@@ -39,11 +42,12 @@ class _Blocks:
     """A weight.
 
     Attributes:
-        codes: 0 to 15, [depth, columns].
+        codes: 0 to 15, or 0 to 255, [depth, columns].
         scales: [blocks, columns].
         shifts: What is added to the weights of a block, [blocks, columns]; None: nothing.
         block: Rows of a block.
         table: What the codes stand for; empty: code - 8.
+        bits: Of a code.
     """
 
     codes: np.ndarray
@@ -51,6 +55,24 @@ class _Blocks:
     shifts: np.ndarray | None
     block: int
     table: tuple[float, ...] = ()
+    bits: int = 4
+
+    def dense(self) -> np.ndarray:
+        """The numbers that it stands for."""
+        values = np.asarray(self.table, np.float32)[self.codes] if self.table else self.codes - np.float32(MIDDLE)
+        found = values * self._spread(self.scales)
+        return found if self.shifts is None else found + self._spread(self.shifts)
+
+    def _spread(self, values: np.ndarray) -> np.ndarray:
+        return np.repeat(values, self.block, axis=0)[: len(self.codes)]
+
+    def cut(self, most: int) -> _Blocks:
+        """The same in blocks of at most `most` rows, if there is one block and that is larger."""
+        if len(self.scales) > 1 or self.block <= most:
+            return self
+        times = -(-len(self.codes) // most)
+        shifts = None if self.shifts is None else np.repeat(self.shifts, times, axis=0)
+        return replace(self, scales=np.repeat(self.scales, times, axis=0), shifts=shifts, block=most)
 
     def scaled(self, factor: float) -> _Blocks:
         """The same times a number."""
@@ -119,10 +141,11 @@ def _dequantize_check(node: ir.Node, maker: ir.Node) -> bool:
     values, scale = maker.inputs[0], maker.inputs[1]
     if values is None or scale is None or not all(v is None or is_constant(v) for v in maker.inputs):
         return False
-    if values.dtype not in _CODES or len(shape_of(values)) != 2 or scale.dtype != ir.DataType.FLOAT:
+    axis, block = maker.attributes.get_int("axis", 1) % 2, maker.attributes.get_int("block_size", 0)
+    known = values.dtype in _CODES or (values.dtype in _BYTES and block > 0)
+    if not known or len(shape_of(values)) != 2 or scale.dtype != ir.DataType.FLOAT:
         return False
     along = 1 if _is_flipped(node) else 0
-    axis, block = maker.attributes.get_int("axis", 1) % 2, maker.attributes.get_int("block_size", 0)
     if block:
         return axis == along and (block % _STEP == 0 or block >= shape_of(values)[along])
     return int(np.prod(shape_of(scale))) == 1 or axis != along
@@ -148,22 +171,24 @@ def convert(network: Network, node: ir.Node, region: Region) -> None:
         node: The product.
         region: It and what is done with its result.
     """
-    weight, bias = _blocks_of(node), _bias(node)
+    weight, bias, activations = _blocks_of(node), _bias(node), _activations(node)
+    if activations == "int8":
+        weight = weight.cut(_MOST_ROUNDED)
     depth, columns = weight.codes.shape
     flat, pitch = flat_rows(network, network.input(node, 0), depth, node)
     result = network.new(region.result)
     epilogue, operands = float_epilogue(network, region, result, result.rank - 1, bias=bias is not None)
     kernel = Blockwise(
-        network.isa, _activations(node), result.size // columns, columns, depth, weight.block,
+        network.isa, activations, result.size // columns, columns, depth, weight.block,
         weight.shifts is not None, weight.table, epilogue, pitch,
     )  # fmt: skip
     if not kernel.is_known:
         kernel = replace(kernel, activations="float32")
-    if kernel.is_known:
+    if kernel.is_known and weight.bits == 4:
         packed = kernel.pack(weight.codes, weight.scales, weight.shifts)
-    else:  # registers hold no table
+    else:  # bytes, or a table that no register holds
         kernel = Gemm(network.isa, "f32", kernel.rows, columns, depth, epilogue, pitch)
-        packed = kernel.pack(np.asarray(weight.table, np.float32)[weight.codes] * weight.scales)
+        packed = kernel.pack(weight.dense())
     views = [flat, network.constant(packed)]
     if bias is not None:
         values = np.broadcast_to(bias.reshape(-1), (columns,)).astype(np.float32)
@@ -172,8 +197,10 @@ def convert(network: Network, node: ir.Node, region: Region) -> None:
 
 
 def _activations(node: ir.Node) -> Activations:
-    level = node.attributes.get_int("accuracy_level", 0) if node.op_type == "MatMulNBits" else 0
-    return "int8" if level == _INT8_LEVEL else "float32"
+    if node.op_type == "MatMulNBits":
+        return "int8" if node.attributes.get_int("accuracy_level", 0) == _INT8_LEVEL else "float32"
+    maker = _maker(node)
+    return "int8" if maker is not None and maker.op_type == "DequantizeLinear" else "float32"
 
 
 def _bias(node: ir.Node) -> np.ndarray | None:
@@ -227,12 +254,13 @@ def _shifts(scales: np.ndarray, zeros: np.ndarray) -> np.ndarray:
 
 
 def _dequantized(maker: ir.Node, *, flipped: bool) -> _Blocks:
-    values = _array(maker, 0)
-    first = MIDDLE if maker.inputs[0] is not None and maker.inputs[0].dtype == ir.DataType.INT4 else 0
-    codes = (values.astype(np.int8) + first).astype(np.uint8)
-    zeros = np.zeros(1, np.int8)
+    assert maker.inputs[0] is not None
+    dtype = maker.inputs[0].dtype
+    first = 8 if dtype == ir.DataType.INT4 else 128 if dtype == ir.DataType.INT8 else 0  # signed numbers become codes
+    codes = (_array(maker, 0).astype(np.int16) + first).astype(np.uint8)
+    zeros = np.zeros(1, np.int16)
     if len(maker.inputs) > 2 and maker.inputs[2] is not None:
-        zeros = _array(maker, 2).astype(np.int8)
+        zeros = _array(maker, 2).astype(np.int16)
     scales, zeros = _array(maker, 1).astype(np.float32), zeros + first
     if flipped:
         codes, scales = codes.T, scales.T
@@ -245,7 +273,8 @@ def _dequantized(maker: ir.Node, *, flipped: bool) -> _Blocks:
         block = -(-depth // _STEP) * _STEP
     scales = np.broadcast_to(scales, (-(-depth // block), columns))
     zeros = np.broadcast_to(zeros.reshape(1, 1) if zeros.size == 1 else zeros, scales.shape)
-    return _Blocks(codes, scales, None if (zeros == MIDDLE).all() else _shifts(scales, zeros), block)
+    shifts = None if (zeros == MIDDLE).all() else _shifts(scales, zeros)
+    return _Blocks(codes, scales, shifts, block, bits=4 if dtype in _CODES else 8)
 
 
 def _looked_up(maker: ir.Node) -> _Blocks:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 from collections.abc import Callable, Mapping
 
 import onnx_ir as ir
@@ -78,9 +79,19 @@ def convert(model: ir.Model, isa: Isa, weights: Weights) -> Network:
                 _arithmetic(network, region)
         if node in guards:
             choice.put_under(network, before, guards[node], known, guards)
+        _let_go(node)
     for value in graph.outputs:
         _deliver(network, value)
     return network
+
+
+def _let_go(node: ir.Node) -> None:
+    """Give the memory of mapped weights back, which are written by now; who reads them again finds them in the file."""
+    makers = [value.producer() for value in node.inputs if value is not None]
+    for value in (*node.inputs, *(v for maker in makers if maker is not None for v in maker.inputs)):
+        mapped = getattr(value.const_value, "raw", None) if value is not None else None
+        if isinstance(mapped, mmap.mmap):
+            mapped.madvise(mmap.MADV_DONTNEED)
 
 
 def unsupported(model: ir.Model) -> list[ir.Node]:
@@ -152,9 +163,6 @@ def _deliver(network: Network, value: ir.Value) -> None:
     """Let a result be computed where the caller wants it, or copy it there."""
     view = network.view(value)
     if view.buffer.origin == "output" and view.buffer.name == value.name:
-        return
-    if view.buffer.origin == "temporary" and view.is_contiguous and not view.offset and view.size == view.buffer.size:
-        view.buffer.origin, view.buffer.name = "output", str(value.name)
         return
     shape = shape_of(value)
     buffer = Buffer(view.dtype, max(1, int(_product(shape))), "output", str(value.name))

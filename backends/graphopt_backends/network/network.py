@@ -140,7 +140,7 @@ class Network:
         """An expression whose parameters are operands, numbered from `first` on, and where these are."""
         found = parameters(expression)
         operands = {p: operand(first + i, p.dtype) for i, p in enumerate(found)}
-        return substituted(expression, operands), [self.constant(np.array([p.value], p.dtype)) for p in found]
+        return substituted(expression, operands), [self.constant(np.array(p.value, p.dtype)) for p in found]
 
     def copied(self, view: View, order: Sequence[int] | None = None, node: ir.Node | None = None) -> View:
         """The elements in memory of their own, in an order of axes."""

@@ -1,4 +1,7 @@
-"""Resize and Upsample: which pixels each pixel of the result is made of (ONNX operator Resize, opset 10 to 19)."""
+"""Resize and Upsample: which pixels each pixel of the result is made of (ONNX operator Resize, opset 10 to 19).
+
+GridSample, whose pixels are only known when it runs.
+"""
 
 from __future__ import annotations
 
@@ -7,8 +10,9 @@ from collections.abc import Callable, Mapping
 import numpy as np
 import onnx_ir as ir
 
-from graphopt_backends._fold import is_constant
+from graphopt_backends._fold import is_constant, static_shape
 from graphopt_backends.kernels.resample import Resample
+from graphopt_backends.kernels.sample import Sample
 from graphopt_backends.network.linear import channels_last, image_order
 from graphopt_backends.network.network import Network, constant_of, shape_of
 from graphopt_backends.network.regions import Region
@@ -126,6 +130,36 @@ def _check(node: ir.Node) -> bool:
     return plain and coordinates != "tf_crop_and_resize" and (mode == "nearest" or value.dtype == ir.DataType.FLOAT)
 
 
-CONVERTERS: Mapping[str, Callable[[Network, ir.Node, Region | None], None]] = {"Resize": _resize, "Upsample": _resize}
+def _sample(network: Network, node: ir.Node, _: Region | None) -> None:
+    source, pitch = channels_last(network, network.input(node), node)
+    grid, output = network.contiguous(network.input(node, 1), node), node.outputs[0]
+    batch, channels, height, width = source.shape
+    shape = shape_of(output)
+    kernel = Sample(
+        network.isa, batch, (height, width), channels, (shape[2], shape[3]),
+        node.attributes.get_string("mode", "linear") in _LINEAR,
+        node.attributes.get_string("padding_mode", "zeros") == "border",
+        bool(node.attributes.get_int("align_corners", 0)), pitch,
+    )  # fmt: skip
+    network.call(kernel, [source, grid, network.new(output, image_order(4))], node)
 
-CHECKS: Mapping[str, Callable[[ir.Node], bool]] = {"Resize": _check, "Upsample": _check}
+
+_LINEAR = ("linear", "bilinear")
+
+
+def _sample_check(node: ir.Node) -> bool:
+    return (
+        node.outputs[0].dtype == ir.DataType.FLOAT and static_shape(node.outputs[0]) is not None
+        and all(value is not None and len(static_shape(value) or ()) == 4 for value in node.inputs)
+        and node.attributes.get_string("mode", "linear") in (*_LINEAR, "nearest")
+        and node.attributes.get_string("padding_mode", "zeros") in ("zeros", "border")
+    )  # fmt: skip
+
+
+CONVERTERS: Mapping[str, Callable[[Network, ir.Node, Region | None], None]] = {
+    "GridSample": _sample,
+    "Resize": _resize,
+    "Upsample": _resize,
+}
+
+CHECKS: Mapping[str, Callable[[ir.Node], bool]] = {"GridSample": _sample_check, "Resize": _check, "Upsample": _check}

@@ -1,4 +1,4 @@
-"""Machine code for ARM CPUs that nobody here has: what the inner loops consist of, and how fast LLVM thinks they are."""
+"""Machine code for ARM: what inner loops consist of, and how fast LLVM thinks that they are on CPUs of others."""
 
 from __future__ import annotations
 

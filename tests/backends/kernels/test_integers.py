@@ -65,9 +65,8 @@ def _convolutions(isa: Isa) -> list[Case]:
             w = _drawn(random, "int8", -127, 127, (filters, channels // groups, *window.size))
             zero = int(random.integers(limits[0], limits[1]))
             kind: Kind = integer_kind(isa, activation, w)
-            kernel = Conv(
-                isa, kind, 2, 7, 9, channels, filters, window, groups, Epilogue(operand(0, "int32"), (), bias=True), zero
-            )
+            exact = Epilogue(operand(0, "int32"), (), bias=True)
+            kernel = Conv(isa, kind, 2, 7, 9, channels, filters, window, groups, exact, zero)
             sums = w.reshape(filters, -1).sum(1, dtype=np.int64)
             start = -(zero + Multiply(isa, kind).shift) * sums
             arrays = [x, kernel.pack(w), kernel.pack_column(start.astype(np.int32))]
@@ -76,7 +75,7 @@ def _convolutions(isa: Isa) -> list[Case]:
 
 
 def _convolved(x: np.ndarray, w: np.ndarray, zero: int, window: Window, groups: int) -> np.ndarray:
-    """What ONNX Runtime's float64 convolution says of these integers, which it computes exactly."""
+    """ONNX Runtime's convolution of these integers as floats: all sums are below 2^24, so that they are exact."""
     node = helper.make_node(
         "Conv", ["x", "w"], ["y"], strides=window.strides, pads=window.pads, dilations=window.dilations, group=groups
     )

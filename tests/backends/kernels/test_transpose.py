@@ -49,7 +49,11 @@ def test_a_few_channels_are_woven_and_taken_apart(isa: Isa, dtype: str, channels
 
 
 @few
-@given(isas, st.sampled_from([(0, 2, 3, 1), (0, 3, 1, 2), (3, 2, 1, 0), (2, 0, 3, 1)]), st.tuples(*[st.integers(2, 23)] * 4))
+@given(
+    isas,
+    st.sampled_from([(0, 2, 3, 1), (0, 3, 1, 2), (3, 2, 1, 0), (2, 0, 3, 1)]),
+    st.tuples(*[st.integers(2, 23)] * 4),
+)
 def test_four_axes_in_any_order(isa: Isa, axes: tuple[int, ...], shape: tuple[int, int, int, int]) -> None:
     _check(isa, _drawn("float32", *shape), axes)
 

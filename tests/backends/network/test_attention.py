@@ -60,7 +60,7 @@ def check(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Check:
         path, cache = tmp_path / "model.so", tmp_path_factory.getbasetemp() / "objects"
         cache.mkdir(exist_ok=True)
         made = compile_network(lowered, isa, "x86", path, known_linkers(isa)[0], cache)
-        engine = Engine(path, threads=2)
+        engine = Engine(path)
         for seed in range(4):
             feed = _feed(model, seed)
             got = engine.run([feed[str(value.name)] for value in lowered.graph.inputs])

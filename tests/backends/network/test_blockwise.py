@@ -110,6 +110,8 @@ def test_a_matmul_n_bits_equals_onnx_runtime(
         ("MatMul", False, TensorProto.INT4, 0, False),
         ("Gemm", True, TensorProto.UINT4, 0, True),
         ("Gemm", True, TensorProto.INT4, -1, False),
+        ("MatMul", False, TensorProto.UINT8, 32, True),
+        ("Gemm", True, TensorProto.INT8, 16, True),
     ],
 )
 def test_products_of_dequantized_weights_equal_onnx_runtime(
@@ -117,7 +119,9 @@ def test_products_of_dequantized_weights_equal_onnx_runtime(
 ) -> None:
     rng = np.random.default_rng(block + flipped)
     depth, columns = 192, 45
-    least, most = (-8, 8) if dtype == TensorProto.INT4 else (0, 16)
+    bits = 8 if dtype in (TensorProto.INT8, TensorProto.UINT8) else 4
+    least = -(2 ** (bits - 1)) if dtype in (TensorProto.INT4, TensorProto.INT8) else 0
+    most = least + 2**bits
     shape = (columns, depth) if flipped else (depth, columns)
     along, axis = (1, 0) if flipped else (0, 1)
     if block > 0:
@@ -142,7 +146,8 @@ def test_products_of_dequantized_weights_equal_onnx_runtime(
     else:
         nodes.append(helper.make_node("MatMul", ["x", "w"], ["y"], "product"))
     model = _model(nodes, (5,), depth, constants)
-    _check(model, isa, (5, depth), 1e-4, ["Blockwise"])
+    tolerance, kernel = (0.02, "Blockwise") if bits == 4 else (1e-4, "Gemm")
+    _check(model, isa, (5, depth), tolerance, [kernel])
 
 
 @each_isa

@@ -41,7 +41,7 @@ def check(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Check:
         path, cache = tmp_path / "model.so", tmp_path_factory.getbasetemp() / "objects"
         cache.mkdir(exist_ok=True)
         made = compile_network(lowered, isa, "x86", path, known_linkers(isa)[0], cache)
-        engine = Engine(path, threads=2)
+        engine = Engine(path)
         for seed in range(4):
             random = np.random.default_rng(seed)
             feed = {
@@ -59,7 +59,9 @@ def check(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Check:
 
 @isas
 @pytest.mark.parametrize("square", ["Pow(x, two)", "Mul(x, x)"])
-@pytest.mark.parametrize("divide", ["r = Reciprocal(s)\n n = Mul(r, x)", "r = Div(one, s)\n n = Mul(x, r)", "n = Div(x, s)"])
+@pytest.mark.parametrize(
+    "divide", ["r = Reciprocal(s)\n n = Mul(r, x)", "r = Div(one, s)\n n = Mul(x, r)", "n = Div(x, s)"]
+)
 def test_a_root_mean_square_is_one_kernel(check: Check, isa: Isa, square: str, divide: str) -> None:
     check(
         f"""

@@ -94,9 +94,7 @@ g (float[3,33] x) => (float[3,10] y) {
 }"""
 
 
-@pytest.mark.parametrize(
-    ("device", "activation"), [("avx2", "int8"), ("avx512", "uint8"), ("avx512-vnni", "int8")]
-)
+@pytest.mark.parametrize(("device", "activation"), [("avx2", "int8"), ("avx512", "uint8"), ("avx512-vnni", "int8")])
 def test_weights_have_zero_points_and_any_sign(device: str, activation: str) -> None:
     isa = ISAS[device]
     if command_of(isa) is None:
@@ -160,10 +158,15 @@ g (float[1,6,8,8] x) => (float[1,10,8,8] y) {
     xq = QuantizeLinear(x, sx, zx)
     a = QLinearConv<pads=[1,1,1,1]>(xq, sx, zx, w, sw, zw, sy, zy, b)
     c = com.microsoft.QLinearAdd(a, sy, zy, a, sy, zy, sc, zx)
-    d = com.microsoft.QLinearLeakyRelu<alpha=0.1>(c, sc, zx, sc, zx)
-    e = com.microsoft.QLinearSigmoid(d, sc, zx, se, ze)
-    f = com.microsoft.QLinearMul(e, se, ze, d, sc, zx, sc, zx)
-    y = DequantizeLinear(f, sc, zx)
+    y = DequantizeLinear(c, sc, zx)
+}"""
+_ELEMENTWISE = """
+g (float[3,50] x) => (float[3,50] y) {
+    d = QuantizeLinear(x, sc, zx)
+    e = com.microsoft.QLinearLeakyRelu<alpha=0.1>(d, sc, zx, sc, zx)
+    f = com.microsoft.QLinearSigmoid(e, sc, zx, se, ze)
+    g = com.microsoft.QLinearMul(e, sc, zx, f, se, ze, sc, zx)
+    y = DequantizeLinear(g, sc, zx)
 }"""
 
 
@@ -172,11 +175,18 @@ def test_operators_of_integers_are_those_of_a_dequantized_graph() -> None:
     model = model_of(
         _FUSED, sx=sx, zx=np.uint8(120), w=_bytes("int8", 10, 6, 3, 3), sw=sw, zw=np.zeros(10, np.int8),
         sy=np.float32(0.05), zy=np.uint8(110), b=_RANDOM.integers(-999, 999, 10).astype(np.int32),
-        sc=np.float32(0.08), se=np.float32(1 / 256), ze=np.uint8(0),
+        sc=np.float32(0.08),
     )  # fmt: skip
     model.opset_imports["com.microsoft"] = 1
-    ran = _compare(model, (1, 6, 8, 8), step=0.08, few=0.03)
-    assert "Conv" in ran
+    assert "Conv" in _compare(model, (1, 6, 8, 8), step=0.08, few=0.03)
+
+
+def test_element_by_element_operators_of_integers_are_loops() -> None:
+    model = model_of(
+        _ELEMENTWISE, sc=np.float32(0.08), zx=np.uint8(120), se=np.float32(1 / 256), ze=np.uint8(0)
+    )  # fmt: skip
+    model.opset_imports["com.microsoft"] = 1
+    assert set(_compare(model, (3, 50), step=0.08, few=0.03)) == {"Loops"}
 
 
 _SIGNS = """
