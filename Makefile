@@ -16,7 +16,6 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 FIXTURE := fixtures/digits_cnn
 
 demo: $(VENV)/.run tools
-	@$(BIN)/graphopt doctor --fetch arm >/dev/null || echo "make demo: the arm runtime was not fetched (no network?); what is in the cache is used" >&2
 	$(BIN)/graphopt $(FIXTURE)/model.onnx --passes prune,quant --target arm \
 	  --calibration $(FIXTURE)/calib.npz --eval $(FIXTURE)/eval.npz --measure -o demo/digits.arm
 

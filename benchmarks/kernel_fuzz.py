@@ -19,12 +19,13 @@ import tables
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
-from kernel_cases import FAMILIES, Case, check, drawn
+from kernel_case import Case, check, drawn
+from kernel_cases import FAMILIES
 from kernel_program import ISAS, ProgramError, command_of, run_all
 
 from graphopt.targets import Isa
 
-_SHARES = {"gemm": 3, "conv": 3, "depthwise": 2, "batched": 2}
+_SHARES = {"gemm": 3, "conv": 3, "depthwise": 2, "batched": 2, "blockwise": 2}
 """Parts of the cases that families get; the others get one."""
 
 _AT_ONCE = 25

@@ -51,7 +51,8 @@ _LEAST_CALLS = 7
 _GOALS = {"float": 1.15, "INT8": 1.2, "4-bit": 2.0}
 _NOTES = """Ratio: time of ONNX Runtime / time of ours, medians of {rounds} interleaved rounds of {seconds} s each. Up \
 to 1.05 either way is a tie. GFLOP/s count a multiplication and an addition as two; rows of softmax and normalization \
-count elements. The peak is that of one core on registers alone, measured here: {peaks}. With two threads it is twice that.
+count elements. The peak is that of one core on registers alone, measured here: {peaks}. With two threads it is \
+twice that.
 
 Images: ours reads and writes them with their channels together, which is how it keeps them between layers; ONNX \
 Runtime reads and writes planes, and reorders them where its kernels want blocks of channels. So single convolutions \

@@ -14,7 +14,10 @@ from graphopt.model_io import ShapeBinding
 from graphopt.reference import Feed
 from graphopt.targets import Target
 
-__all__ = ["Backend", "Build", "BuildOptions", "Finding", "Obtained", "Profile", "Runnable", "StepTime", "Unsupported"]
+__all__ = [
+    "Backend", "Build", "BuildOptions", "Finding", "Obtained", "Profile", "Runnable", "Runner", "StepTime",
+    "Unsupported",
+]  # fmt: skip
 
 Obtained = Literal["executed", "emulated", "compiled only", "estimated"]
 """How a figure was obtained. Emulated time is never a speed."""
@@ -105,6 +108,21 @@ class BuildOptions:
 
 
 @dataclass(frozen=True)
+class Runner:
+    """What runs an operator of a compiled model.
+
+    Attributes:
+        operator: Its type, as it stands in the graph that was compiled: constants folded, others rewritten.
+        runner: `kernels`, `tvm` for TVM's own lowering, or `onnxruntime`.
+        nodes: How many of them.
+    """
+
+    operator: str
+    runner: str
+    nodes: int
+
+
+@dataclass(frozen=True)
 class Build:
     """What a backend made.
 
@@ -113,12 +131,14 @@ class Build:
         files: Everything written, relative to the bundle.
         facts: Figures and statements for the report, the same on every run: engine, ISA, compiler, sizes, parts.
         fallbacks: Operators that ONNX Runtime runs.
+        runners: What runs each operator, sorted.
     """
 
     kernel: str | None = None
     files: tuple[str, ...] = ()
     facts: Mapping[str, str | int | float | bool] = field(default_factory=dict[str, "str | int | float | bool"])
     fallbacks: tuple[Unsupported, ...] = ()
+    runners: tuple[Runner, ...] = ()
 
 
 class Backend(abc.ABC):

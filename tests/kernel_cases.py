@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
-from typing import Any, get_args
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
-from hypothesis import HealthCheck, Phase, assume, given, seed, settings
+from hypothesis import assume
 from hypothesis import strategies as st
 from hypothesis.strategies import DrawFn, SearchStrategy
+from kernel_case import SEEDS, Case, apart, drawn_pitch, floats, kinds_of, operand_pair, widened
 from kernel_epilogues import Tail, float_tails, integer_tails
 
 from graphopt.targets import Isa
 from graphopt_backends.kernels.batched import Batched
+from graphopt_backends.kernels.blockwise import Blockwise
 from graphopt_backends.kernels.conv import Conv, Window
 from graphopt_backends.kernels.depthwise import Depthwise
 from graphopt_backends.kernels.epilogue import Epilogue
@@ -28,136 +30,7 @@ from graphopt_backends.kernels.reduce import Reduce
 from graphopt_backends.kernels.resample import Resample
 from graphopt_backends.kernels.rows import Normalize, Softmax
 
-__all__ = ["FAMILIES", "Case", "check", "drawn"]
-
-FILL = 171
-"""Byte that results are filled with before."""
-
-_LONG = ("isa", "epilogue")
-_SEEDS = st.integers(0, 2**32 - 1)
-
-
-@dataclass(frozen=True)
-class Case:
-    """A kernel, what it is given, and what it must write.
-
-    Attributes:
-        dtype: Element types, for tables.
-        kernel: What runs.
-        arrays: Its operands, packed.
-        expected: The result.
-        pitch: Elements from row to row of the result as the kernel writes it; 0: its rows follow one another.
-        tolerance: Largest error, relative to the greatest element; 0: none.
-    """
-
-    dtype: str
-    kernel: Any
-    arrays: Sequence[np.ndarray]
-    expected: np.ndarray
-    pitch: int = 0
-    tolerance: float = 0.0
-
-    @property
-    def name(self) -> str:
-        """The kernel in one line."""
-        parts = [str(getattr(self.kernel, field.name)) for field in fields(self.kernel) if field.name not in _LONG]
-        tail = getattr(self.kernel, "epilogue", None)
-        return " ".join(
-            [type(self.kernel).__name__, self.kernel.isa.name, *parts, str(tail.expression) if tail else ""]
-        )
-
-    @property
-    def result(self) -> np.ndarray:
-        """Memory for the result, with what lies between its rows."""
-        columns = self.expected.shape[-1] if self.expected.ndim else 1
-        rows = self.expected.size // columns
-        return np.empty((rows, self.pitch or columns), self.expected.dtype)
-
-
-def check(case: Case, got: np.ndarray) -> None:
-    """Compare what a kernel wrote into `case.result` with what it should have.
-
-    Raises:
-        AssertionError: It differs, or bytes between rows were written.
-    """
-    columns = case.expected.shape[-1] if case.expected.ndim else 1
-    between = np.ascontiguousarray(got[:-1, columns:]).view(np.uint8)
-    assert (between == FILL).all(), f"{case.name}: written between rows"
-    found, expected = got[:, :columns], case.expected.reshape(-1, columns)
-    if not case.tolerance:
-        np.testing.assert_array_equal(found, expected, err_msg=case.name)
-        return
-    most = float(np.abs(expected).max(initial=0.0))
-    np.testing.assert_allclose(
-        found, expected, rtol=case.tolerance, atol=case.tolerance * max(1.0, most), err_msg=case.name
-    )
-
-
-def drawn(cases: SearchStrategy[Case], count: int, number: int) -> list[Case]:
-    """Some cases, always the same for a number."""
-    found: list[Case] = []
-
-    @seed(number)
-    @settings(
-        max_examples=count, deadline=None, database=None, phases=[Phase.generate],
-        suppress_health_check=list(HealthCheck),
-    )  # fmt: skip
-    @given(cases)
-    def collect(case: Case) -> None:
-        found.append(case)
-
-    collect()
-    return found
-
-
-# ---------------------------------------------------------------- operands
-
-
-def _floats(seed: int, *shape: int) -> np.ndarray:
-    return np.random.default_rng(seed).standard_normal(shape, dtype=np.float32)
-
-
-def _bytes(seed: int, dtype: type[np.integer[Any]], *shape: int) -> np.ndarray:
-    """All values of a type, its least and greatest often: sums of products must not saturate."""
-    rng, limits = np.random.default_rng(seed), np.iinfo(dtype)
-    values = rng.integers(limits.min, limits.max + 1, shape)
-    extreme = rng.choice([limits.min, limits.max], shape)
-    return np.where(rng.random(shape) < rng.choice([0.1, 0.9]), extreme, values).astype(dtype)
-
-
-def _pair(seed: int, multiply: Multiply, source: Sequence[int], weight: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
-    """Activations and weights."""
-    if multiply.instruction is None:
-        return _floats(seed, *source), _floats(seed + 1, *weight)
-    weights = _bytes(seed + 1, np.int8, *weight)
-    widest = multiply.instruction.widest
-    if widest:
-        weights = weights.clip(-widest, widest)
-    return _bytes(seed, np.uint8 if multiply.activation == "uint8" else np.int8, *source), weights
-
-
-def _apart(array: np.ndarray, pitch: int) -> np.ndarray:
-    """Rows with something between them that no kernel may use."""
-    rows = array.reshape(-1, array.shape[-1])
-    held = np.full((rows.shape[0], pitch), np.nan if array.dtype.kind == "f" else 77, array.dtype)
-    held[:, : rows.shape[1]] = rows
-    return held
-
-
-def _pitch(draw: DrawFn, columns: int) -> int:
-    """0, or a few elements more than a row has."""
-    return draw(st.sampled_from([0, 0, columns, columns + 3, columns + 32]))
-
-
-def _kinds(isa: Isa) -> SearchStrategy[Kind]:
-    """Element types; narrow weights where they make a difference."""
-    made = {kind: Multiply(isa, kind).instruction for kind in get_args(Kind)}
-    return st.sampled_from([kind for kind, it in made.items() if "narrow" not in kind or (it and it.widest)])
-
-
-def _wide(array: np.ndarray) -> np.ndarray:
-    """Types in which sums are exact."""
-    return array.astype(np.float64 if array.dtype.kind == "f" else np.int64)
+__all__ = ["FAMILIES"]
 
 
 def _tail(draw: DrawFn, kind: Kind, rows: int, columns: int, seed: int) -> Tail:
@@ -189,16 +62,16 @@ def _tolerance(kind: Kind, tail: Tail) -> float:
 
 @st.composite
 def _gemm(draw: DrawFn, isa: Isa) -> Case:
-    kind, seed = draw(_kinds(isa)), draw(_SEEDS)
+    kind, seed = draw(kinds_of(isa)), draw(SEEDS)
     rows, columns = draw(st.integers(1, 70)), draw(st.integers(1, 150))
     depth = draw(st.one_of(st.integers(1, 90), st.sampled_from([512, 1024, 2048])))
-    a, w = _pair(seed, Multiply(isa, kind), (rows, depth), (depth, columns))
+    a, w = operand_pair(seed, Multiply(isa, kind), (rows, depth), (depth, columns))
     tail = _tail(draw, kind, rows, columns, seed)
     epilogue, start = _begun(Multiply(isa, kind), tail, w)
-    source_pitch, result_pitch = _pitch(draw, depth), _pitch(draw, columns)
+    source_pitch, result_pitch = drawn_pitch(draw, depth), drawn_pitch(draw, columns)
     kernel = Gemm(isa, kind, rows, columns, depth, epilogue, source_pitch, result_pitch)
-    arrays = _packed(kernel, _apart(a, source_pitch or depth), w, start, tail)
-    expected = tail.of(_wide(a) @ _wide(w))
+    arrays = _packed(kernel, apart(a, source_pitch or depth), w, start, tail)
+    expected = tail.of(widened(a) @ widened(w))
     return Case(kind, kernel, arrays, expected, result_pitch, _tolerance(kind, tail))
 
 
@@ -207,10 +80,10 @@ def _convolved(x: np.ndarray, w: np.ndarray, window: Window, groups: int, border
     top, left, bottom, right = window.pads
     padded = np.pad(x, ((0, 0), (top, bottom), (left, right), (0, 0)), constant_values=border)
     height, width = window.result(*x.shape[1:3])
-    parts = np.split(_wide(w), groups)
+    parts = np.split(widened(w), groups)
     total = np.zeros((x.shape[0], height, width, w.shape[0]), parts[0].dtype)
     for (i, j), seen in _taps(padded, window, (height, width)):
-        images = np.split(_wide(seen), groups, axis=-1)
+        images = np.split(widened(seen), groups, axis=-1)
         total += np.concatenate([a @ part[:, :, i, j].T for a, part in zip(images, parts, strict=True)], axis=-1)
     return total
 
@@ -245,43 +118,43 @@ def _image(draw: DrawFn, window: Window) -> tuple[int, int, int]:
 
 @st.composite
 def _conv(draw: DrawFn, isa: Isa) -> Case:
-    kind, seed, window = draw(_kinds(isa)), draw(_SEEDS), draw(_windows)
+    kind, seed, window = draw(kinds_of(isa)), draw(SEEDS), draw(_windows)
     batch, height, width = _image(draw, window)
     groups = draw(st.sampled_from([1, 1, 2, 3]))
     channels = groups * draw(st.one_of(st.integers(1, 17), st.just(64)))
     filters = groups * draw(st.integers(1, 70))
     shape = (filters, channels // groups, *window.size)
-    x, w = _pair(seed, Multiply(isa, kind), (batch, height, width, channels), shape)
+    x, w = operand_pair(seed, Multiply(isa, kind), (batch, height, width, channels), shape)
     border = 0 if kind == "f32" else draw(st.integers(int(np.iinfo(x.dtype).min), int(np.iinfo(x.dtype).max)))
     size = window.result(height, width)
     tail = _tail(draw, kind, batch * size[0] * size[1], filters, seed)
     epilogue, start = _begun(Multiply(isa, kind), tail, w.reshape(filters, -1).T)
-    source_pitch, result_pitch = _pitch(draw, channels), _pitch(draw, filters)
+    source_pitch, result_pitch = drawn_pitch(draw, channels), drawn_pitch(draw, filters)
     kernel = Conv(
         isa, kind, batch, height, width, channels, filters, window, groups, epilogue, border, source_pitch,
         result_pitch,
     )  # fmt: skip
-    arrays = _packed(kernel, _apart(x, source_pitch or channels), w, start, tail)
+    arrays = _packed(kernel, apart(x, source_pitch or channels), w, start, tail)
     sums = _convolved(x, w, window, groups, border).reshape(-1, filters)
     return Case(kind, kernel, arrays, tail.of(sums), result_pitch, _tolerance(kind, tail))
 
 
 @st.composite
 def _depthwise(draw: DrawFn, isa: Isa) -> Case:
-    dtype, seed, window = draw(st.sampled_from(["float32", "uint8", "int8"])), draw(_SEEDS), draw(_windows)
+    dtype, seed, window = draw(st.sampled_from(["float32", "uint8", "int8"])), draw(SEEDS), draw(_windows)
     batch, height, width = _image(draw, window)
     channels = draw(st.integers(1, 80))
     kind: Kind = "f32" if dtype == "float32" else "u8s8" if dtype == "uint8" else "s8s8"
-    x, w = _pair(seed, Multiply(isa, kind), (batch, height, width, channels), (channels, 1, *window.size))
+    x, w = operand_pair(seed, Multiply(isa, kind), (batch, height, width, channels), (channels, 1, *window.size))
     zero = 0 if kind == "f32" else draw(st.integers(int(np.iinfo(x.dtype).min), int(np.iinfo(x.dtype).max)))
     size = window.result(height, width)
     tail = draw(float_tails(batch * size[0] * size[1], channels, seed, exact=kind != "f32"))
-    source_pitch, result_pitch = _pitch(draw, channels), _pitch(draw, channels)
+    source_pitch, result_pitch = drawn_pitch(draw, channels), drawn_pitch(draw, channels)
     kernel = Depthwise(
         isa, batch, height, width, channels, window, tail.epilogue, dtype, zero, source_pitch, result_pitch
     )
-    arrays = _packed(kernel, _apart(x, source_pitch or channels), w, tail.bias, tail)
-    sums = _convolved(_wide(x) - zero, w, window, channels, 0).reshape(-1, channels)
+    arrays = _packed(kernel, apart(x, source_pitch or channels), w, tail.bias, tail)
+    sums = _convolved(widened(x) - zero, w, window, channels, 0).reshape(-1, channels)
     return Case(dtype, kernel, arrays, tail.of(sums), result_pitch, _tolerance(kind, tail))
 
 
@@ -289,7 +162,7 @@ def _strided(draw: DrawFn, array: np.ndarray, orders: Sequence[tuple[int, ...]])
     """The same elements as a view of memory in another order of axes, with something behind every row."""
     order = draw(st.sampled_from(orders))
     moved = array.transpose(order)
-    held = _apart(moved, moved.shape[-1] + draw(st.sampled_from([0, 0, 5])))
+    held = apart(moved, moved.shape[-1] + draw(st.sampled_from([0, 0, 5])))
     view = held.reshape(*moved.shape[:-1], held.shape[-1])[..., : moved.shape[-1]]
     return view.transpose(np.argsort(order))
 
@@ -306,9 +179,9 @@ def _memory(array: np.ndarray) -> np.ndarray:
 
 @st.composite
 def _batched(draw: DrawFn, isa: Isa) -> Case:
-    batch, seed = tuple(draw(st.lists(st.integers(1, 4), min_size=1, max_size=2))), draw(_SEEDS)
+    batch, seed = tuple(draw(st.lists(st.integers(1, 4), min_size=1, max_size=2))), draw(SEEDS)
     rows, columns, depth = (draw(st.integers(1, most)) for most in (40, 70, 70))
-    a, b = _floats(seed, *batch, rows, depth), _floats(seed + 1, *batch, depth, columns)
+    a, b = floats(seed, *batch, rows, depth), floats(seed + 1, *batch, depth, columns)
     own = tuple(range(a.ndim))
     swapped = (*own[:-2], own[-1], own[-2])
     heads_inside = (own[0], own[-2], *own[1:-2], own[-1])
@@ -321,9 +194,35 @@ def _batched(draw: DrawFn, isa: Isa) -> Case:
         isa, batch, rows, columns, depth, _elements(left)[:-1], _elements(right), strides[:-1], tail.epilogue,
         tuple((0,) * len(batch) for _ in tail.arrays),
     )  # fmt: skip
-    sums = (_wide(a) @ _wide(b)).reshape(-1, rows, columns)
+    sums = (widened(a) @ widened(b)).reshape(-1, rows, columns)
     expected = np.stack([tail.of(product) for product in sums]).reshape(shape)
     return Case("f32", kernel, [_memory(left), _memory(right), *tail.arrays], expected, 0, 2e-5)
+
+
+@st.composite
+def _blockwise(draw: DrawFn, isa: Isa) -> Case:
+    """Weights of 4 bits; with activations of bytes all numbers are whole, and a step of theirs is one."""
+    rows, columns, depth = draw(st.integers(1, 24)), draw(st.integers(1, 150)), draw(st.integers(1, 300))
+    block, seed, shifted = draw(st.sampled_from([16, 32, 64])), draw(SEEDS), draw(st.booleans())
+    activations = draw(st.sampled_from(["float32", "int8"]))
+    rng, blocks = np.random.default_rng(seed), -(-depth // block)
+    codes = rng.integers(0, 16, (depth, columns)).astype(np.uint8)
+    scales, shifts = floats(seed, blocks, columns), floats(seed + 1, blocks, columns)
+    a = floats(seed + 2, rows, depth)
+    if activations == "int8":
+        scales, shifts = np.ones_like(scales), np.rint(shifts)
+        a = rng.integers(-127, 128, (rows, depth)).astype(np.float32)
+        a[:, ::block] = 127
+    dense = (codes.astype(np.float64) - 8) * scales.repeat(block, 0)[:depth]
+    dense += shifts.repeat(block, 0)[:depth] if shifted else 0
+    source_pitch, result_pitch = drawn_pitch(draw, depth), drawn_pitch(draw, columns)
+    kernel = Blockwise(
+        isa, activations, rows, columns, depth, block, shifted, source_pitch=source_pitch, result_pitch=result_pitch
+    )
+    assume(kernel.is_known)
+    arrays = [apart(a, source_pitch or depth), kernel.pack(codes, scales, shifts if shifted else None)]
+    expected = (a @ dense).astype(np.float32)
+    return Case(activations, kernel, arrays, expected, result_pitch, 0.0 if activations == "int8" else 2e-5)
 
 
 # ---------------------------------------------------------------- images and rows
@@ -331,15 +230,19 @@ def _batched(draw: DrawFn, isa: Isa) -> Case:
 
 @st.composite
 def _pool(draw: DrawFn, isa: Isa) -> Case:
-    kind, window, seed = draw(st.sampled_from(["max", "mean"])), draw(_windows), draw(_SEEDS)
+    kind, window, seed = draw(st.sampled_from(["max", "mean"])), draw(_windows), draw(SEEDS)
     dtype = draw(st.sampled_from([np.float32, np.uint8, np.int8])) if kind == "max" else np.float32
     batch, height, width = _image(draw, window)
     # every window must see a pixel, as ONNX wants
     assume(all(max(window.pads[i], window.pads[i + 2]) < window.size[i] for i in range(2)))
     assume(window.dilations == (1, 1) or not any(window.pads))
     channels, counts = draw(st.integers(1, 80)), draw(st.booleans())
-    x = (_floats(seed, batch, height, width, channels) * 50).astype(dtype)
-    size, source_pitch, result_pitch = window.result(height, width), _pitch(draw, channels), _pitch(draw, channels)
+    x = (floats(seed, batch, height, width, channels) * 50).astype(dtype)
+    size, source_pitch, result_pitch = (
+        window.result(height, width),
+        drawn_pitch(draw, channels),
+        drawn_pitch(draw, channels),
+    )
     kernel = Pool(
         isa, kind, np.dtype(dtype).name, batch, height, width, channels, window, size, counts, source_pitch,
         result_pitch,
@@ -351,26 +254,26 @@ def _pool(draw: DrawFn, isa: Isa) -> Case:
         seen = _taps(np.pad(x, border, constant_values=least), window, size)
         expected = np.max([tap for _, tap in seen], axis=0)
     else:
-        total = np.sum([tap for _, tap in _taps(np.pad(_wide(x), border), window, size)], axis=0)
+        total = np.sum([tap for _, tap in _taps(np.pad(widened(x), border), window, size)], axis=0)
         there = np.sum([tap for _, tap in _taps(np.pad(np.ones(x.shape), border), window, size)], axis=0)
         expected = (total / (math.prod(window.size) if counts else there)).astype(np.float32)
     flat = expected.reshape(-1, channels)
-    return Case(np.dtype(dtype).name, kernel, [_apart(x, source_pitch or channels)], flat, result_pitch, 1e-6)
+    return Case(np.dtype(dtype).name, kernel, [apart(x, source_pitch or channels)], flat, result_pitch, 1e-6)
 
 
 @st.composite
 def _resample(draw: DrawFn, isa: Isa) -> Case:
     batch, height, width, channels = (draw(st.integers(1, most)) for most in (3, 12, 12, 40))
-    rows, columns, seed = draw(st.integers(1, 20)), draw(st.integers(1, 20)), draw(_SEEDS)
+    rows, columns, seed = draw(st.integers(1, 20)), draw(st.integers(1, 20)), draw(SEEDS)
     taps = draw(st.sampled_from([(1, 1), (2, 2), (4, 4), (1, 2)]))
     dtype = draw(st.sampled_from(["float32", "uint8"])) if taps == (1, 1) else "float32"
-    pitch, rng = _pitch(draw, channels), np.random.default_rng(seed)
+    pitch, rng = drawn_pitch(draw, channels), np.random.default_rng(seed)
     x = (rng.random((batch, height, width, channels)) * 100).astype(dtype)
     tables = [rng.integers(0, size, (n, t)).astype(np.int32) for size, n, t in
               ((height, rows, taps[0]), (width, columns, taps[1]))]  # fmt: skip
     weights = [rng.random(table.shape, dtype=np.float32) for table in tables]
     kernel = Resample(isa, dtype, batch, (height, width), channels, (rows, columns), taps, pitch)
-    arrays = [_apart(x, pitch or channels), *tables]
+    arrays = [apart(x, pitch or channels), *tables]
     if taps == (1, 1):
         return Case(dtype, kernel, arrays, x[:, tables[0]][:, :, 0][:, :, tables[1]][:, :, :, 0])
     high, wide = (np.zeros((len(table), size)) for table, size in zip(tables, (height, width), strict=True))
@@ -384,8 +287,8 @@ def _resample(draw: DrawFn, isa: Isa) -> Case:
 @st.composite
 def _softmax(draw: DrawFn, isa: Isa) -> Case:
     rows, columns, logarithm = draw(st.integers(1, 20)), draw(st.integers(1, 300)), draw(st.booleans())
-    x = _floats(draw(_SEEDS), rows, columns) * np.float32(draw(st.sampled_from([1, 8, 100])))
-    shifted = _wide(x - x.max(1, keepdims=True))
+    x = floats(draw(SEEDS), rows, columns) * np.float32(draw(st.sampled_from([1, 8, 100])))
+    shifted = widened(x - x.max(1, keepdims=True))
     expected = shifted - np.log(np.exp(shifted).sum(1, keepdims=True))
     expected = (expected if logarithm else np.exp(expected)).astype(np.float32)
     return Case("f32", Softmax(isa, rows, columns, logarithm), [x], expected, 0, 4e-6)
@@ -393,10 +296,10 @@ def _softmax(draw: DrawFn, isa: Isa) -> Case:
 
 @st.composite
 def _normalize(draw: DrawFn, isa: Isa) -> Case:
-    rows, columns, seed = draw(st.integers(1, 20)), draw(st.integers(1, 300)), draw(_SEEDS)
+    rows, columns, seed = draw(st.integers(1, 20)), draw(st.integers(1, 300)), draw(SEEDS)
     kind, bias = draw(st.sampled_from(["layer", "rms"])), draw(st.booleans())
-    x, scale, shift = _floats(seed, rows, columns), _floats(seed + 1, columns), _floats(seed + 2, columns)
-    wide = _wide(x)
+    x, scale, shift = floats(seed, rows, columns), floats(seed + 1, columns), floats(seed + 2, columns)
+    wide = widened(x)
     centred = wide - wide.mean(1, keepdims=True) if kind == "layer" else wide
     expected = centred / np.sqrt((centred**2).mean(1, keepdims=True) + 1e-5) * scale + (shift if bias else 0)
     kernel = Normalize(isa, kind, rows, columns, 1e-5, bias)
@@ -411,12 +314,12 @@ _REDUCTIONS: Mapping[str, Callable[..., np.ndarray]] = {"sum": np.sum, "mean": n
 def _reduce(draw: DrawFn, isa: Isa) -> Case:
     outer, inner = draw(st.integers(1, 9)), draw(st.one_of(st.just(1), st.integers(1, 70)))
     reduced, operator = draw(st.integers(1, 200)), draw(st.sampled_from(sorted(_REDUCTIONS)))
-    x = _floats(draw(_SEEDS), outer, reduced, inner)
+    x = floats(draw(SEEDS), outer, reduced, inner)
     squared, root = draw(st.booleans()), draw(st.booleans())
     value = operand(0)
     before = call("mul", value, value) if squared else value
     after = call("sqrt", call("abs", value)) if root else value
-    expected = _REDUCTIONS[operator](_wide(x) ** 2 if squared else _wide(x), axis=1)
+    expected = _REDUCTIONS[operator](widened(x) ** 2 if squared else widened(x), axis=1)
     expected = np.sqrt(np.abs(expected)) if root else expected
     # a root of a sum near zero keeps half of its digits only
     tolerance = 2e-2 if root and not squared else 1e-5
@@ -428,13 +331,13 @@ def _reduce(draw: DrawFn, isa: Isa) -> Case:
 def _loops(draw: DrawFn, isa: Isa) -> Case:
     """Views in any order of axes, repeated along some, slices of others, in types of any width."""
     shape = tuple(draw(st.lists(st.integers(1, 20), min_size=1, max_size=4)))
-    dtype, seed = draw(st.sampled_from(["float32", "int32", "int64", "uint8"])), draw(_SEEDS)
+    dtype, seed = draw(st.sampled_from(["float32", "int32", "int64", "uint8"])), draw(SEEDS)
     views: list[np.ndarray] = []
     for i in range(draw(st.integers(1, 3))):
         order = draw(st.permutations(range(len(shape))))
         kept = [1 if draw(st.booleans()) and i else shape[axis] for axis in order]
         steps = [draw(st.sampled_from([1, 1, 1, 2])) for _ in kept]
-        held = (_floats(seed + i, *(size * step for size, step in zip(kept, steps, strict=True))) * 20).astype(dtype)
+        held = (floats(seed + i, *(size * step for size, step in zip(kept, steps, strict=True))) * 20).astype(dtype)
         view = held[tuple(slice(None, None, step) for step in steps)]
         views.append(np.broadcast_to(view.transpose(np.argsort(order)), shape))
     order = draw(st.permutations(range(len(shape))))
@@ -461,14 +364,15 @@ _NUMPY: Mapping[str, Callable[[np.ndarray, np.ndarray], np.ndarray]] = {
 def _lookup(draw: DrawFn, isa: Isa) -> Case:
     outer, length, inner, count = (draw(st.integers(1, most)) for most in (4, 30, 70, 12))
     dtype, numbers = draw(st.sampled_from(["float32", "uint8", "int64"])), draw(st.sampled_from(["int64", "int32"]))
-    rng = np.random.default_rng(draw(_SEEDS))
+    rng = np.random.default_rng(draw(SEEDS))
     x = (rng.random((outer, length, inner)) * 200).astype(dtype)
     rows = rng.integers(-length, length, count).astype(numbers)
     return Case(dtype, Lookup(isa, dtype, outer, length, inner, count, numbers), [x, rows], x[:, rows])
 
 
 FAMILIES: Mapping[str, Callable[[Isa], SearchStrategy[Case]]] = {
-    "gemm": _gemm, "conv": _conv, "depthwise": _depthwise, "batched": _batched, "pool": _pool, "resample": _resample,
-    "softmax": _softmax, "normalize": _normalize, "reduce": _reduce, "loops": _loops, "lookup": _lookup,
+    "gemm": _gemm, "conv": _conv, "depthwise": _depthwise, "batched": _batched, "blockwise": _blockwise, "pool": _pool,
+    "resample": _resample, "softmax": _softmax, "normalize": _normalize, "reduce": _reduce, "loops": _loops,
+    "lookup": _lookup,
 }  # fmt: skip
 """Cases of each family for a CPU."""

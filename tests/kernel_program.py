@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import tvm
-from kernel_cases import Case
+from kernel_case import Case
 
 from graphopt.targets import Isa, host_features, host_machine
 from graphopt_backends._compile import llvm_target

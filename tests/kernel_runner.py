@@ -72,7 +72,7 @@ def loaded(kernel: Any, count: int, folder: Path) -> Any:
     (folder / "team.c").write_text(
         f"int {TAKE}(void* team, int step, int part) {{ return 1; }}\n"
         f"void {DONE}(void* team, int step) {{}}\n"
-        f"void {BEHIND}(void* team, int step, int parts, int meet) {{}}\n"
+        f"void {BEHIND}(void* team, int step, int parts) {{}}\n"
     )
     (folder / "exports").write_text(f"{{ global: {ENTRY}; local: *; }};\n")
     linker = _linker(kernel.isa)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import onnx_ir as ir
 
-from graphopt.backend_base import Backend, Build, BuildOptions, Profile, Runnable, Unsupported
+from graphopt.backend_base import Backend, Build, BuildOptions, Profile, Runnable, Runner, Unsupported
 from graphopt.errors import BackendError
 from graphopt.model_io import save_model, weight_bytes
 from graphopt.reference import Feed
@@ -55,7 +55,7 @@ class CpuBackend(Backend):
 
     def unsupported(self, model: ir.Model, target: Target, options: BuildOptions) -> Sequence[Unsupported]:
         """Name the operators that neither kernels nor TVM can take, and those whose shapes depend on the data."""
-        division = divide(lower(model, options.binding, str(target)).model)
+        division = divide(_lowered(model, target, options).model)
         if "tvm" in division.engines.values():
             runtime_folder(isa_of(target).machine, target.name, options.cache)
         return tuple(division.refused.values())
@@ -65,7 +65,7 @@ class CpuBackend(Backend):
         linker = _linker(target, options)
         with tempfile.TemporaryDirectory(prefix="graphopt-") as scratch:
             cache = options.cache if options.cache != Path() else Path(scratch)
-            lowered = lower(model, options.binding, str(target))
+            lowered = _lowered(model, target, options)
             division = divide(lowered.model)
             if division.refused and options.fallback is None:
                 raise _refusal(target, division.refused.values())
@@ -73,6 +73,7 @@ class CpuBackend(Backend):
                 raise _not_alone(target, division)
             if "tvm" in division.engines.values():
                 runtime_folder(isa_of(target).machine, target.name, cache)
+            runners = _runners(lowered.model, division)
             work = _Work(target, folder, options, linker, cache)
             plan, made = work.parts(lowered.model, division)
             write_plan(plan, folder)
@@ -84,9 +85,8 @@ class CpuBackend(Backend):
             files += [part.weights for part in plan.parts if part.weights]
         compiled = [name for name in files if name.endswith((".so", ".o"))]
         facts = _facts(lowered, division, plan, made, work)
-        return Build(
-            compiled[0] if compiled else None, (*files, PLAN, *beside), facts, tuple(division.refused.values())
-        )
+        refused, files = tuple(division.refused.values()), [*files, PLAN, *beside]
+        return Build(compiled[0] if compiled else None, tuple(files), facts, refused, runners)
 
     def run_all(self, folder: Path, target: Target, feeds: Sequence[Feed], threads: int) -> Sequence[Feed]:
         """Run many feeds; every part is started once."""
@@ -189,6 +189,12 @@ class _Work:
         return files
 
 
+def _lowered(model: ir.Model, target: Target, options: BuildOptions) -> Lowered:
+    from graphopt_backends.network.blockwise import keeps
+
+    return lower(model, options.binding, str(target), keeps)
+
+
 def _linker(target: Target, options: BuildOptions) -> Linker | None:
     """What links here; None where a bundle is linked elsewhere."""
     isa = isa_of(target)
@@ -216,6 +222,11 @@ def _specs(values: Sequence[ir.Value]) -> tuple[TensorSpec, ...]:
         TensorSpec(str(v.name), str(v.dtype.numpy()) if v.dtype is not None else "unknown", static_shape(v))
         for v in values
     )
+
+
+def _runners(model: ir.Model, division: Division) -> tuple[Runner, ...]:
+    found = Counter((node.op_type, division.engines.get(node.name or "", "kernels")) for node in model.graph)
+    return tuple(Runner(*key, nodes) for key, nodes in sorted(found.items()))
 
 
 def _facts(

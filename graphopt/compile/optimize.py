@@ -224,6 +224,7 @@ def _compile(
         files=built.files,
         facts=dict(sorted(built.facts.items())),
         fallbacks=built.fallbacks,
+        runners=built.runners,
     )
     how = backend.how(request.target)
     if how not in ("executed", "emulated"):

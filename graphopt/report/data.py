@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
-from graphopt.backend_base import Obtained, Unsupported
+from graphopt.backend_base import Obtained, Runner, Unsupported
 from graphopt.fidelity import OutputFidelity
 from graphopt.pass_base import Change, Scalar
 
@@ -214,6 +214,7 @@ class BackendReport:
         fallbacks: Operators that ONNX Runtime runs.
         agreement: Distance from the bundle's `model.onnx`; None if it was not run.
         not_run: Why it was not run, such as `compiled only: qemu-aarch64 not found`.
+        runners: What runs each operator.
     """
 
     backend: str
@@ -226,6 +227,7 @@ class BackendReport:
     fallbacks: tuple[Unsupported, ...] = ()
     agreement: Agreement | None = None
     not_run: str | None = None
+    runners: tuple[Runner, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -183,6 +183,9 @@ def backend(report: Report) -> Markup:
         items.append(("Files", ", ".join(made.files)))
     rows = [(tag("span", f.site, cls="name"), f.operator, f.reason) for f in made.fallbacks]
     parts = (tag("h3", "Run by ONNX Runtime"), table(("node", "operator", "reason"), rows)) if rows else ()
+    runners = [(r.operator, r.runner, count(r.nodes)) for r in made.runners]
+    if runners:
+        parts += (tag("h3", "What runs each operator"), table(("operator", "runner", "nodes"), runners, numbers=(2,)))
     lead = join(("How its results were obtained: ", how_badge(made.how)))
     return section("Target", lead, _definitions(items), *parts)
 

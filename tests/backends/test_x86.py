@@ -177,6 +177,7 @@ def test_what_no_kernel_computes_is_lowered_by_tvm(threads, cnn, backend, cache,
     build = x86.build(cnn, target, tmp_path, BuildOptions(cache=cache))
     assert {"model.part0.so", "model.part1.so", "model.part2.so", "run_tvm"} <= set(build.files)
     assert build.facts["nodes run by tvm"] == 1
+    assert {(r.operator, r.runner, r.nodes) for r in build.runners} >= {("Relu", "tvm", 1), ("Conv", "kernels", 3)}
     feeds = _feeds(cnn)
     _agree(cnn, feeds, list(x86.run_all(tmp_path, target, feeds, threads)))
 

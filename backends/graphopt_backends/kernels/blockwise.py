@@ -178,8 +178,9 @@ class Blockwise:
 
     @cached_property
     def _ahead(self) -> int:
-        """Words in front of what is read that are fetched: none where the weight stays in the cache."""
-        return _AHEAD_WORDS if 4 * self.panels * self.blocks * self._words > self.isa.level2_bytes // 2 else 0
+        """Words in front of what is read that are fetched; none where the weight stays in the cache, nor on ARM."""
+        stays = self.isa.lane_operands or 4 * self.panels * self.blocks * self._words <= self.isa.level2_bytes // 2
+        return 0 if stays else _AHEAD_WORDS
 
     @property
     def scratch(self) -> int:

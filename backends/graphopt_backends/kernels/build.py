@@ -23,7 +23,6 @@ def build(module: Any, target: Any) -> Any:
         steps.FlattenBuffer(),
         steps.BF16ComputeLegalize(),
         steps.StmtSimplify(),
-        steps.CommonSubexprElim(),
         steps.BF16StorageLegalize(),
         steps.LowerTVMBuiltin(),
         steps.LowerIntrin(),

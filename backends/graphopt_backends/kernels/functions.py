@@ -134,7 +134,7 @@ def _log_parts(x: Any, lanes: int) -> tuple[Any, Any, Any]:
 
 
 def power(x: Any, y: Any, lanes: int) -> Any:
-    """A number to the power of another; the product in the exponent is a float64, which keeps what matters behind it."""
+    """A number to the power of another; the product in the exponent is a float64 with enough digits behind it."""
 
     def number(value: float) -> Any:
         return constant(value, _DTYPE, lanes)

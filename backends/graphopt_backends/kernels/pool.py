@@ -78,6 +78,17 @@ class Pool:
     def _lanes(self) -> int:
         return self.isa.vector_bits // (8 * np.dtype(self.dtype).itemsize)
 
+    @property
+    def _reaches_out(self) -> bool:
+        """Some windows are not all inside of the image: there is a border, or the last ones are cut."""
+        ends = [
+            (count - 1) * stride + dilation * (size - 1)
+            for count, stride, dilation, size in zip(
+                self.result_size, self.window.strides, self.window.dilations, self.window.size, strict=True
+            )
+        ]
+        return any(self.window.pads) or ends[0] >= self.height or ends[1] >= self.width
+
     def primitive(self, name: str) -> Any:
         """The function: (source, result, task, tasks)."""
         pixels, results = (
@@ -122,7 +133,7 @@ class Pool:
         result = load(total, 0, lanes)
         if self.kind == "mean":
             taps = self.window.size[0] * self.window.size[1]
-            if self.counts_border or not any(self.window.pads):
+            if self.counts_border or not self._reaches_out:
                 result = result * constant(1 / taps, self.dtype, lanes)
             else:
                 seen = (top[2] - top[1]) * (left[2] - left[1])

@@ -197,14 +197,7 @@ class Recurrent:
         if self.cell == "lstm":
             self._begin(frame, block, cell, "first_cell" if self.states[1] else "")
         with loop(self.steps) as turn:
-            step = turn
-            if self.reverse[-1]:
-                backward = block.direction == len(self.reverse) - 1 if not self.reverse[0] else True
-                step = (
-                    bind(tirx.Select(backward, self.steps - 1 - turn, turn))
-                    if backward is not True
-                    else bind(self.steps - 1 - turn)
-                )
+            step = self._number(block, turn)
             odd = tirx.truncmod(turn, 2) if self.steps > 1 else 0
             before, after = bind(odd * self._state), bind((1 - odd) * self._state)
             moment = _Moment(block, step, before, after)
@@ -214,6 +207,15 @@ class Recurrent:
         self._end(frame, block, self.steps % 2 * self._state, "last_hidden")
         if self.cell == "lstm":
             self._end(frame, block, cell, "last_cell")
+
+    def _number(self, block: _Block, turn: Any) -> Any:
+        """Step of the sequence that a turn computes."""
+        if not any(self.reverse):
+            return turn
+        backward = self.steps - 1 - turn
+        if all(self.reverse):
+            return bind(backward)
+        return bind(tirx.Select(block.direction == self.reverse.index(True), backward, turn))
 
     def _panelled(self, body: Callable[[Any], None]) -> None:
         with loop(self._panels) as panel:
@@ -229,15 +231,14 @@ class Recurrent:
         if name:
             for r in range(block.rows):
                 source = (block.direction * self.batch + block.first + r) * self.hidden
-                self._move(frame, frame[name], source, frame["scratch"], at + r * self._padded)
+                self._move(frame[name], source, frame["scratch"], at + r * self._padded)
 
     def _end(self, frame: Frame, block: _Block, at: int, name: str) -> None:
         for r in range(block.rows):
             target = (block.direction * self.batch + block.first + r) * self.hidden
-            self._move(frame, frame["scratch"], at + r * self._padded, frame[name], target)
+            self._move(frame["scratch"], at + r * self._padded, frame[name], target)
 
-    def _move(self, frame: Frame, source: Any, start: Any, target: Any, to: Any) -> None:
-        del frame
+    def _move(self, source: Any, start: Any, target: Any, to: Any) -> None:
         start, to = bind(start), bind(to)
         each_vector(self.hidden, self.multiply.lanes, lambda i, n: store(target, load(source, start + i, n), to + i, n))
 
@@ -315,14 +316,14 @@ class Recurrent:
         number = (moment.step * self.batch + block.first + row) * len(self.reverse) + block.direction
         at = bind(number * self.hidden + first)
         store(frame["scratch"], value, moment.after + row * self._padded + first, lanes)
-        if count == lanes or self._panels == 1:
-            if count:
-                store_first(frame["sequence"], value, at, lanes, count)
+        last = panel == self._panels - 1
+        if count == lanes:
+            store(frame["sequence"], value, at, lanes)
             return
-        last = (lambda: store_first(frame["sequence"], value, at, lanes, count)) if count else (lambda: None)
-        when(panel < self._panels - 1, lambda: store(frame["sequence"], value, at, lanes))
+        if self._panels > 1:
+            when(tirx.Not(last), lambda: store(frame["sequence"], value, at, lanes))
         if count:
-            when(panel == self._panels - 1, last)
+            when(last, lambda: store_first(frame["sequence"], value, at, lanes, count))
 
     def _reset(self, frame: Frame, moment: _Moment, panel: Any) -> None:
         """Update gates, and hidden states times reset gates, for the product of the candidate."""

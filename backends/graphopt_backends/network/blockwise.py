@@ -2,7 +2,7 @@
 
 | form | scales | zero points |
 |---|---|---|
-| MatMulNBits of `com.microsoft`, bits 4 | one for each block of a column | packed bytes, floats, or none: 8 |
+| MatMulNBits of `com.microsoft` | one for each block of a column | packed like weights, floats, or none: the middle |
 | MatMul, Gemm of DequantizeLinear with blocks along k | the same | 4 bits, or none: 0 |
 | MatMul, Gemm of DequantizeLinear | one for each column, or one for all | 4 bits, or none: 0 |
 | MatMul of Gather(table of 16 numbers, Cast(uint4)) | none | none |
@@ -118,7 +118,7 @@ def _n_bits_check(node: ir.Node) -> bool:
     block, inputs = node.attributes.get_int("block_size", 0), [*node.inputs, *[None] * 6]
     constants = [inputs[1], inputs[2], *(value for value in (inputs[3], inputs[5]) if value is not None)]
     return (
-        node.attributes.get_int("bits", 4) == 4 and block > 0 and block % _STEP == 0 and inputs[4] is None
+        node.attributes.get_int("bits", 4) in (4, 8) and block > 0 and block % _STEP == 0 and inputs[4] is None
         and all(is_constant(value) for value in constants)
     )  # fmt: skip
 
@@ -230,17 +230,21 @@ def _blocks_of(node: ir.Node) -> _Blocks:
 
 
 def _n_bits(node: ir.Node) -> _Blocks:
-    """Codes of a column lie together, two in a byte, blocks as they follow each other."""
+    """Codes of a column lie together, two of 4 bits in a byte, blocks as they follow each other."""
     depth, columns = node.attributes.get_int("K", 0), node.attributes.get_int("N", 0)
     block = node.attributes.get_int("block_size", 0)
-    blocks = -(-depth // block)
-    codes = _halves(_array(node, 1).reshape(columns, -1))[:, :depth].T
+    blocks, bits = -(-depth // block), node.attributes.get_int("bits", 4)
+    unpacked = _halves if bits == 4 else np.asarray
+    codes = unpacked(_array(node, 1).reshape(columns, -1))[:, :depth].T
     scales = _array(node, 2).reshape(columns, blocks).astype(np.float32).T
-    if len(node.inputs) < 4 or node.inputs[3] is None:
+    if len(node.inputs) > 3 and node.inputs[3] is not None:
+        zeros = _array(node, 3).reshape(columns, -1)
+        zeros = unpacked(zeros)[:, :blocks].T if zeros.dtype == np.uint8 else zeros.T
+    elif bits == 4:
         return _Blocks(codes, scales, None, block)
-    zeros = _array(node, 3).reshape(columns, -1)
-    zeros = _halves(zeros)[:, :blocks] if zeros.dtype == np.uint8 else zeros
-    return _Blocks(codes, scales, _shifts(scales, zeros.T), block)
+    else:
+        zeros = np.full_like(scales, 128)
+    return _Blocks(codes, scales, _shifts(scales, zeros), block, bits=bits)
 
 
 def _halves(packed: np.ndarray) -> np.ndarray:

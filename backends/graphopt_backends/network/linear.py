@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 
-from graphopt.targets import Isa
 from graphopt_backends._fold import is_constant, static_shape
 from graphopt_backends.kernels.batched import Batched
 from graphopt_backends.kernels.conv import Conv, Window
@@ -25,10 +24,10 @@ from graphopt_backends.kernels.expression import (
     substituted,
 )  # fmt: skip
 from graphopt_backends.kernels.gemm import Gemm
-from graphopt_backends.kernels.multiply import Kind, Multiply, integer_kind
-from graphopt_backends.network.integers import as_bytes, integers_of, is_weight, weight_of
+from graphopt_backends.network.integers import is_weight
 from graphopt_backends.network.network import Network, shape_of
 from graphopt_backends.network.regions import Region
+from graphopt_backends.network.sums import Operands, Sums, Term, is_depthwise, operands_of
 from graphopt_backends.network.views import View
 
 __all__ = ["CONVERTERS", "accepts", "flat_rows", "float_epilogue", "is_supported", "order_of_reader"]
@@ -142,100 +141,9 @@ def image_order(rank: int) -> tuple[int, ...]:
     return (0, *range(2, rank), 1)
 
 
-@dataclass(frozen=True)
-class _Operands:
-    """What a convolution or product with a constant works on.
-
-    Attributes:
-        source: Activations.
-        weight: The constant.
-        bias: Added to the sums, or None.
-        kind: Element types.
-        zero_point: Of the activations; a value where only a run tells it.
-        scale: What a step of the sums is worth; None: they are the result.
-        excess: What the weights of each output channel have too little to be bytes.
-    """
-
-    source: View
-    weight: np.ndarray
-    bias: np.ndarray | None
-    kind: Kind = "f32"
-    zero_point: int | ir.Value = 0
-    scale: np.ndarray | None = None
-    excess: np.ndarray | None = None
-
-
-def _operands(network: Network, node: ir.Node, channel_axis: int) -> _Operands:
-    """Integers where all operands are, else floats."""
-    integers = integers_of(node, channel_axis)
-    if integers is not None:
-        source, weight, excess = network.view(integers.source), integers.weight, None
-        if not _is_depthwise(node, weight):
-            weight, excess = as_bytes(weight, channel_axis)
-        kind = integer_kind(network.isa, source.dtype, weight)
-        return _Operands(source, weight, integers.bias, kind, integers.zero_point, integers.scale, excess)
-    bias = weight_of(_value(node, 2)) if len(node.inputs) > 2 and node.inputs[2] is not None else None
-    return _Operands(network.input(node, 0), weight_of(_value(node, 1)), bias)
-
-
-def _is_depthwise(node: ir.Node, weight: np.ndarray) -> bool:
-    """One filter for every channel."""
-    groups = node.attributes.get_int("group", 1)
-    return groups > 1 and weight.shape[:2] == (groups, 1)
-
-
-Term = tuple[View, View]
-"""Integers whose product belongs to a sum; both are repeated to the shape of the result."""
-
-
-@dataclass(frozen=True)
-class _Sums:
-    """What sums of bytes need besides: weights are seen as a matrix whose columns are those of the sums.
-
-    Attributes:
-        on: Operands.
-        weight: The matrix.
-    """
-
-    on: _Operands
-    weight: np.ndarray
-
-    @property
-    def whole(self) -> np.ndarray:
-        """Sums of the weights of each column."""
-        sums = self.weight.sum(0, dtype=np.int64)
-        return sums if self.on.excess is None else sums + self.on.excess * self.weight.shape[0]
-
-    def bias(self, isa: Isa, bias: np.ndarray | None) -> np.ndarray | None:
-        """The bias without what zero point and sign of the activations add to the sums."""
-        if self.on.kind == "f32":
-            return bias
-        shift = Multiply(isa, self.on.kind).shift
-        added = self.weight.sum(0, dtype=np.int64) * shift
-        if isinstance(self.on.zero_point, int):
-            added = added + self.whole * self.on.zero_point
-        return ((0 if bias is None else bias) - added).astype(np.int32) if added.any() else bias
-
-    def terms(self, network: Network, shape: Sequence[int], totals: Callable[[], View]) -> list[Term]:
-        """What is known only when sums are: a zero point, and activations that weights are too little for.
-
-        Args:
-            network: Where operands are.
-            shape: Of a number for each column, as it is repeated to the result.
-            totals: Gives sums of the activations alone.
-        """
-        found: list[Term] = []
-        if not isinstance(self.on.zero_point, int):
-            sums = -self.whole.astype(np.int32)
-            found.append((network.view(self.on.zero_point), network.constant(sums.reshape(shape))))
-        if self.on.excess is not None:
-            found.append((totals(), network.constant(self.on.excess.astype(np.int32).reshape(shape))))
-        return found
-
-
 def _convolve(network: Network, node: ir.Node, region: Region | None) -> None:
     assert region is not None
-    on = _operands(network, node, 0)
+    on = operands_of(network, node, 0)
     source, pitch = channels_last(network, on.source, node)
     batch, channels, *sizes = source.shape
     height, width = (1, sizes[0]) if len(sizes) == 1 else (sizes[0], sizes[1])
@@ -244,7 +152,7 @@ def _convolve(network: Network, node: ir.Node, region: Region | None) -> None:
     if weight.ndim == 3:
         weight = weight[:, :, None]
     result = network.new(region.result, image_order(source.rank))
-    depthwise = _is_depthwise(node, weight)
+    depthwise = is_depthwise(node, weight)
     isa, zero = network.isa, on.zero_point if isinstance(on.zero_point, int) else None
 
     def kernel(filters: int, epilogue: Epilogue) -> Any:
@@ -262,13 +170,13 @@ def _convolve(network: Network, node: ir.Node, region: Region | None) -> None:
     def totals() -> View:
         total = network.temporary((batch, 1, *result.shape[2:]), "int32", image_order(source.rank))
         ones = np.ones((1, *weight.shape[1:]), np.int8)
-        bias = _Sums(replace(on, zero_point=0, excess=None), ones.reshape(1, -1).T).bias(isa, None)
+        bias = Sums(replace(on, zero_point=0, excess=None), ones.reshape(1, -1).T).bias(isa, None)
         put(kernel(1, Epilogue(operand(0, "int32"), bias=bias is not None)), ones, bias, [], total)
         return total
 
     bias, terms = on.bias, list[Term]()
     if not depthwise:
-        sums = _Sums(on, weight.reshape(filters, -1).T)
+        sums = Sums(on, weight.reshape(filters, -1).T)
         bias, terms = sums.bias(isa, bias), sums.terms(network, (1, filters, *[1] * len(sizes)), totals)
     epilogue, operands = _epilogue(network, region, result, 1, bias is not None, on, terms, exact=depthwise)
     put(kernel(filters, epilogue), weight, bias, operands, result)
@@ -280,7 +188,7 @@ def _multiply(network: Network, node: ir.Node, region: Region | None) -> None:
         _multiply_batches(network, node, region)
         return
     flipped = node.op_type == "Gemm" and bool(node.attributes.get_int("transB", 0))
-    on = _operands(network, node, 0 if flipped else 1)
+    on = operands_of(network, node, 0 if flipped else 1)
     source, weight, bias = on.source, on.weight.T if flipped else on.weight, on.bias
     if node.op_type == "Gemm":
         if node.attributes.get_int("transA", 0):
@@ -299,12 +207,12 @@ def _multiply(network: Network, node: ir.Node, region: Region | None) -> None:
     def totals() -> View:
         total = network.temporary((*result.shape[:-1], 1), "int32")
         ones = np.ones((depth, 1), np.int8)
-        bias = _Sums(replace(on, zero_point=0, excess=None), ones).bias(isa, None)
+        bias = Sums(replace(on, zero_point=0, excess=None), ones).bias(isa, None)
         plain = Epilogue(operand(0, "int32"), bias=bias is not None)
         _call(network, Gemm(isa, on.kind, rows, 1, depth, plain, pitch), flat, ones, bias, [], total, node)
         return total
 
-    sums = _Sums(on, weight)
+    sums = Sums(on, weight)
     bias, terms = sums.bias(isa, bias), sums.terms(network, (columns,), totals)
     epilogue, operands = _epilogue(network, region, result, result.rank - 1, bias is not None, on, terms)
     kernel = Gemm(isa, on.kind, rows, columns, depth, epilogue, pitch)
@@ -367,7 +275,7 @@ def _value(node: ir.Node, index: int) -> ir.Value:
 
 
 def _epilogue(
-    network: Network, region: Region, result: View, axis: int, bias: bool, on: _Operands, terms: Sequence[Term] = (),
+    network: Network, region: Region, result: View, axis: int, bias: bool, on: Operands, terms: Sequence[Term] = (),
     *, exact: bool = False,
 ) -> tuple[Epilogue, list[View]]:  # fmt: skip
     """The epilogue of a region and its operands; all axes but one are rows, and must follow each other alike.
@@ -423,7 +331,7 @@ def float_epilogue(
     network: Network, region: Region, result: View, axis: int, *, bias: bool
 ) -> tuple[Epilogue, list[View]]:
     """The epilogue of a region whose sums are floats, and its operands; see `_epilogue`."""
-    return _epilogue(network, region, result, axis, bias, _Operands(result, np.empty(0), None))
+    return _epilogue(network, region, result, axis, bias, Operands(result, np.empty(0), None))
 
 
 def _taken_factor(expression: Expression, scale: np.ndarray) -> tuple[Expression, np.ndarray]:

@@ -8,14 +8,14 @@ of each it computes, and lets it wait where it needs what the others did.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from itertools import pairwise
+from itertools import groupby
 from typing import Any
 
 import tvm
 from tvm.script.ir_builder import IRBuilder
 
 from graphopt_backends.kernels.emit import T, bind, tirx, when
-from graphopt_backends.network.steps import BEHIND, DONE, ENTRY, TAKE, Step
+from graphopt_backends.network.steps import BEHIND, BETWEEN, DONE, ENTRY, TAKE, Step
 
 __all__ = ["module"]
 
@@ -59,19 +59,31 @@ def _entry(variables: Mapping[str, Any], parameters: Sequence[str], steps: Seque
                 args.append(tirx.address_of(memory["workspace"][own]))
             T.evaluate(tvm.ir.Call(variables[step.kernel], [*args, task, tasks], ret_ty="void"))
 
-        def part(step: Step, number: Any, task: Any, tasks: Any) -> None:
-            call(step, task, tasks)
-            T.evaluate(tirx.call_extern("void", DONE, team, number))
+        def tell(function: str, *numbers: Any) -> None:
+            T.evaluate(tirx.call_extern("void", function, team, *(tirx.const(number, "int32") for number in numbers)))
 
-        for place, (step, following) in enumerate(pairwise((*steps, None))):
-            assert step is not None
-            number, one = tirx.const(place, "int32"), tirx.const(1, "int32")
-            with T.serial(0, tasks if step.shared else one) as i:
-                chosen = bind(tirx.truncmod(task + i, tasks)) if step.shared else tirx.const(0, "int32")
-                taken = tirx.call_extern("int32", TAKE, team, number, chosen)
-                parts = tasks if step.shared else one
-                when(taken != 0, lambda s=step, n=number, c=chosen, p=parts: part(s, n, c, p))
-            meet = following is None or step.shared or following.shared
-            flag = tirx.const(int(meet), "int32")
-            T.evaluate(tirx.call_extern("void", BEHIND, team, number, tasks if step.shared else one, flag))
+        def taken(last: int, part: Any) -> Any:
+            return tirx.call_extern("int32", TAKE, team, tirx.const(last, "int32"), part) != 0
+
+        def part(step: Step, number: int, chosen: Any) -> None:
+            call(step, chosen, tasks)
+            tell(DONE, number)
+
+        def alone(numbers: Sequence[int]) -> None:
+            for number in numbers:
+                call(steps[number], zero, one)
+                tell(DONE if number == numbers[-1] else BETWEEN, number)
+
+        zero, one = tirx.const(0, "int32"), tirx.const(1, "int32")
+        for shared, run in groupby(range(len(steps)), key=lambda number: steps[number].shared):
+            numbers = list(run)
+            if shared:
+                for number in numbers:
+                    with T.serial(0, tasks) as i:
+                        chosen = bind(tirx.truncmod(task + i, tasks))
+                        when(taken(number, chosen), lambda n=number, c=chosen: part(steps[n], n, c))
+                    T.evaluate(tirx.call_extern("void", BEHIND, team, tirx.const(number, "int32"), tasks))
+            else:  # small steps in a row are one thread's, which then need not wait between them
+                when(taken(numbers[-1], zero), lambda n=numbers: alone(n))
+                T.evaluate(tirx.call_extern("void", BEHIND, team, tirx.const(numbers[-1], "int32"), one))
     return builder.get()

@@ -42,7 +42,8 @@ def _pool(network: Network, node: ir.Node, _: Region | None) -> None:
 def _pool_check(node: ir.Node) -> bool:
     kernel = node.attributes.get_ints("kernel_shape") or ()
     plain = node.attributes.get_string("auto_pad", "NOTSET") in ("NOTSET", "VALID")
-    ceiled = node.attributes.get_int("ceil_mode", 0) and node.op_type == "AveragePool"
+    # windows that are cut at the end count what they see, but not a part of the border
+    ceiled = node.attributes.get_int("ceil_mode", 0) and node.attributes.get_int("count_include_pad", 0)
     indices = any(output.name and output.uses() for output in node.outputs[1:])
     bytes_too = node.op_type == "MaxPool" and node.outputs[0].dtype in (ir.DataType.UINT8, ir.DataType.INT8)
     return len(kernel) in (1, 2) and plain and not ceiled and not indices and (_is_float(node) or bytes_too)

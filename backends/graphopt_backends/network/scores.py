@@ -149,6 +149,8 @@ class _Walk:
         if node is None or shape is None or len(list(value.uses())) != 1 or value.is_graph_output():
             return None
         if node.op_type == "MatMul":
+            if value.dtype != ir.DataType.FLOAT or not _has_product(value, math.prod(shape)):
+                return None
             self.product = (node, batch)
             return operand(0)
         source = node.inputs[0]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-__all__ = ["BEHIND", "DONE", "ENTRY", "PEAK", "TAKE", "Place", "Step"]
+__all__ = ["BEHIND", "BETWEEN", "DONE", "ENTRY", "PEAK", "TAKE", "Place", "Step"]
 
 ENTRY = "graphopt_entry"
 """Name of the entry function: void(parameters..., team, int32 task, int32 tasks)."""
@@ -15,8 +15,11 @@ TAKE = "graphopt_take"
 DONE = "graphopt_done"
 """Function of the runtime that is told of every part: void(team, step)."""
 
+BETWEEN = "graphopt_between"
+"""Function of the runtime that is told between two steps of one thread: void(team, step)."""
+
 BEHIND = "graphopt_behind"
-"""Function of the runtime that is called behind every step: void(team, step, parts, whether to wait for them)."""
+"""Function of the runtime that waits for all parts of a step: void(team, step, parts)."""
 
 PEAK = "graphopt_peak_"
 """What the names of functions begin with that measure the CPU; behind it stands the arithmetic."""

@@ -92,11 +92,23 @@ void graphopt_done(void* state, int32_t step) {
   if (self->model->threads > 1) atomic_fetch_add_explicit(&self->model->finished[step], 1, memory_order_acq_rel);
 }
 
-/* Waits until all parts of a step are done, if `meet`: the next step needs what others did. */
-void graphopt_behind(void* state, int32_t step, int32_t parts, int32_t meet) {
+static void stop_the_clock(graphopt_model* model, int32_t step) {
+  uint64_t time = now();
+  model->times[step] += time - model->last;
+  model->last = time;
+}
+
+/* Between two steps that one thread takes together. */
+void graphopt_between(void* state, int32_t step) {
+  worker* self = state;
+  if (self->model->times) stop_the_clock(self->model, step);
+}
+
+/* Waits until all parts of a step are done: the next one needs what others did. */
+void graphopt_behind(void* state, int32_t step, int32_t parts) {
   worker* self = state;
   graphopt_model* model = self->model;
-  if (model->threads > 1 && meet) {
+  if (model->threads > 1) {
     unsigned wanted = self->run * (unsigned)parts;
     for (int spins = 0; (int)(atomic_load_explicit(&model->finished[step], memory_order_acquire) - wanted) < 0; ++spins) {
       if (spins < PATIENCE)
@@ -105,11 +117,7 @@ void graphopt_behind(void* state, int32_t step, int32_t parts, int32_t meet) {
         sched_yield(); /* there are fewer cores than threads */
     }
   }
-  if (model->times && self->task == 0) {
-    uint64_t time = now();
-    model->times[step] += time - model->last;
-    model->last = time;
-  }
+  if (model->times && self->task == 0) stop_the_clock(model, step);
 }
 
 static void enter(worker* self) {

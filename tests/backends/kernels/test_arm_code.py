@@ -16,6 +16,7 @@ from kernel_program import ISAS
 from graphopt.targets import Isa
 from graphopt_backends._compile import llvm_target
 from graphopt_backends.kernels.batched import Batched
+from graphopt_backends.kernels.blockwise import Blockwise
 from graphopt_backends.kernels.build import build
 from graphopt_backends.kernels.conv import Conv, Window
 from graphopt_backends.kernels.depthwise import Depthwise
@@ -86,6 +87,9 @@ _CASES: Sequence[tuple[str, str, Mapping[str, Callable[[Isa], Any]], float, floa
     ("cortex-a76", "fmla", _BATCHED, 0.72, 0.8),
     # every input is read for one multiplication, most of them from the first cache
     ("cortex-a76", "fmla", _DEPTHWISE, 0.5, 0.8),
+    # codes are taken apart, and sums of every block are scaled
+    ("cortex-a76", "sdot", {"4 bits, 1 row": lambda isa: Blockwise(isa, "int8", 1, 768, 768, 32)}, 0.25, 0.25),
+    ("cortex-a76", "sdot", {"4 bits, 16 rows": lambda isa: Blockwise(isa, "int8", 16, 768, 768, 32)}, 0.4, 0.45),
     # it computes in order: what LLVM's model loses waits for loads
     ("cortex-a53", "fmla", {"gemm": _gemm("f32", 128, 768, 768), "conv": _conv("f32", 28, 128, 128, _SAME)}, 0.75, 0.5),
 ]
@@ -134,10 +138,10 @@ def test_inner_loops_multiply_most_of_the_time_and_keep_everything_in_registers(
     kernel = make(isa)
     for loop in _main_loops(kernel):
         told = "\n".join(loop.lines)
-        assert all(line.startswith(instruction) for line in loop.multiplications), told
-        assert loop.share >= share, told
+        mine = [line for line in loop.multiplications if line.startswith(instruction)]
+        assert len(mine) / len(loop.lines) >= share, told
         assert not loop.spills, told
-        estimated = _peak(isa, instruction) * len(loop.multiplications) / cycles(loop.lines, device, _features(isa))
+        estimated = _peak(isa, instruction) * len(mine) / cycles(loop.lines, device, _features(isa))
         assert estimated >= peak, told
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
-from kernel_cases import Case, check
+from kernel_case import Case, check
 from kernel_program import ISAS, command_of, run_all
 from kernel_runner import run, runnable
 from onnx import helper

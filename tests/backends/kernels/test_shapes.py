@@ -6,7 +6,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from kernel_cases import FAMILIES, Case, check, drawn
+from kernel_case import Case, check, drawn
+from kernel_cases import FAMILIES
 from kernel_program import ISAS, ProgramError, command_of, run_all
 
 from graphopt_backends.kernels.reduce import Reduce

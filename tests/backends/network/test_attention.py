@@ -186,6 +186,19 @@ def test_scores_that_are_read_twice_stay_what_they_are(check: Check, isa: Isa) -
 
 
 @isas
+def test_a_softmax_of_a_product_with_a_weight_is_no_attention(check: Check, isa: Isa) -> None:
+    check(
+        """
+        g (float[9,16] q, float[11,5] v) => (float[9,5] y) {
+            s = MatMul(q, w)
+            p = Softmax<axis=-1>(s)
+            y = MatMul(p, v)
+        }""",
+        isa, ["Gemm", "Softmax", "Batched"], w=np.ones((16, 11), np.float32),
+    )  # fmt: skip
+
+
+@isas
 @pytest.mark.parametrize("attributes", ["is_causal=1", "softcap=2.0", "scale=0.2"])
 def test_the_operator_with_shared_keys_and_side_by_side_heads(check: Check, isa: Isa, attributes: str) -> None:
     check(

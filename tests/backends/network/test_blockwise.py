@@ -100,6 +100,23 @@ def test_a_matmul_n_bits_equals_onnx_runtime(
 
 
 @each_isa
+@pytest.mark.parametrize("zeros", [False, True])
+def test_a_matmul_n_bits_of_bytes_equals_onnx_runtime(isa: Isa, zeros: bool) -> None:
+    rng = np.random.default_rng(7)
+    depth, columns, block = 80, 21, 32
+    constants = [
+        numpy_helper.from_array(rng.integers(0, 256, (columns, 3, block), np.uint8), "w"),
+        numpy_helper.from_array(rng.uniform(0.01, 0.02, columns * 3).astype(np.float32), "s"),
+        numpy_helper.from_array(rng.integers(100, 150, (columns, 3), np.uint8), "z"),
+    ]
+    node = helper.make_node(
+        "MatMulNBits", ["x", "w", "s", *(["z"] if zeros else [])], ["y"], "product", domain="com.microsoft", K=depth,
+        N=columns, bits=8, block_size=block,
+    )  # fmt: skip
+    _check(_model([node], (4,), depth, constants), isa, (4, depth), 1e-4, ["Gemm"])
+
+
+@each_isa
 @pytest.mark.parametrize(
     ("operator", "flipped", "dtype", "block", "zeros"),
     [

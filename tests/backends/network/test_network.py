@@ -181,6 +181,19 @@ def test_reductions_and_pools_of_every_kind(isa: Isa) -> None:
     )  # fmt: skip
 
 
+@pytest.mark.parametrize("isa", ISAS, ids=lambda isa: isa.name)
+def test_windows_that_are_cut_at_the_end_count_what_they_see(isa: Isa) -> None:
+    _check(
+        """
+        g (float[2,5,8,7] x) => (float[2,5,4,4] a, float[2,5,3,3] b, float[2,5,4,4] c) {
+            a = AveragePool<kernel_shape=[3,2], strides=[2,2], ceil_mode=1>(x)
+            b = AveragePool<kernel_shape=[3,3], strides=[3,3], pads=[1,1,0,0], ceil_mode=1>(x)
+            c = MaxPool<kernel_shape=[3,2], strides=[2,2], ceil_mode=1>(x)
+        }""",
+        isa,
+    )  # fmt: skip
+
+
 @given(st.lists(st.tuples(st.integers(1, 300), st.integers(0, 20), st.integers(0, 6)), max_size=30))
 def test_tensors_that_live_at_the_same_time_do_not_overlap(drawn: list[tuple[int, int, int]]) -> None:
     lives = {Buffer("uint8", size): Lifetime(first, first + length) for size, first, length in drawn}
