@@ -93,6 +93,7 @@ class Isa:
         vector_bits: Width of a vector register.
         registers: Number of vector registers.
         dot: Integer dot-product instruction; `i8mm` has those of `sdot`, and products of small matrices.
+        tiles: Registers of two dimensions, whose products of bytes one instruction computes (AMX).
         lane_operands: Multiplications take one lane of a vector register; else they repeat a number from memory.
         level1_bytes: Data cache of a core.
         level2_bytes: The next cache, or its part that one core can count on.
@@ -106,6 +107,7 @@ class Isa:
     vector_bits: int = 128
     registers: int = 32
     dot: Literal["none", "sdot", "i8mm", "vnni", "avx-vnni"] = "none"
+    tiles: bool = False
     lane_operands: bool = False
     level1_bytes: int = 32 << 10
     level2_bytes: int = 512 << 10

@@ -69,15 +69,9 @@ def loaded(kernel: Any, count: int, folder: Path) -> Any:
     step = Step("kernel", tuple(map(Place, names)), shared=True, scratch=kernel.scratch)
     made = module({"kernel": kernel.primitive("kernel")}, (*names, "workspace"), [step])
     build(made, tvm.target.Target(llvm_target(kernel.isa, 1))).write_to_file(str(folder / "kernel.o"))
-    (folder / "team.c").write_text(
-        f"int {TAKE}(void* team, int step, int part) {{ return 1; }}\n"
-        f"void {DONE}(void* team, int step) {{}}\n"
-        f"void {BEHIND}(void* team, int step, int parts) {{}}\n"
-    )
     (folder / "exports").write_text(f"{{ global: {ENTRY}; local: *; }};\n")
     linker = _linker(kernel.isa)
-    linker.objects(folder, ["team.c"])
-    linker.library(folder / "kernel.so", folder, ["kernel.o", "team.o"], "exports")
+    linker.library(folder / "kernel.so", folder, ["kernel.o", str(_team(kernel.isa))], "exports")
     entry = getattr(ctypes.CDLL(str(folder / "kernel.so")), ENTRY)
     entry.restype = None
     return entry
@@ -86,3 +80,22 @@ def loaded(kernel: Any, count: int, folder: Path) -> Any:
 @functools.cache
 def _linker(isa: Isa) -> Linker:
     return known_linkers(isa)[0]
+
+
+@functools.cache
+def _team(isa: Isa) -> Path:
+    """A runtime whose one thread takes all parts."""
+    folder = Path(_folder().name) / isa.machine
+    folder.mkdir(exist_ok=True)
+    (folder / "team.c").write_text(
+        f"int {TAKE}(void* team, int step, int part) {{ return 1; }}\n"
+        f"void {DONE}(void* team, int step) {{}}\n"
+        f"void {BEHIND}(void* team, int step, int parts) {{}}\n"
+    )
+    _linker(isa).objects(folder, ["team.c"])
+    return folder / "team.o"
+
+
+@functools.cache
+def _folder() -> tempfile.TemporaryDirectory[str]:
+    return tempfile.TemporaryDirectory(prefix="graphopt-")

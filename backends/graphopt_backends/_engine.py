@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -127,12 +128,14 @@ class Engine:
         return outputs, again
 
     def profile(self, inputs: Sequence[Array], runs: int = 1) -> list[float]:
-        """Seconds that each step takes, the mean of some runs."""
+        """Seconds that each step takes, the median of some runs."""
         held, outputs = [np.ascontiguousarray(array) for array in inputs], self._empty()
-        times = (ctypes.c_uint64 * max(len(self.steps), 1))()
+        found: list[list[int]] = []
         for _ in range(runs):
+            times = (ctypes.c_uint64 * max(len(self.steps), 1))()
             self._library.graphopt_profile(ctypes.c_void_p(self._handle), _pointers(held), _pointers(outputs), times)
-        return [times[i] / runs / 1e9 for i in range(len(self.steps))]
+            found.append(list(times)[: len(self.steps)])
+        return [statistics.median(step) / 1e9 for step in zip(*found, strict=True)]
 
     def peak(self, arithmetic: str) -> float:
         """Operations a second that one core can do in its registers, measured; 0 where there is no such arithmetic."""

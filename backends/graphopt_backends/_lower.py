@@ -1,4 +1,4 @@
-"""Make a model ready for a compiler: fixed sizes, no functions, constants folded, awkward operators rewritten.
+"""Make a model ready for a compiler: fixed sizes, no functions, constants folded, float32, awkward operators rewritten.
 
 Works on a copy; the model that ships keeps its dynamic interface.
 """
@@ -15,6 +15,7 @@ from graphopt.model_io import InputSpec, ShapeBinding, input_specs
 from graphopt.opset import raise_opset
 from graphopt_backends._fold import fold
 from graphopt_backends._rewrite import Keeps, rewrite
+from graphopt_backends.network.half import widen
 
 __all__ = ["Lowered", "lower"]
 
@@ -57,6 +58,8 @@ def lower(model: ir.Model, binding: ShapeBinding, target: str, keeps: Keeps = la
     ir_passes.NameFixPass()(copy)
     ir_passes.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(copy)
     fold(copy)
+    if widen(copy):
+        fold(copy)
     while rewrite(copy, keeps):
         fold(copy)
     ir_passes.IdentityEliminationPass()(copy)

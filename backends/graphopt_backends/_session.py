@@ -96,7 +96,7 @@ def through_program(part: Part, folder: Path, threads: int, command: Sequence[st
 
 
 def profile_plan(plan: Plan, folder: Path, feed: Feed, threads: int, runs: int) -> Profile:
-    """Time every step of a bundle in this process, the mean of some runs."""
+    """Time every step of a bundle in this process, over some runs."""
     values = _checked(plan, feed)
     found: list[StepTime] = []
     peaks: dict[str, float] = {}

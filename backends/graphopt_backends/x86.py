@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 from collections.abc import Sequence
 from dataclasses import replace
@@ -22,7 +23,10 @@ _MACHINE = "x86_64"
 _TRIPLE = "x86_64-linux-gnu"
 _AVX2 = ("+avx2", "+fma", "+f16c", "+bmi", "+bmi2", "+lzcnt", "+movbe")
 _AVX512 = (*_AVX2, "+avx512f", "+avx512bw", "+avx512cd", "+avx512dq", "+avx512vl")
-_AS_LINUX_SAYS = {"lzcnt": "abm", "bmi": "bmi1", "avx512vnni": "avx512_vnni", "avxvnni": "avx_vnni"}
+_AS_LINUX_SAYS = {
+    "lzcnt": "abm", "bmi": "bmi1", "avx512vnni": "avx512_vnni", "avxvnni": "avx_vnni", "amx-tile": "amx_tile",
+    "amx-int8": "amx_int8",
+}  # fmt: skip
 """LLVM features that /proc/cpuinfo spells in another way."""
 
 _CPUS = {
@@ -41,6 +45,10 @@ _CPUS = {
     "avx512-vnni": Isa(
         name="avx512-vnni", triple=_TRIPLE, cpu="x86-64", features=(*_AVX512, "+avx512vnni"), vector_bits=512,
         registers=32, dot="vnni", level1_bytes=48 << 10, level2_bytes=1 << 20, cores=8,
+    ),
+    "amx": Isa(
+        name="amx", triple=_TRIPLE, cpu="x86-64", features=(*_AVX512, "+avx512vnni", "+amx-tile", "+amx-int8"),
+        vector_bits=512, registers=32, dot="vnni", tiles=True, level1_bytes=48 << 10, level2_bytes=2 << 20, cores=8,
     ),
 }  # fmt: skip
 """Classes of CPUs, poorer ones first; caches are the smallest among those of a class (efficient cores included)."""
@@ -62,7 +70,16 @@ def _lacks(isa: Isa) -> tuple[str, ...]:
         return (isa.machine,)
     have = host_features()
     wanted = (feature.lstrip("+") for feature in isa.features if feature.startswith("+"))
-    return tuple(name for name in wanted if _AS_LINUX_SAYS.get(name, name) not in have)
+    lacking = tuple(name for name in wanted if _AS_LINUX_SAYS.get(name, name) not in have)
+    return lacking if lacking or not isa.tiles or _hands_out_tiles() else ("amx-tile",)
+
+
+def _hands_out_tiles() -> bool:
+    """True if the system lets programs use the registers of tiles: an older Linux (5.15) only says that they exist."""
+    arch_prctl, supported, tiles = 158, 0x1021, 1 << 18
+    found = ctypes.c_uint64()
+    libc = ctypes.CDLL(None)
+    return libc.syscall(arch_prctl, supported, ctypes.byref(found)) == 0 and bool(found.value & tiles)
 
 
 def _target(device: str, isa: Isa, summary: str, *, default: bool = False) -> Target:
@@ -82,6 +99,7 @@ def _targets() -> tuple[Target, ...]:
         _target("avx-vnni", _CPUS["avx-vnni"], "x86-64 with AVX2 and integer dot products (client CPUs, 2021 on)"),
         _target("avx512", _CPUS["avx512"], "x86-64 with AVX-512"),
         _target("avx512-vnni", _CPUS["avx512-vnni"], "x86-64 with AVX-512 and integer dot products"),
+        _target("amx", _CPUS["amx"], "x86-64 with AVX-512 and products of tiles of integers (servers, 2023 on)"),
     )
 
 

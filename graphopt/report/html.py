@@ -167,7 +167,7 @@ def _kernels(part: Breakdown) -> Markup:
             f"{100 * k.share:.1f} %",
             str(k.calls),
             *rate_texts(k),
-            k.runner,
+            tag("span", k.runner, style="white-space:nowrap"),
         )
         for k in part.kernels
     ]

@@ -270,7 +270,7 @@ def test_native_target_names_the_instructions_it_was_built_for(targets) -> None:
     native = targets.resolve("x86")
     assert native.device == "native"
     assert native.isa
-    assert native.isa.name in ("avx2", "avx512", "avx512-vnni", "x86-64")
+    assert native.isa.name in ("avx2", "avx512", "avx512-vnni", "amx", "x86-64")
 
 
 def test_resnet20_of_the_zoo_agrees(zoo, backend, cache, tmp_path: Path) -> None:

@@ -34,7 +34,7 @@ from graphopt_backends.kernels.emit import (
 )  # fmt: skip
 from graphopt_backends.kernels.epilogue import PLAIN, Epilogue, Result, begin, finish
 from graphopt_backends.kernels.gemm import pack_columns, pack_matrix
-from graphopt_backends.kernels.multiply import Kind, Multiply
+from graphopt_backends.kernels.multiply import Kind, Multiply, Stored
 from graphopt_backends.kernels.tile import SET_BYTES, Panel, Rows, Tiles, Walk, accumulate, rectangle_of
 
 __all__ = ["Conv", "Window"]
@@ -90,6 +90,7 @@ class Conv:
         border: What the border is filled with: the zero point of integers; None: a parameter tells it.
         source_pitch: Elements from pixel to pixel of the image; 0: `channels`.
         result_pitch: Elements from pixel to pixel of the result; 0: `filters`.
+        stored: What weights are stored as, if they are floats.
     """
 
     isa: Isa
@@ -105,11 +106,12 @@ class Conv:
     border: int | None = 0
     source_pitch: int = 0
     result_pitch: int = 0
+    stored: Stored = "float32"
 
     @cached_property
     def multiply(self) -> Multiply:
         """Its inner loop."""
-        return Multiply(self.isa, self.kind)
+        return Multiply(self.isa, self.kind, self.stored)
 
     @cached_property
     def result_size(self) -> tuple[int, int]:
@@ -212,7 +214,7 @@ class Conv:
     @cached_property
     def _pace(self) -> int:
         """Weights of the next panel fetched for each k of a tile; ARM CPUs see by themselves what comes next."""
-        weight = self.groups * self._group_panels * self._panel * self.packed_depth * self.multiply.element_bytes
+        weight = self.groups * self._group_panels * self._panel * self.packed_depth * self.multiply.weight_bytes
         stays = self.isa.lane_operands or weight <= self.isa.level2_bytes // 2
         return 0 if stays else -(-self._panel // (self._band * self._row_tiles))
 

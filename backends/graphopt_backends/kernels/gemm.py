@@ -29,7 +29,7 @@ from graphopt_backends.kernels.emit import (
     when,
 )  # fmt: skip
 from graphopt_backends.kernels.epilogue import PLAIN, Epilogue, Result, Tile, begin, finish
-from graphopt_backends.kernels.multiply import Kind, Multiply
+from graphopt_backends.kernels.multiply import Kind, Multiply, Stored
 from graphopt_backends.kernels.tile import SET_BYTES, Panel, Rows, Tiles, accumulate, tile_of
 
 __all__ = ["Gemm", "pack_columns", "pack_matrix"]
@@ -52,6 +52,7 @@ class Gemm:
         epilogue: What happens to the sums.
         source_pitch: Elements from row to row of A; 0: `depth`.
         result_pitch: Elements from row to row of C; 0: `columns`.
+        stored: What weights are stored as, if they are floats.
     """
 
     isa: Isa
@@ -62,11 +63,12 @@ class Gemm:
     epilogue: Epilogue = PLAIN
     source_pitch: int = 0
     result_pitch: int = 0
+    stored: Stored = "float32"
 
     @cached_property
     def multiply(self) -> Multiply:
         """Its inner loop."""
-        return Multiply(self.isa, self.kind)
+        return Multiply(self.isa, self.kind, self.stored)
 
     @cached_property
     def tile(self) -> tuple[int, int]:
@@ -147,7 +149,7 @@ class Gemm:
     @cached_property
     def _weight_stays(self) -> bool:
         """The packed weight stays in the cache while rows pass by, or is read only once."""
-        weight = self.panels * self.width * self.packed_depth * self.multiply.element_bytes
+        weight = self.panels * self.width * self.packed_depth * self.multiply.weight_bytes
         return weight <= self.isa.level2_bytes // 2 or self._tiles.count == 1
 
     @cached_property

@@ -5,13 +5,15 @@ elements along k from each of both operands: one float, or some bytes whose prod
 that one vector load fetches `group` elements for every column of an accumulator; the other operand is repeated over
 all columns, from memory or, where instructions take one lane of a register, from `steps` groups loaded together.
 
+Weights that are stored in 16 bits become floats in registers, as they are loaded.
+
 Where an instruction takes two rows, a vector of weights has half of the columns, and the two accumulators of a pair of
 rows hold the sums of both rows for the first half and for the second.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
@@ -22,10 +24,13 @@ from graphopt.targets import Isa
 from graphopt_backends.kernels.emit import bind, cast, constant, lane, load, reinterpret, spread, tirx
 from graphopt_backends.kernels.instructions import Instruction, instruction_of
 
-__all__ = ["Kind", "Multiply", "integer_kind"]
+__all__ = ["Kind", "Multiply", "Stored", "integer_kind", "stored_as"]
 
 Kind = Literal["f32", "u8s8", "s8s8", "u8s8-narrow", "s8s8-narrow"]
 """Element types of activations and weights; weights are narrow where two products fit 16 bits (`instructions.py`)."""
+
+Stored = Literal["float32", "float16", "bfloat16"]
+"""Element types in which weights of floats are stored."""
 
 _FLIPPED = 128
 """What another sign of bytes adds to them or takes away: the highest bit."""
@@ -38,10 +43,12 @@ class Multiply:
     Attributes:
         isa: The CPU.
         kind: Element types of activations and weights.
+        stored: What weights are stored as, if they are floats.
     """
 
     isa: Isa
     kind: Kind
+    stored: Stored = "float32"
 
     @cached_property
     def instruction(self) -> Instruction | None:
@@ -79,8 +86,10 @@ class Multiply:
 
     @property
     def weight(self) -> str:
-        """Element type of packed weights."""
-        return "float32" if self.kind == "f32" else "int8"
+        """Element type of packed weights; bits where it is one that no CPU computes with."""
+        if self.kind != "f32":
+            return "int8"
+        return "uint16" if self.stored == "bfloat16" else self.stored
 
     @property
     def sum(self) -> str:
@@ -89,8 +98,13 @@ class Multiply:
 
     @property
     def element_bytes(self) -> int:
-        """Bytes of an activation, and of a weight."""
+        """Bytes of an activation."""
         return 4 if self.kind == "f32" else 1
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of a packed weight."""
+        return np.dtype(self.weight).itemsize
 
     @property
     def weight_elements(self) -> int:
@@ -124,6 +138,8 @@ class Multiply:
 
     def arranged(self, packed: np.ndarray) -> np.ndarray:
         """Put packed weights [panels, depth / group, width, group] into the order in which registers hold them."""
+        if self.stored == "bfloat16":
+            return packed.view(np.uint16)
         if self.instruction is None or self.instruction.parts == 1 or not self.isa.lane_operands:
             return packed
         halves = packed.reshape(*packed.shape[:2], -1, self.lanes, 2, 2).swapaxes(-2, -3)
@@ -132,7 +148,16 @@ class Multiply:
     def load_weight(self, buffer: Any, index: Any) -> Any:
         """One vector of packed weights."""
         vector = bind(load(buffer, index, self.weight_elements))
-        return self.instruction.weight(vector) if self.instruction else vector
+        return self.instruction.weight(vector) if self.instruction else self._widened(vector)
+
+    def _widened(self, weights: Any) -> Any:
+        """Stored weights as floats; a bfloat16 is the upper half of one."""
+        if self.stored == "float32":
+            return weights
+        if self.stored == "float16":
+            return bind(cast(weights, "float32", self.lanes))
+        upper = tirx.shift_left(cast(weights, "uint32", self.lanes), constant(16, "uint32", self.lanes))
+        return bind(reinterpret(upper, "float32", self.lanes))
 
     def load_activation(self, buffer: Any, places: Sequence[Any], groups: int) -> list[Any]:
         """`groups` groups of activations, each repeated over all columns.
@@ -215,3 +240,9 @@ def integer_kind(isa: Isa, activation: str, weight: np.ndarray) -> Kind:
     assert instruction is not None
     widest = int(np.abs(weight.astype(np.int32)).max(initial=0))
     return narrow if instruction.widest and widest <= instruction.widest else kind
+
+
+def stored_as(weight: np.ndarray) -> Stored:
+    """The element type in which weights are stored, by that of the array which holds them."""
+    found: Mapping[str, Stored] = {"float16": "float16", "bfloat16": "bfloat16"}
+    return found.get(str(weight.dtype), "float32")

@@ -200,9 +200,9 @@ class Panel:
         """The same some rows of weights further down."""
         return replace(self, start=self.start + rows * self.width, ahead=self.ahead + rows * self.pace)
 
-    def fetch(self, k: Any, count: int, element_bytes: int) -> None:
+    def fetch(self, k: Any, count: int, weight_bytes: int) -> None:
         """Let come what comes for `count` elements along k."""
-        for first in range(0, count * self.pace, _LINE_BYTES // element_bytes):
+        for first in range(0, count * self.pace, _LINE_BYTES // weight_bytes):
             prefetch(self.buffer, self.ahead + k * self.pace + first)
 
 
@@ -301,7 +301,7 @@ def _walk(multiply: Multiply, totals: Sequence[Sequence[Any]], rows: Rows, panel
     if whole:
         with loop(whole) as turn:
             k = turn * step if whole > 1 else 0
-            panel.fetch(k, step, multiply.element_bytes)
+            panel.fetch(k, step, multiply.weight_bytes)
             for first in range(0, step, group * multiply.steps):
                 some(k + first)
     k = whole * step

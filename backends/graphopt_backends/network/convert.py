@@ -24,6 +24,7 @@ from graphopt_backends.network import (
     scatter,
     scores,
 )
+from graphopt_backends.network.half import Widened
 from graphopt_backends.network.integers import dequantized
 from graphopt_backends.network.network import Network, dtype_of, shape_of
 from graphopt_backends.network.passing import pass_on
@@ -89,7 +90,8 @@ def _let_go(node: ir.Node) -> None:
     """Give the memory of mapped weights back, which are written by now; who reads them again finds them in the file."""
     makers = [value.producer() for value in node.inputs if value is not None]
     for value in (*node.inputs, *(v for maker in makers if maker is not None for v in maker.inputs)):
-        mapped = getattr(value.const_value, "raw", None) if value is not None else None
+        tensor = value.const_value if value is not None else None
+        mapped = getattr(tensor.narrow if isinstance(tensor, Widened) else tensor, "raw", None)
         if isinstance(mapped, mmap.mmap):
             mapped.madvise(mmap.MADV_DONTNEED)
 

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
+from graphopt.targets import Isa
 from graphopt_backends._fold import is_constant, static_shape
 from graphopt_backends.kernels.batched import Batched
 from graphopt_backends.kernels.conv import Conv, Window
@@ -24,6 +25,9 @@ from graphopt_backends.kernels.expression import (
     substituted,
 )  # fmt: skip
 from graphopt_backends.kernels.gemm import Gemm
+from graphopt_backends.kernels.multiply import Stored, stored_as
+from graphopt_backends.kernels.tiles import TileGemm, tiles_pay
+from graphopt_backends.network.half import narrowed
 from graphopt_backends.network.integers import is_weight
 from graphopt_backends.network.network import Network, shape_of
 from graphopt_backends.network.regions import Region
@@ -153,25 +157,33 @@ def _convolve(network: Network, node: ir.Node, region: Region | None) -> None:
         weight = weight[:, :, None]
     result = network.new(region.result, image_order(source.rank))
     depthwise = is_depthwise(node, weight)
+    weight = weight if depthwise else narrowed(weight)
+    stored = stored_as(weight)
     isa, zero = network.isa, on.zero_point if isinstance(on.zero_point, int) else None
 
-    def kernel(filters: int, epilogue: Epilogue) -> Any:
+    pixels, plain = batch * height * width, window == Window((1, 1)) and groups == 1
+    on = replace(on, tiles=plain and tiles_pay(isa, on.kind, pixels, filters, channels))
+
+    def kernel(on: Operands, filters: int, epilogue: Epilogue) -> Any:
         if depthwise:
             return Depthwise(isa, batch, height, width, channels, window, epilogue, source.dtype, zero, pitch)
-        if window == Window((1, 1)) and groups == 1:
-            return Gemm(isa, on.kind, batch * height * width, filters, channels, epilogue, pitch)
-        return Conv(isa, on.kind, batch, height, width, channels, filters, window, groups, epilogue, zero, pitch)
+        if plain:
+            return _product(isa, on, pixels, filters, channels, epilogue, pitch, stored)
+        return Conv(
+            isa, on.kind, batch, height, width, channels, filters, window, groups, epilogue, zero, pitch, stored=stored
+        )
 
     def put(made: Any, weight: np.ndarray, bias: np.ndarray | None, operands: Sequence[View], result: View) -> None:
-        packed = weight[:, :, 0, 0].T if isinstance(made, Gemm) else weight
-        given = [] if isinstance(on.zero_point, int) or isinstance(made, Gemm) else [network.view(on.zero_point)]
+        packed = weight[:, :, 0, 0].T if plain else weight
+        given = [] if isinstance(on.zero_point, int) or plain else [network.view(on.zero_point)]
         _call(network, made, source, packed, bias, [*operands, *given], result, *region.nodes)
 
     def totals() -> View:
         total = network.temporary((batch, 1, *result.shape[2:]), "int32", image_order(source.rank))
         ones = np.ones((1, *weight.shape[1:]), np.int8)
-        bias = Sums(replace(on, zero_point=0, excess=None), ones.reshape(1, -1).T).bias(isa, None)
-        put(kernel(1, Epilogue(operand(0, "int32"), bias=bias is not None)), ones, bias, [], total)
+        alone = replace(on, zero_point=0, excess=None, tiles=False)
+        bias = Sums(alone, ones.reshape(1, -1).T).bias(isa, None)
+        put(kernel(alone, 1, Epilogue(operand(0, "int32"), bias=bias is not None)), ones, bias, [], total)
         return total
 
     bias, terms = on.bias, list[Term]()
@@ -179,7 +191,7 @@ def _convolve(network: Network, node: ir.Node, region: Region | None) -> None:
         sums = Sums(on, weight.reshape(filters, -1).T)
         bias, terms = sums.bias(isa, bias), sums.terms(network, (1, filters, *[1] * len(sizes)), totals)
     epilogue, operands = _epilogue(network, region, result, 1, bias is not None, on, terms, exact=depthwise)
-    put(kernel(filters, epilogue), weight, bias, operands, result)
+    put(kernel(on, filters, epilogue), weight, bias, operands, result)
 
 
 def _multiply(network: Network, node: ir.Node, region: Region | None) -> None:
@@ -197,6 +209,7 @@ def _multiply(network: Network, node: ir.Node, region: Region | None) -> None:
         if (alpha, beta) != (1.0, 1.0):
             weight = weight * np.float32(alpha)
             bias = None if bias is None or not beta else bias * np.float32(beta)
+    weight = narrowed(weight)
     depth, columns = weight.shape
     rows = source.size // depth
     flat, pitch = flat_rows(network, source, depth, node)
@@ -207,16 +220,26 @@ def _multiply(network: Network, node: ir.Node, region: Region | None) -> None:
     def totals() -> View:
         total = network.temporary((*result.shape[:-1], 1), "int32")
         ones = np.ones((depth, 1), np.int8)
-        bias = Sums(replace(on, zero_point=0, excess=None), ones).bias(isa, None)
+        bias = Sums(replace(on, zero_point=0, excess=None, tiles=False), ones).bias(isa, None)
         plain = Epilogue(operand(0, "int32"), bias=bias is not None)
         _call(network, Gemm(isa, on.kind, rows, 1, depth, plain, pitch), flat, ones, bias, [], total, node)
         return total
 
+    on = replace(on, tiles=tiles_pay(isa, on.kind, rows, columns, depth))
     sums = Sums(on, weight)
     bias, terms = sums.bias(isa, bias), sums.terms(network, (columns,), totals)
     epilogue, operands = _epilogue(network, region, result, result.rank - 1, bias is not None, on, terms)
-    kernel = Gemm(isa, on.kind, rows, columns, depth, epilogue, pitch)
+    kernel = _product(isa, on, rows, columns, depth, epilogue, pitch, stored_as(weight))
     _call(network, kernel, flat, weight, bias, operands, result, *region.nodes)
+
+
+def _product(
+    isa: Isa, on: Operands, rows: int, columns: int, depth: int, epilogue: Epilogue, pitch: int, stored: Stored
+) -> Gemm | TileGemm:
+    """The kernel of a product with a constant."""
+    if on.tiles:
+        return TileGemm(isa, on.kind, rows, columns, depth, epilogue, pitch)
+    return Gemm(isa, on.kind, rows, columns, depth, epilogue, pitch, stored=stored)
 
 
 def flat_rows(network: Network, source: View, depth: int, node: ir.Node) -> tuple[View, int]:

@@ -29,6 +29,7 @@ class Operands:
         zero_point: Of the activations; a value where only a run tells it.
         scale: What a step of the sums is worth; None: they are the result.
         excess: What the weights of each output channel have too little to be bytes.
+        tiles: Products of tiles make the sums, which take activations of either sign.
     """
 
     source: View
@@ -38,6 +39,7 @@ class Operands:
     zero_point: int | ir.Value = 0
     scale: np.ndarray | None = None
     excess: np.ndarray | None = None
+    tiles: bool = False
 
 
 def operands_of(network: Network, node: ir.Node, channel_axis: int) -> Operands:
@@ -85,7 +87,7 @@ class Sums:
         """The bias without what zero point and sign of the activations add to the sums."""
         if self.on.kind == "f32":
             return bias
-        shift = Multiply(isa, self.on.kind).shift
+        shift = 0 if self.on.tiles else Multiply(isa, self.on.kind).shift
         added = self.weight.sum(0, dtype=np.int64) * shift
         if isinstance(self.on.zero_point, int):
             added = added + self.whole * self.on.zero_point
