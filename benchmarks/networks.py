@@ -204,7 +204,7 @@ def _torch(name: str, cache: Path) -> tuple[Path, dict[str, np.ndarray], Path | 
         shape = tuple(
             size if isinstance(size, int) else 1 if axis == 0 else _TOKENS for axis, size in enumerate(spec.shape)
         )
-        if np.dtype(spec.dtype).kind == "f":
+        if spec.dtype.numpy().kind == "f":
             arrays[spec.name] = rng.standard_normal((16, *shape[1:])).astype(np.float32)
         else:
             arrays[spec.name] = (

@@ -20,7 +20,7 @@ from graphopt_backends.kernels.blockwise import Blockwise
 from graphopt_backends.kernels.conv import Conv, Window
 from graphopt_backends.kernels.depthwise import Depthwise
 from graphopt_backends.kernels.epilogue import Epilogue
-from graphopt_backends.kernels.expression import call, operand
+from graphopt_backends.kernels.expression import call, number, operand
 from graphopt_backends.kernels.gemm import Gemm
 from graphopt_backends.kernels.lookup import Lookup
 from graphopt_backends.kernels.loops import Loops, merged_axes
@@ -231,7 +231,7 @@ def _blockwise(draw: DrawFn, isa: Isa) -> Case:
 @st.composite
 def _pool(draw: DrawFn, isa: Isa) -> Case:
     kind, window, seed = draw(st.sampled_from(["max", "mean"])), draw(_windows), draw(SEEDS)
-    dtype = draw(st.sampled_from([np.float32, np.uint8, np.int8])) if kind == "max" else np.float32
+    dtype = draw(st.sampled_from([np.float32, np.uint8, np.int8]))
     batch, height, width = _image(draw, window)
     # every window must see a pixel, as ONNX wants
     assume(all(max(window.pads[i], window.pads[i + 2]) < window.size[i] for i in range(2)))
@@ -245,7 +245,7 @@ def _pool(draw: DrawFn, isa: Isa) -> Case:
     )
     kernel = Pool(
         isa, kind, np.dtype(dtype).name, batch, height, width, channels, window, size, counts, source_pitch,
-        result_pitch,
+        result_pitch, call("mul", operand(0), number(0.5)) if kind == "mean" else operand(0),
     )  # fmt: skip
     top, left, bottom, right = window.pads
     border = ((0, 0), (top, bottom), (left, right), (0, 0))
@@ -256,7 +256,7 @@ def _pool(draw: DrawFn, isa: Isa) -> Case:
     else:
         total = np.sum([tap for _, tap in _taps(np.pad(widened(x), border), window, size)], axis=0)
         there = np.sum([tap for _, tap in _taps(np.pad(np.ones(x.shape), border), window, size)], axis=0)
-        expected = (total / (math.prod(window.size) if counts else there)).astype(np.float32)
+        expected = (0.5 * total / (math.prod(window.size) if counts else there)).astype(np.float32)
     flat = expected.reshape(-1, channels)
     return Case(np.dtype(dtype).name, kernel, [apart(x, source_pitch or channels)], flat, result_pitch, 1e-6)
 
@@ -314,7 +314,9 @@ _REDUCTIONS: Mapping[str, Callable[..., np.ndarray]] = {"sum": np.sum, "mean": n
 def _reduce(draw: DrawFn, isa: Isa) -> Case:
     outer, inner = draw(st.integers(1, 9)), draw(st.one_of(st.just(1), st.integers(1, 70)))
     reduced, operator = draw(st.integers(1, 200)), draw(st.sampled_from(sorted(_REDUCTIONS)))
+    dtype = draw(st.sampled_from(["float32", "uint8", "int8"]))
     x = floats(draw(SEEDS), outer, reduced, inner)
+    x = x if dtype == "float32" else (x * 30).astype(dtype)
     squared, root = draw(st.booleans()), draw(st.booleans())
     value = operand(0)
     before = call("mul", value, value) if squared else value
@@ -323,8 +325,8 @@ def _reduce(draw: DrawFn, isa: Isa) -> Case:
     expected = np.sqrt(np.abs(expected)) if root else expected
     # a root of a sum near zero keeps half of its digits only
     tolerance = 2e-2 if root and not squared else 1e-5
-    kernel = Reduce(isa, operator, outer, reduced, inner, before, after)
-    return Case("f32", kernel, [x], expected.astype(np.float32), 0, tolerance)
+    kernel = Reduce(isa, operator, outer, reduced, inner, before, after, dtype)
+    return Case(dtype, kernel, [x], expected.astype(np.float32), 0, tolerance)
 
 
 @st.composite

@@ -26,7 +26,7 @@ from graphopt_backends.kernels.emit import (
     tirx,
 )
 from graphopt_backends.kernels.epilogue import PLAIN, Epilogue, Result, begin, finish
-from graphopt_backends.kernels.multiply import Multiply
+from graphopt_backends.kernels.multiply import Multiply, Stored
 from graphopt_backends.kernels.tile import Panel, Rows, accumulate, tile_of
 
 __all__ = ["Batched", "begin_of", "transposed"]
@@ -47,6 +47,7 @@ class Batched:
         result: Strides of C: each axis of the batch, then rows; its columns follow one another.
         epilogue: What happens to the sums.
         operands: Strides of each operand of the epilogue along the axes of the batch.
+        stored: What B is stored as; where it is no float32, its rows are whole vectors.
     """
 
     isa: Isa
@@ -59,11 +60,12 @@ class Batched:
     result: tuple[int, ...]
     epilogue: Epilogue = PLAIN
     operands: tuple[tuple[int, ...], ...] = ()
+    stored: Stored = "float32"
 
     @cached_property
     def multiply(self) -> Multiply:
         """Its inner loop."""
-        return Multiply(self.isa, "f32")
+        return Multiply(self.isa, "f32", self.stored)
 
     @cached_property
     def tile(self) -> tuple[int, int]:
@@ -81,7 +83,7 @@ class Batched:
     @property
     def _packs(self) -> bool:
         """Panels of B are copied to where whole vectors of columns can be read."""
-        return self.right[-1] != 1 or self.columns % self.multiply.lanes != 0
+        return self.stored == "float32" and (self.right[-1] != 1 or self.columns % self.multiply.lanes != 0)
 
     @property
     def _packed_depth(self) -> int:
@@ -102,7 +104,7 @@ class Batched:
         """The function: (left, right, operands..., result, scratch?, task, tasks)."""
         pointers = [
             Pointer("left", "float32", reach((*self.batch, self.rows), self.left) + self.depth),
-            Pointer("right", "float32", reach((*self.batch, self.depth, self.columns), self.right) + 1),
+            Pointer("right", self.multiply.weight, reach((*self.batch, self.depth, self.columns), self.right) + 1),
             *self.epilogue.pointers(self.multiply, self.rows, self.columns, 0),
             Pointer("result", self.epilogue.dtype, reach((*self.batch, self.rows), self.result) + self.columns),
         ]

@@ -255,19 +255,15 @@ class Conv:
         """The function: (source, weight, bias?, operands..., border?, result, scratch?, task, tasks)."""
         multiply, padded = self.multiply, self.groups * self._group_panels * self._panel
         pixels, pitch = self.batch * self.result_size[0] * self.result_size[1], self.result_pitch or self.filters
-        source_pitch = self.source_pitch or self.channels
+        image = (self.batch * self.height * self.width - 1) * (self.source_pitch or self.channels) + self.channels
         pointers = [
-            Pointer(
-                "source",
-                multiply.activation,
-                (self.batch * self.height * self.width - 1) * source_pitch + self.channels,
-            ),
+            Pointer("source", multiply.activation, image),
             Pointer("weight", multiply.weight, padded * self.packed_depth),
             *self.epilogue.pointers(multiply, pixels, self.filters, padded),
             *([Pointer("border", multiply.activation, 1)] if self.border is None else []),
             Pointer("result", self.epilogue.dtype, (pixels - 1) * pitch + self.filters),
         ]
-        if self._copies:
+        if self.scratch:
             pointers.append(Pointer("scratch", multiply.activation, self.scratch // self.multiply.element_bytes))
         return primitive(name, pointers, self._body)
 
@@ -281,8 +277,11 @@ class Conv:
                 when(tirx.any(panel == 0, unit == first), lambda: self._copy(frame, image, band))
             count = self._blocks.count
             blocks = bind(tirx.min(self._band, count - band * self._band)) if self._bands > 1 else count
-            with loop(blocks) as i:
-                self._block(frame, image, band, i, panel)
+            self._rows_of_band(frame, image, band, blocks, panel)
+
+    def _rows_of_band(self, frame: Frame, image: Any, band: Any, blocks: Any, panel: Any) -> None:
+        with loop(blocks) as i:
+            self._block(frame, image, band, i, panel)
 
     def _copy(self, frame: Frame, image: Any, band: Any) -> None:
         """Copy the rows of the image that a band needs, with their border."""

@@ -112,14 +112,21 @@ def primitive(
     with builder, T.prim_func(is_private=True):
         T.func_name(name)
         T.func_attr({"tirx.noalias": True, "tirx.is_scheduled": True})
-        handles = [T.arg(p.name, T.handle(p.dtype)) for p in pointers]
+        dtypes = [_stored(p.dtype) for p in pointers]
+        handles = [T.arg(p.name, T.handle(dtype)) for p, dtype in zip(pointers, dtypes, strict=True)]
         sizes = {number: T.arg(number, T.int32()) for number in numbers}
         task, tasks = T.arg("task", T.int32()), T.arg("tasks", T.int32())
         buffers = {
-            p.name: T.decl_buffer((p.size,), p.dtype, data=handle) for p, handle in zip(pointers, handles, strict=True)
+            p.name: T.decl_buffer((p.size,), dtype, data=handle)
+            for p, dtype, handle in zip(pointers, dtypes, handles, strict=True)
         }
         body(Frame(buffers, sizes, task, tasks))
     return builder.get()
+
+
+def _stored(dtype: str) -> str:
+    """The type of elements in memory: a bfloat16 is bits, which few CPUs compute with."""
+    return "uint16" if dtype == "bfloat16" else dtype
 
 
 def load(buffer: Buffer, index: Expr, lanes: int) -> Expr:

@@ -189,7 +189,9 @@ def _emit(e: Expression, args: list[Vector], values: Mapping[int, Vector] | Sequ
     if e.op == "number":
         return constant(e.value, e.dtype, lanes)
     if e.op == "cast":
-        return bind(cast(args[0], e.dtype, lanes))
+        value = functions.from_bfloat16(args[0], lanes) if e.args[0].dtype == "bfloat16" else args[0]
+        to_bits = e.dtype == "bfloat16"
+        return bind(functions.to_bfloat16(value, lanes) if to_bits else cast(value, e.dtype, lanes))
     if e.op == "nearest":
         # rounds half to even as it converts: one instruction
         suffix = f"v{lanes}i32.v{lanes}f32" if lanes > 1 else "i32.f32"

@@ -12,7 +12,10 @@ from typing import Any
 
 from graphopt_backends.kernels.emit import bind, cast, constant, reinterpret, tirx
 
-__all__ = ["at_least", "at_most", "erf", "exp", "exp_of_negative", "log", "polynomial", "power", "sigmoid", "tanh"]
+__all__ = [
+    "at_least", "at_most", "erf", "exp", "exp_of_negative", "from_bfloat16", "log", "polynomial", "power", "sigmoid",
+    "tanh", "to_bfloat16",
+]  # fmt: skip
 
 _DTYPE = "float32"
 _LN2_HIGH, _LN2_LOW = 0.693359375, -2.12194440e-4
@@ -54,6 +57,25 @@ def at_least(x: Any, least: Any) -> Any:
 def at_most(x: Any, most: Any) -> Any:
     """The smaller of two numbers; `x` if that is none."""
     return tirx.min(most, x)
+
+
+def from_bfloat16(bits: Any, lanes: int) -> Any:
+    """Float32 numbers from the bits of bfloat16 ones, their upper half."""
+    upper = tirx.shift_left(cast(bits, "uint32", lanes), constant(16, "uint32", lanes))
+    return reinterpret(upper, _DTYPE, lanes)
+
+
+def to_bfloat16(x: Any, lanes: int) -> Any:
+    """Bits of the nearest bfloat16 numbers, half to even; what is no number stays none."""
+
+    def number(value: int) -> Any:
+        return constant(value, "uint32", lanes)
+
+    bits = bind(reinterpret(x, "uint32", lanes))
+    upper = bind(tirx.shift_right(bits, number(16)))
+    rounded = tirx.shift_right(bits + tirx.bitwise_and(upper, number(1)) + number(0x7FFF), number(16))
+    none = tirx.bitwise_and(bits, number(0x7FFFFFFF)) > number(0x7F800000)
+    return cast(tirx.Select(none, tirx.bitwise_or(upper, number(0x40)), rounded), "uint16", lanes)
 
 
 def exp(x: Any, lanes: int) -> Any:

@@ -22,6 +22,7 @@ import numpy as np
 
 from graphopt.targets import Isa
 from graphopt_backends.kernels.emit import bind, cast, constant, lane, load, reinterpret, spread, tirx
+from graphopt_backends.kernels.functions import from_bfloat16
 from graphopt_backends.kernels.instructions import Instruction, instruction_of
 
 __all__ = ["Kind", "Multiply", "Stored", "integer_kind", "stored_as"]
@@ -86,10 +87,8 @@ class Multiply:
 
     @property
     def weight(self) -> str:
-        """Element type of packed weights; bits where it is one that no CPU computes with."""
-        if self.kind != "f32":
-            return "int8"
-        return "uint16" if self.stored == "bfloat16" else self.stored
+        """Element type of packed weights."""
+        return self.stored if self.kind == "f32" else "int8"
 
     @property
     def sum(self) -> str:
@@ -104,7 +103,7 @@ class Multiply:
     @property
     def weight_bytes(self) -> int:
         """Bytes of a packed weight."""
-        return np.dtype(self.weight).itemsize
+        return {"float32": 4, "int8": 1}.get(self.weight, 2)
 
     @property
     def weight_elements(self) -> int:
@@ -138,8 +137,6 @@ class Multiply:
 
     def arranged(self, packed: np.ndarray) -> np.ndarray:
         """Put packed weights [panels, depth / group, width, group] into the order in which registers hold them."""
-        if self.stored == "bfloat16":
-            return packed.view(np.uint16)
         if self.instruction is None or self.instruction.parts == 1 or not self.isa.lane_operands:
             return packed
         halves = packed.reshape(*packed.shape[:2], -1, self.lanes, 2, 2).swapaxes(-2, -3)
@@ -151,13 +148,12 @@ class Multiply:
         return self.instruction.weight(vector) if self.instruction else self._widened(vector)
 
     def _widened(self, weights: Any) -> Any:
-        """Stored weights as floats; a bfloat16 is the upper half of one."""
+        """Stored weights as floats."""
         if self.stored == "float32":
             return weights
         if self.stored == "float16":
             return bind(cast(weights, "float32", self.lanes))
-        upper = tirx.shift_left(cast(weights, "uint32", self.lanes), constant(16, "uint32", self.lanes))
-        return bind(reinterpret(upper, "float32", self.lanes))
+        return bind(from_bfloat16(weights, self.lanes))
 
     def load_activation(self, buffer: Any, places: Sequence[Any], groups: int) -> list[Any]:
         """`groups` groups of activations, each repeated over all columns.

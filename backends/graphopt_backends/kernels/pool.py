@@ -27,6 +27,8 @@ from graphopt_backends.kernels.emit import (
     store_first,
     tirx,
 )  # fmt: skip
+from graphopt_backends.kernels.epilogue import SUM
+from graphopt_backends.kernels.expression import Expression, evaluate
 
 __all__ = ["Pool"]
 
@@ -38,7 +40,7 @@ class Pool:
     Attributes:
         isa: The CPU.
         kind: What is taken.
-        dtype: Element type; the mean wants floats.
+        dtype: Element type of the image; means, and sums for them, are float32.
         batch: Images.
         height: Of an image, in pixels.
         width: Of an image, in pixels.
@@ -48,6 +50,7 @@ class Pool:
         result_size: Height and width of the result.
         source_pitch: Elements from pixel to pixel of the image; 0: `channels`.
         result_pitch: Elements from pixel to pixel of the result; 0: `channels`.
+        after: What is stored, a function of the mean.
     """
 
     isa: Isa
@@ -62,6 +65,7 @@ class Pool:
     counts_border: bool = False
     source_pitch: int = 0
     result_pitch: int = 0
+    after: Expression = SUM
 
     @property
     def scratch(self) -> int:
@@ -76,7 +80,12 @@ class Pool:
 
     @cached_property
     def _lanes(self) -> int:
-        return self.isa.vector_bits // (8 * np.dtype(self.dtype).itemsize)
+        return self.isa.vector_bits // (8 * np.dtype(self._held).itemsize)
+
+    @property
+    def _held(self) -> str:
+        """Element type of what is held in registers, and of the result."""
+        return self.dtype if self.kind == "max" else "float32"
 
     @property
     def _reaches_out(self) -> bool:
@@ -96,7 +105,7 @@ class Pool:
         )
         pointers = [
             Pointer("source", self.dtype, (pixels - 1) * (self.source_pitch or self.channels) + self.channels),
-            Pointer("result", self.dtype, (results - 1) * (self.result_pitch or self.channels) + self.channels),
+            Pointer("result", self._held, (results - 1) * (self.result_pitch or self.channels) + self.channels),
         ]
         return primitive(name, pointers, self._body)
 
@@ -120,24 +129,27 @@ class Pool:
         count: int,
     ) -> None:  # fmt: skip
         lanes, pitch = self._lanes, self.source_pitch or self.channels
-        total = local(lanes, self.dtype)
-        store(total, constant(self._start(), self.dtype, lanes), 0, lanes)
+        total = local(lanes, self._held)
+        store(total, constant(self._start(), self._held, lanes), 0, lanes)
         with loop(top[2] - top[1], top[1]) as tap_y:
             y = top[0] + tap_y * self.window.dilations[0]
             row = bind((image * self.height + y) * (self.width * pitch) + channel)
             with loop(left[2] - left[1], left[1]) as tap_x:
                 x = left[0] + tap_x * self.window.dilations[1]
                 value = load_first(frame["source"], row + x * pitch, lanes, count, self.dtype)
+                if self._held != self.dtype:
+                    value = cast(cast(value, "int32", lanes), self._held, lanes)
                 seen = load(total, 0, lanes)
                 store(total, tirx.max(seen, value) if self.kind == "max" else seen + value, 0, lanes)
         result = load(total, 0, lanes)
         if self.kind == "mean":
             taps = self.window.size[0] * self.window.size[1]
             if self.counts_border or not self._reaches_out:
-                result = result * constant(1 / taps, self.dtype, lanes)
+                result = result * constant(1 / taps, self._held, lanes)
             else:
                 seen = (top[2] - top[1]) * (left[2] - left[1])
-                result = result / spread(cast(seen, self.dtype, 1), lanes)
+                result = result / spread(cast(seen, self._held, 1), lanes)
+            result = evaluate(self.after, [bind(result)], lanes)
         store_first(frame["result"], result, at + channel, lanes, count)
 
     def _start(self) -> float:

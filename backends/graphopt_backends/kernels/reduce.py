@@ -11,6 +11,7 @@ from graphopt_backends.kernels.emit import (
     Frame,
     Pointer,
     bind,
+    cast,
     constant,
     either,
     first_lanes,
@@ -41,7 +42,9 @@ _PARALLEL = 4
 
 @dataclass(frozen=True)
 class Reduce:
-    """Y[outer, inner] = reduction of X[outer, reduced, inner], float32, all contiguous.
+    """Y[outer, inner] = reduction of X[outer, reduced, inner], all contiguous.
+
+    Sums are float32; those of 8-bit integers are exact there, if there are no more than 65,000.
 
     Attributes:
         isa: The CPU.
@@ -51,6 +54,7 @@ class Reduce:
         inner: Elements of the axes behind.
         before: What is reduced, a function of the element.
         after: What is stored, a function of the reduction.
+        dtype: Element type of X; what is stored is float32.
     """
 
     isa: Isa
@@ -60,6 +64,7 @@ class Reduce:
     inner: int
     before: Expression = SUM
     after: Expression = SUM
+    dtype: str = "float32"
 
     @property
     def scratch(self) -> int:
@@ -74,16 +79,15 @@ class Reduce:
     def primitive(self, name: str) -> Any:
         """The function: (source, result, task, tasks)."""
         pointers = [
-            Pointer("source", "float32", self.outer * self.reduced * self.inner),
+            Pointer("source", self.dtype, self.outer * self.reduced * self.inner),
             Pointer("result", "float32", self.outer * self.inner),
         ]
         return primitive(name, pointers, self._rows if self.inner == 1 else self._columns)
 
     def _rows(self, frame: Frame) -> None:
         with share(frame, self.outer) as (row, _):
-            total = horizontal(
-                self.isa, self.operator, frame["source"], row * self.reduced, self.reduced, self._prepared
-            )
+            start = row * self.reduced
+            total = fold(self.isa, self.operator, self.reduced, lambda i, n: self._element(frame, start + i, n))
             store(frame["result"], self._finished(total, 1), row, 1)
 
     def _columns(self, frame: Frame) -> None:
@@ -109,8 +113,8 @@ class Reduce:
         start = bind(row * (self.reduced * self.inner) + column)
 
         def take(total: Any, i: Any) -> None:
-            value = load_first(frame["source"], start + i * self.inner, lanes, count, "float32")
-            store(total, combine(load(total, 0, lanes), self._prepared(bind(value), lanes)), 0, lanes)
+            value = self._element(frame, start + i * self.inner, count)
+            store(total, combine(load(total, 0, lanes), value), 0, lanes)
 
         turns, more = divmod(self.reduced, len(totals))
         with loop(turns) as i:
@@ -123,8 +127,13 @@ class Reduce:
             vector = combine(vector, load(total, 0, lanes))
         store_first(frame["result"], self._finished(bind(vector), lanes), row * self.inner + column, lanes, count)
 
-    def _prepared(self, value: Any, lanes: int) -> Any:
-        return evaluate(self.before, [value], lanes)
+    def _element(self, frame: Frame, at: Any, count: int) -> Any:
+        """A vector of what is reduced."""
+        lanes = self.isa.vector_bits // 32
+        value = load_first(frame["source"], at, lanes, count, self.dtype)
+        if self.dtype != "float32":
+            value = cast(cast(value, "int32", lanes), "float32", lanes)
+        return evaluate(self.before, [bind(value)], lanes)
 
     def _finished(self, total: Any, lanes: int) -> Any:
         if self.operator == "mean":
@@ -132,9 +141,7 @@ class Reduce:
         return evaluate(self.after, [total], lanes)
 
 
-def horizontal(
-    isa: Isa, operator: Operator, source: Any, start: Any, count: int, function: Callable[[Any, int], Any] | None = None
-) -> Any:
+def horizontal(isa: Isa, operator: Operator, source: Any, start: Any, count: int) -> Any:
     """Reduce consecutive elements to one number.
 
     Args:
@@ -143,15 +150,9 @@ def horizontal(
         source: Elements, float32.
         start: Where they begin.
         count: How many there are.
-        function: Applied to each vector before.
     """
     lanes = isa.vector_bits // 32
-
-    def fetch(index: Any, valid: int) -> Any:
-        value = load_first(source, start + index, lanes, valid, "float32")
-        return function(bind(value), lanes) if function else value
-
-    return fold(isa, operator, count, fetch)
+    return fold(isa, operator, count, lambda index, valid: load_first(source, start + index, lanes, valid, "float32"))
 
 
 def fold(isa: Isa, operator: Operator, count: int, fetch: Callable[[Any, int], Any], *, unrolled: bool = False) -> Any:

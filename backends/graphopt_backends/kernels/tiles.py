@@ -11,6 +11,8 @@ vectors, where the epilogue takes them.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -20,41 +22,50 @@ import numpy as np
 from graphopt.targets import Isa
 from graphopt_backends.kernels.emit import (
     Frame,
-    Pointer,
     T,
     bind,
-    either,
     load,
     local,
     loop,
-    primitive,
-    share_pairs,
+    prefetch,
+    reinterpret,
     store,
     tirx,
 )  # fmt: skip
-from graphopt_backends.kernels.epilogue import PLAIN, Epilogue, Result, finish
-from graphopt_backends.kernels.gemm import pack_columns, pack_matrix
+from graphopt_backends.kernels.epilogue import Epilogue, Result, finish
 from graphopt_backends.kernels.multiply import Kind, Multiply
 
-__all__ = ["TileGemm", "configuration", "tiles_pay"]
+__all__ = [
+    "ACROSS", "COLUMNS", "GROUP", "LINE_BYTES", "MOST_LENGTH", "MOST_ROWS", "WIDTH", "Block", "Chunks", "configured",
+    "sixteenths", "tiles_pay",
+]  # fmt: skip
 
-_MOST_ROWS = 16
-_MOST_LENGTH = 64
-_COLUMNS = 16
-_GROUP = 4
-_ROW_BYTES = 64
-"""A packed tile of weights: a row has a group of elements along k of every column."""
+MOST_ROWS = 16
+"""Rows of a tile at most."""
 
-_ACROSS = 2
+MOST_LENGTH = 64
+"""Elements of a tile along k at most."""
+
+COLUMNS = 16
+"""Columns of a tile of weights, and of sums."""
+
+GROUP = 4
+"""Elements along k that lie together: a row of a packed tile of weights has a group of every column."""
+
+ACROSS = 2
 """Tiles of columns, and at most of rows, that are multiplied with each other."""
 
-_SUMS, _LEFT, _RIGHT = 0, _ACROSS * _ACROSS, _ACROSS * _ACROSS + _ACROSS
+WIDTH = ACROSS * COLUMNS
+"""Columns of a block."""
+
+LINE_BYTES = 64
+"""What comes into a cache at once."""
+
+_ROW_BYTES = 64
+_SUMS, _LEFT, _RIGHT = 0, ACROSS * ACROSS, ACROSS * ACROSS + ACROSS
 """The first tile registers of sums, activations and weights."""
 
-_CONFIGURATION = 16
-"""32-bit words that describe tiles to the CPU."""
-
-_WIDTH = _ACROSS * _COLUMNS
+_PRODUCTS = {"u8s8": "tdpbusd", "s8s8": "tdpbssd"}
 
 _LEAST_ROWS, _LEAST_DEPTH = 4, 48
 
@@ -69,211 +80,188 @@ def tiles_pay(isa: Isa, kind: Kind, rows: int, columns: int, depth: int) -> bool
         columns: Columns of the result, or filters.
         depth: Elements that follow each other along k.
     """
-    fits = depth >= _MOST_LENGTH or depth % _GROUP == 0
-    filled = rows >= _LEAST_ROWS and columns >= _COLUMNS and depth >= _LEAST_DEPTH
+    fits = depth >= MOST_LENGTH or depth % GROUP == 0
+    filled = rows >= _LEAST_ROWS and columns >= COLUMNS and depth >= _LEAST_DEPTH
     return isa.tiles and kind in _PRODUCTS and fits and filled
 
 
 @dataclass(frozen=True)
-class TileGemm:
-    """C = epilogue(A W) on bytes; see `Gemm`, whose parameters its function has.
+class Block:
+    """Two tiles of rows, or one, by as many of columns; the code that multiplies them.
 
     Attributes:
-        isa: The CPU, which has tiles.
         kind: Element types.
-        rows: Rows of A and C.
-        columns: Columns of W and C.
-        depth: Columns of A, rows of W; whole groups, or more than a tile has.
-        epilogue: What happens to the sums.
-        source_pitch: Elements from row to row of A; 0: `depth`.
-        result_pitch: Elements from row to row of C; 0: `columns`.
+        high: Tiles of rows.
+        height: Rows of a tile.
+        length: Elements of a tile along k.
+        columns: Columns, at most `WIDTH`.
     """
 
-    isa: Isa
     kind: Kind
-    rows: int
-    columns: int
-    depth: int
-    epilogue: Epilogue = PLAIN
-    source_pitch: int = 0
-    result_pitch: int = 0
+    high: int
+    height: int
+    length: int
+    columns: int = WIDTH
+
+    @property
+    def wide(self) -> int:
+        """Tiles of columns."""
+        return -(-self.columns // COLUMNS)
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of a packed tile of weights."""
+        return self.length * COLUMNS
+
+    @property
+    def sum_bytes(self) -> int:
+        """Bytes of scratch memory, through which sums go."""
+        return 4 * self.high * self.height * WIDTH
+
+    def _each_sum(self) -> Iterator[tuple[int, int, Any]]:
+        """Row, column and register of every tile of sums."""
+        for i in range(self.high):
+            for j in range(self.wide):
+                yield i, j, _register(_SUMS + i * ACROSS + j)
+
+    def begin(self, bias: Any | None, column: Any) -> None:
+        """Let sums begin as the bias from a column on, or as zero."""
+        for _, j, register in self._each_sum():
+            if bias is None:
+                _tile("tilezero", register)
+            else:
+                _tile("tileloadd64", register, _at(bias, column + j * COLUMNS), _stride(0))
+
+    def add(self, left: Any, rows: Sequence[Any], pitch: int, right: Any, weights: Sequence[Any]) -> None:
+        """Add the products of one tile along k.
+
+        Args:
+            left: Activations.
+            rows: The first element of each tile of them.
+            pitch: Bytes from row to row.
+            right: Packed weights.
+            weights: The first element of each tile of them.
+        """
+        for i, row in enumerate(rows):
+            _tile("tileloadd64", _register(_LEFT + i), _at(left, row), _stride(pitch))
+        for j, weight in enumerate(weights):
+            _tile("tileloadd64", _register(_RIGHT + j), _at(right, weight), _stride(_ROW_BYTES))
+            self.multiply(j)
+
+    def multiply(self, column: int) -> None:
+        """Add the products of tiles in registers for one tile of columns."""
+        for i in range(self.high):
+            registers = _SUMS + i * ACROSS + column, _LEFT + i, _RIGHT + column
+            _tile(_PRODUCTS[self.kind], *map(_register, registers))
+
+    def fetch(self, right: Any, at: Any, lines: int) -> None:
+        """Let some cache lines of weights come, which another block needs next."""
+        for i in range(lines):
+            prefetch(right, at + i * LINE_BYTES)
+
+    def lines(self, turns: int) -> int:
+        """Cache lines that come with every tile along k, so that a panel has come after some turns."""
+        return -(-ACROSS * self.weight_bytes // (LINE_BYTES * turns))
+
+    def put(self, scratch: Any, at: int) -> None:
+        """Write the sums into scratch memory from a byte on, row by row of all tiles of columns."""
+        for i, j, register in self._each_sum():
+            place = at + 4 * (i * self.height * WIDTH + j * COLUMNS)
+            _tile("tilestored64", register, _at(scratch, place), _stride(4 * WIDTH))
+
+    def finish(
+        self,
+        frame: Frame,
+        multiply: Multiply,
+        epilogue: Epilogue,
+        at: int,
+        first: Callable[[Any], Any],
+        pitch: int,
+        column: Any,
+    ) -> None:
+        """Let the epilogue take the sums, row by row.
+
+        Args:
+            frame: Where everything is.
+            multiply: Vectors of sums.
+            epilogue: What is computed of them.
+            at: Byte of the scratch memory where they are.
+            first: Gives the number of a tile's first row in the result.
+            pitch: Elements from row to row of the result.
+            column: First column.
+        """
+        lanes = multiply.lanes
+        with loop(self.high) as tile:
+            start = bind(first(tile))
+            with loop(self.height) as i:
+                row, place = bind(start + i), bind(at + (tile * self.height + i) * (4 * WIDTH))
+                totals = [local(lanes, "int32") for _ in range(-(-self.columns // lanes))]
+                for v, total in enumerate(totals):
+                    values = load(frame["scratch"], place + 4 * v * lanes, 4 * lanes)
+                    store(total, reinterpret(values, "int32", lanes), 0, lanes)
+                finish(frame, multiply, epilogue, [totals], Result([row * pitch + column], [row], column, self.columns))
+
+
+@dataclass(frozen=True)
+class Chunks:
+    """Consecutive elements along k, cut into tiles of one length; the last begins so early that it ends with them.
+
+    Attributes:
+        run: How many elements; whole groups, or more than a tile has.
+    """
+
+    run: int
 
     @cached_property
-    def multiply(self) -> Multiply:
-        """Types, and vectors of sums."""
-        return Multiply(self.isa, self.kind)
-
-    @cached_property
-    def high(self) -> int:
-        """Tiles of rows that are multiplied together."""
-        return 1 if self.rows <= _MOST_ROWS else _ACROSS
-
-    @cached_property
-    def blocks(self) -> int:
-        """How often that many cover the rows."""
-        return -(-self.rows // (self.high * _MOST_ROWS))
-
-    @cached_property
-    def height(self) -> int:
-        """Rows of a tile."""
-        return -(-self.rows // (self.blocks * self.high))
-
-    @cached_property
-    def chunks(self) -> int:
-        """Tiles along k."""
-        return -(-self.depth // _MOST_LENGTH)
+    def count(self) -> int:
+        """How many tiles there are."""
+        return -(-self.run // MOST_LENGTH)
 
     @cached_property
     def length(self) -> int:
-        """Elements of a tile along k."""
-        return -(-self.depth // (self.chunks * _GROUP)) * _GROUP
+        """Elements of a tile."""
+        return -(-self.run // (self.count * GROUP)) * GROUP
 
-    @property
-    def panels(self) -> int:
-        """Panels of columns, the last of which may have one tile."""
-        return -(-self.columns // _WIDTH)
+    def start(self, chunk: Any) -> Any:
+        """The first element of a tile."""
+        first = chunk * self.length
+        return first if self.run % self.length == 0 else tirx.min(first, self.run - self.length)
 
-    @property
-    def _padded(self) -> int:
-        return -(-self.columns // _COLUMNS) * _COLUMNS
-
-    @property
-    def _pitch(self) -> int:
-        return self.source_pitch or self.depth
-
-    @property
-    def _panel_bytes(self) -> int:
-        """Bytes of the weights of a tile's columns."""
-        return self.chunks * self.length * _COLUMNS
-
-    @property
-    def scratch(self) -> int:
-        """Bytes of memory that every task needs for itself."""
-        return 4 * (_CONFIGURATION + self.high * self.height * _WIDTH)
-
-    @property
-    def operations(self) -> int:
-        """Multiplications and additions."""
-        return 2 * self.rows * self.columns * self.depth
-
-    @cached_property
-    def _part(self) -> int:
-        """Blocks of a part of the rows, which stays in the second cache while panels pass by."""
-        fit = self.isa.level2_bytes // 2 // (self.high * self.height * self._pitch)
-        for_all = -(-self.blocks * self.panels // (2 * self.isa.cores))
-        return max(1, min(fit, for_all, self.blocks))
-
-    def pack(self, weight: np.ndarray) -> np.ndarray:
-        """Lay out a weight [depth, columns] as this kernel reads it."""
-        parts = np.zeros((self.chunks, self.length, self.columns), np.int8)
+    def cut(self, weight: np.ndarray) -> np.ndarray:
+        """Weights [run, columns] of all tiles, below each other; zeros stand where two tiles meet the same elements."""
+        parts = np.zeros((self.count, self.length, weight.shape[1]), weight.dtype)
         for chunk, part in enumerate(parts):
             fresh = weight[chunk * self.length : (chunk + 1) * self.length]
             part[self.length - len(fresh) :] = fresh
-        return pack_matrix(parts.reshape(-1, self.columns), _COLUMNS, _GROUP)
-
-    def pack_column(self, values: np.ndarray) -> np.ndarray:
-        """Lay out numbers for each column."""
-        return pack_columns(values, self._padded)
-
-    def primitive(self, name: str) -> Any:
-        """The function: (source, weight, bias?, operands..., result, scratch, task, tasks)."""
-        pitch = self.result_pitch or self.columns
-        pointers = [
-            Pointer("source", self.multiply.activation, (self.rows - 1) * self._pitch + self.depth),
-            Pointer("weight", "int8", self._padded // _COLUMNS * self._panel_bytes),
-            *self.epilogue.pointers(self.multiply, self.rows, self.columns, self._padded),
-            Pointer("result", self.epilogue.dtype, (self.rows - 1) * pitch + self.columns),
-            Pointer("scratch", "int32", self.scratch // 4),
-        ]
-        return primitive(name, pointers, self._body)
-
-    def _body(self, frame: Frame) -> None:
-        """Parts of the rows, panels, blocks of rows: the weights of a panel stay in the first cache."""
-        words = configuration(self.height, self.length)
-        store(frame["scratch"], tirx.Shuffle([tirx.const(int(w), "int32") for w in words], list(range(16))), 0, 16)
-        _tile("ldtilecfg", _at(frame["scratch"], 0))
-        with share_pairs(frame, -(-self.blocks // self._part), self.panels) as (part, first, last):
-            begin = bind(part * self._part)
-            end = bind(tirx.min(begin + self._part, self.blocks))
-            with T.serial(first, last) as panel, T.serial(begin, end) as block:
-                self._columns(frame, block, panel)
-        _tile("tilerelease")
-
-    def _columns(self, frame: Frame, block: Any, panel: Any) -> None:
-        """The last panel may have fewer columns."""
-        whole, rest = divmod(self.columns, _WIDTH)
-        if not rest or not whole:
-            self._block(frame, block, panel, rest or _WIDTH)
-        else:
-            either(
-                panel < whole,
-                lambda: self._block(frame, block, panel, _WIDTH),
-                lambda: self._block(frame, block, panel, rest),
-            )
-
-    def _row(self, tile: Any) -> Any:
-        """The first row of a tile."""
-        first = tile * self.height
-        even = self.rows == self.blocks * self.high * self.height
-        return first if even else tirx.min(first, self.rows - self.height)
-
-    def _block(self, frame: Frame, block: Any, panel: Any, columns: int) -> None:
-        wide, column = -(-columns // _COLUMNS), bind(panel * _WIDTH)
-        sums = [[_SUMS + i * _ACROSS + j for j in range(wide)] for i in range(self.high)]
-        for row in sums:
-            for j, register in enumerate(row):
-                if self.epilogue.bias:
-                    _load(register, frame["bias"], column + j * _COLUMNS, 0)
-                else:
-                    _tile("tilezero", _register(register))
-        rows = [bind(self._row(block * self.high + i) * self._pitch) for i in range(self.high)]
-        weights = [bind((panel * _ACROSS + j) * self._panel_bytes) for j in range(wide)]
-        with loop(self.chunks) as chunk:
-            k = bind(tirx.min(chunk * self.length, self.depth - self.length)) if self.depth % self.length else chunk * self.length
-            for i, row in enumerate(rows):
-                _load(_LEFT + i, frame["source"], row + k, self._pitch)
-            for j, weight in enumerate(weights):
-                _load(_RIGHT + j, frame["weight"], weight + chunk * (self.length * _COLUMNS), _ROW_BYTES)
-                for i in range(self.high):
-                    _tile(_PRODUCTS[self.kind], *map(_register, (sums[i][j], _LEFT + i, _RIGHT + j)))
-        for i, row in enumerate(sums):
-            for j, register in enumerate(row):
-                at = _CONFIGURATION + i * self.height * _WIDTH + j * _COLUMNS
-                _tile("tilestored64", _register(register), _at(frame["scratch"], at), _stride(4 * _WIDTH))
-        self._finish(frame, block, column, columns)
-
-    def _finish(self, frame: Frame, block: Any, column: Any, columns: int) -> None:
-        """Let the epilogue take the sums, row by row."""
-        multiply, pitch = self.multiply, self.result_pitch or self.columns
-        lanes = multiply.lanes
-        with loop(self.high) as i:
-            first = bind(self._row(block * self.high + i))
-            with loop(self.height) as r:
-                row, at = bind(first + r), bind(_CONFIGURATION + (i * self.height + r) * _WIDTH)
-                totals = [local(lanes, "int32") for _ in range(-(-columns // lanes))]
-                for v, total in enumerate(totals):
-                    store(total, load(frame["scratch"], at + v * lanes, lanes), 0, lanes)
-                result = Result([row * pitch + column], [row], column, columns)
-                finish(frame, multiply, self.epilogue, [totals], result)
+        return parts.reshape(-1, weight.shape[1])
 
 
-_PRODUCTS = {"u8s8": "tdpbusd", "s8s8": "tdpbssd"}
+def sixteenths(size: int) -> tuple[int, int]:
+    """How many tiles of at most 16 rows cover some rows, and how high the lowest that do are."""
+    count = -(-size // MOST_ROWS)
+    return count, -(-size // count)
 
 
-def configuration(height: int, length: int) -> np.ndarray:
-    """What tells the CPU the sizes of its tiles, as 32-bit words.
+@contextmanager
+def configured(block: Block, scratch: Any, at: int) -> Iterator[None]:
+    """Tell the CPU the sizes of tiles, and give their registers back behind the code that uses them.
 
     Args:
-        height: Rows of activations, and of sums.
-        length: Elements along k.
+        block: What has these sizes.
+        scratch: Bytes of memory of this task.
+        at: Where 64 of them are free.
     """
-    rows, row_bytes = np.zeros(16, np.uint8), np.zeros(16, np.uint16)
-    rows[_SUMS:_LEFT], row_bytes[_SUMS:_LEFT] = height, 4 * _COLUMNS
-    rows[_LEFT:_RIGHT], row_bytes[_LEFT:_RIGHT] = height, length
-    rows[_RIGHT : _RIGHT + _ACROSS], row_bytes[_RIGHT : _RIGHT + _ACROSS] = length // _GROUP, _ROW_BYTES
-    palette = np.zeros(16, np.uint8)
+    rows, row_bytes, palette = np.zeros(16, np.uint8), np.zeros(16, np.uint16), np.zeros(16, np.uint8)
     palette[0] = 1
-    return np.concatenate([part.view(np.int32) for part in (palette, row_bytes, rows)])
+    rows[_SUMS:_RIGHT], row_bytes[_SUMS:_LEFT] = block.height, 4 * COLUMNS
+    row_bytes[_LEFT:_RIGHT] = block.length
+    rows[_RIGHT : _RIGHT + ACROSS], row_bytes[_RIGHT : _RIGHT + ACROSS] = block.length // GROUP, _ROW_BYTES
+    values = np.concatenate([part.view(scratch.dtype) for part in (palette, row_bytes, rows)])
+    words = [tirx.const(int(value), scratch.dtype) for value in values]
+    store(scratch, tirx.Shuffle(words, list(range(len(words)))), at, len(words))
+    _tile("ldtilecfg", _at(scratch, at))
+    yield
+    _tile("tilerelease")
 
 
 def _tile(name: str, *values: Any) -> None:
@@ -291,15 +279,3 @@ def _stride(size: int) -> Any:
 
 def _at(buffer: Any, index: Any) -> Any:
     return tirx.address_of(buffer[(index,)])
-
-
-def _load(register: int, buffer: Any, index: Any, row_bytes: int) -> None:
-    """Fill a tile from memory.
-
-    Args:
-        register: Which.
-        buffer: What is there.
-        index: Its first element.
-        row_bytes: Bytes from row to row; 0 repeats one.
-    """
-    _tile("tileloadd64", _register(register), _at(buffer, index), _stride(row_bytes))

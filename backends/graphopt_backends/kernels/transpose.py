@@ -29,7 +29,8 @@ from graphopt_backends.kernels.loops import merged_axes
 
 __all__ = ["Transpose", "transpose_of"]
 
-_CHUNKS = (4, 16)  # squares along i and j that are a unit of work: long runs are written
+_RUN = 16  # squares of a unit of work along the longer axis, which are read or written one behind the other
+_BESIDE = 4  # and along the other
 _FEW = 4  # elements of an axis that are better shuffled than turned
 _WORDS = {1: "uint8", 2: "uint16", 4: "float32", 8: "int64"}
 
@@ -61,6 +62,11 @@ class Transpose:
         return 16 if size == 1 else 8 if size == 2 else self.isa.vector_bits // (8 * size)
 
     @property
+    def _most(self) -> tuple[int, int]:
+        """Squares along i and j that are a unit of work: CPUs fetch what comes next of few long runs, not of many."""
+        return (_RUN, _BESIDE) if self.sizes[0] > self.sizes[1] else (_BESIDE, _RUN)
+
+    @property
     def scratch(self) -> int:
         """It needs none."""
         return 0
@@ -80,41 +86,43 @@ class Transpose:
         return primitive(name, pointers, self._body)
 
     def _body(self, frame: Frame) -> None:
-        chunks = [-(-size // (self._lanes * most)) for size, most in zip(self.sizes, _CHUNKS, strict=True)]
-        square = self._square
+        chunks = [-(-size // (self._lanes * most)) for size, most in zip(self.sizes, self._most, strict=True)]
+        square, undivided = self._square, None
         if self.sizes[1] <= _FEW and self.result[-1] == self.sizes[1]:
-            chunks[1], square = 1, self._woven
+            square, undivided = self._woven, 1
         elif self.sizes[0] <= _FEW and self.source[-1] == self.sizes[0]:
-            chunks[0], square = 1, self._unwoven
+            square, undivided = self._unwoven, 0
+        if undivided is not None:
+            chunks[undivided] = 1
         with share(frame, math.prod(self.outer) * chunks[0] * chunks[1]) as (unit, _):
             number = bind(tirx.truncdiv(unit, chunks[0] * chunks[1]))
             chunk_i = bind(tirx.truncmod(tirx.truncdiv(unit, chunks[1]), chunks[0]))
             chunk_j = bind(tirx.truncmod(unit, chunks[1]))
             source, result = (bind(begin_of(self.outer, number, strides)) for strides in (self.source, self.result))
 
+            def each(axis: int, body: Callable[[Any, int], None]) -> None:
+                if axis == undivided:
+                    body(0, self.sizes[axis])
+                else:
+                    self._blocks(axis, chunks[axis], (chunk_i, chunk_j)[axis], body)
+
             def at(i: Any, high: int, j: Any, wide: int) -> None:
                 square(
                     frame, bind(source + j * self.source[-1] + i), bind(result + i * self.result[-1] + j), high, wide
                 )
 
-            def along_j(i: Any, high: int) -> None:
-                if square == self._woven:
-                    at(i, high, 0, self.sizes[1])
-                else:
-                    self._blocks(1, chunks[1], chunk_j, lambda j, wide: at(i, high, j, wide))
-
-            if square == self._unwoven:
-                along_j(0, self.sizes[0])
+            if self.sizes[0] > self.sizes[1]:
+                each(1, lambda j, wide: each(0, lambda i, high: at(i, high, j, wide)))
             else:
-                self._blocks(0, chunks[0], chunk_i, along_j)
+                each(0, lambda i, high: each(1, lambda j, wide: at(i, high, j, wide)))
 
     def _blocks(self, axis: int, chunks: int, chunk: Any, body: Callable[[Any, int], None]) -> None:
         """Squares of a chunk along an axis, whole ones first."""
         lanes = self._lanes
         whole, rest = divmod(self.sizes[axis], lanes)
         if whole:
-            first = bind(chunk * _CHUNKS[axis])
-            last = bind(tirx.min(first + _CHUNKS[axis], whole))
+            first = bind(chunk * self._most[axis])
+            last = bind(tirx.min(first + self._most[axis], whole))
             with loop(last - first if chunks > 1 else whole, first if chunks > 1 else 0) as block:
                 body(bind(block * lanes), lanes)
         if rest and chunks > 1:

@@ -50,11 +50,11 @@ class Widened(ir.LazyTensor):
 
 
 def narrowed(array: np.ndarray) -> np.ndarray:
-    """The same numbers as 16-bit floats, if there are many of them and float16 or bfloat16 holds each exactly."""
+    """The same numbers as 16-bit floats, if there are many of them and bfloat16 or float16 holds each exactly."""
     if array.dtype != np.float32 or array.size < _LEAST_SIZE:
         return array
-    sample = array.reshape(-1)[:: -(-array.size // _SAMPLE)]
-    for dtype in (np.dtype(np.float16), np.dtype(ml_dtypes.bfloat16)):
+    sample = array.flat[:: -(-array.size // _SAMPLE)]
+    for dtype in (np.dtype(ml_dtypes.bfloat16), np.dtype(np.float16)):
         if _holds(dtype, sample) and _holds(dtype, array):
             return array.astype(dtype)
     return array
@@ -71,7 +71,7 @@ def widen(model: ir.Model) -> bool:
     Types of values must be known. A model with sequences of 16-bit floats stays as it is.
     """
     values = [value for graph in model.graphs() for value in _values(graph)]
-    halves = [value for value in values if value.dtype in _HALVES]
+    halves = [value for value in values if _half(value) is not None]
     if not halves or any(not isinstance(value.type, ir.TensorType) for value in halves):
         return False
     for value in halves:
@@ -85,7 +85,7 @@ def widen(model: ir.Model) -> bool:
             if node.domain not in _DOMAINS or node.op_type == "BitCast":
                 _fence_inputs(graph, node, kept)
                 for output in node.outputs:
-                    if output.dtype in _HALVES:
+                    if _half(output) is not None:
                         _fence_output(graph, node, output, kept)
             elif node.op_type == "Cast" and _target(node) not in _FLOATS:
                 _fence_inputs(graph, node, kept)
@@ -93,7 +93,7 @@ def widen(model: ir.Model) -> bool:
                 _widen_attributes(node)
     _fence_ends(model.graph, kept)
     for value in (value for graph in model.graphs() for value in _values(graph)):
-        if value.dtype in _HALVES and value not in kept:
+        if _half(value) is not None and value not in kept:
             value.type = ir.TensorType(ir.DataType.FLOAT)
     for graph in model.graphs():
         for node in list(graph):
@@ -106,6 +106,12 @@ def _values(graph: ir.Graph) -> Iterator[ir.Value]:
     yield from graph.initializers.values()
     for node in graph:
         yield from node.outputs
+
+
+def _half(value: ir.Value | None) -> ir.DataType | None:
+    """The type of a value if it is one of 16-bit floats."""
+    dtype = None if value is None else value.dtype
+    return dtype if dtype in _HALVES else None
 
 
 def _target(node: ir.Node) -> ir.DataType:
@@ -140,8 +146,9 @@ def _look_up_narrow(graph: ir.Graph, node: ir.Node, kept: set[ir.Value]) -> bool
 def _fence_inputs(graph: ir.Graph, node: ir.Node, kept: set[ir.Value]) -> None:
     """Let a node read 16-bit floats still."""
     for i, value in enumerate(node.inputs):
-        if value is not None and value.dtype in _HALVES and value not in kept:
-            cast = _cast(value, value.dtype, f"{node.name}/input {i}")
+        dtype = _half(value)
+        if value is not None and dtype is not None and value not in kept:
+            cast = _cast(value, dtype, f"{node.name}/input {i}")
             kept.add(cast.outputs[0])
             graph.insert_before(node, cast)
             node.replace_input_with(i, cast.outputs[0])
@@ -163,8 +170,9 @@ def _fence_output(graph: ir.Graph, node: ir.Node, output: ir.Value, kept: set[ir
 def _fence_ends(graph: ir.Graph, kept: set[ir.Value]) -> None:
     """Let a graph read and give what it did."""
     for i, value in enumerate(graph.outputs):
-        if value.dtype in _HALVES and not value.is_graph_input():
-            cast = _cast(value, value.dtype, f"{value.name}/narrow")
+        dtype = _half(value)
+        if dtype is not None and not value.is_graph_input():
+            cast = _cast(value, dtype, f"{value.name}/narrow")
             result = cast.outputs[0]
             result.name, value.name = value.name, f"{value.name}/float32"
             kept.add(result)
@@ -172,7 +180,7 @@ def _fence_ends(graph: ir.Graph, kept: set[ir.Value]) -> None:
             graph.outputs[i] = result
     for value in graph.inputs:
         uses = list(value.uses())
-        if value.dtype in _HALVES:
+        if _half(value) is not None:
             kept.add(value)
         if value in kept and uses:
             cast = _cast(value, ir.DataType.FLOAT, f"{value.name}/float32")

@@ -9,10 +9,9 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from graphopt.targets import Isa
 from graphopt_backends._fold import is_constant, static_shape
 from graphopt_backends.kernels.batched import Batched
-from graphopt_backends.kernels.conv import Conv, Window
+from graphopt_backends.kernels.conv import Window
 from graphopt_backends.kernels.depthwise import Depthwise
 from graphopt_backends.kernels.epilogue import Epilogue
 from graphopt_backends.kernels.expression import (
@@ -25,13 +24,13 @@ from graphopt_backends.kernels.expression import (
     substituted,
 )  # fmt: skip
 from graphopt_backends.kernels.gemm import Gemm
-from graphopt_backends.kernels.multiply import Stored, stored_as
-from graphopt_backends.kernels.tiles import TileGemm, tiles_pay
+from graphopt_backends.kernels.multiply import stored_as
 from graphopt_backends.network.half import narrowed
 from graphopt_backends.network.integers import is_weight
 from graphopt_backends.network.network import Network, shape_of
+from graphopt_backends.network.products import convolution, on_tiles, product
 from graphopt_backends.network.regions import Region
-from graphopt_backends.network.sums import Operands, Sums, Term, is_depthwise, operands_of
+from graphopt_backends.network.sums import Operands, Sums, Term, is_depthwise, matrices_of, operands_of
 from graphopt_backends.network.views import View
 
 __all__ = ["CONVERTERS", "accepts", "flat_rows", "float_epilogue", "is_supported", "order_of_reader"]
@@ -160,18 +159,14 @@ def _convolve(network: Network, node: ir.Node, region: Region | None) -> None:
     weight = weight if depthwise else narrowed(weight)
     stored = stored_as(weight)
     isa, zero = network.isa, on.zero_point if isinstance(on.zero_point, int) else None
-
-    pixels, plain = batch * height * width, window == Window((1, 1)) and groups == 1
-    on = replace(on, tiles=plain and tiles_pay(isa, on.kind, pixels, filters, channels))
+    image, plain = (batch, height, width, channels), window == Window((1, 1)) and groups == 1
 
     def kernel(on: Operands, filters: int, epilogue: Epilogue) -> Any:
         if depthwise:
             return Depthwise(isa, batch, height, width, channels, window, epilogue, source.dtype, zero, pitch)
         if plain:
-            return _product(isa, on, pixels, filters, channels, epilogue, pitch, stored)
-        return Conv(
-            isa, on.kind, batch, height, width, channels, filters, window, groups, epilogue, zero, pitch, stored=stored
-        )
+            return product(isa, on, batch * height * width, filters, channels, epilogue, pitch, stored)
+        return convolution(isa, on, image, filters, window, groups, epilogue, pitch, stored)
 
     def put(made: Any, weight: np.ndarray, bias: np.ndarray | None, operands: Sequence[View], result: View) -> None:
         packed = weight[:, :, 0, 0].T if plain else weight
@@ -181,13 +176,14 @@ def _convolve(network: Network, node: ir.Node, region: Region | None) -> None:
     def totals() -> View:
         total = network.temporary((batch, 1, *result.shape[2:]), "int32", image_order(source.rank))
         ones = np.ones((1, *weight.shape[1:]), np.int8)
-        alone = replace(on, zero_point=0, excess=None, tiles=False)
-        bias = Sums(alone, ones.reshape(1, -1).T).bias(isa, None)
-        put(kernel(alone, 1, Epilogue(operand(0, "int32"), bias=bias is not None)), ones, bias, [], total)
+        plainly = replace(on, tiles=False)
+        bias = Sums(replace(plainly, zero_point=0, excess=None), ones.reshape(1, -1).T).bias(isa, None)
+        put(kernel(plainly, 1, Epilogue(operand(0, "int32"), bias=bias is not None)), ones, bias, [], total)
         return total
 
     bias, terms = on.bias, list[Term]()
     if not depthwise:
+        on = on_tiles(on, lambda on, epilogue: kernel(on, filters, epilogue))
         sums = Sums(on, weight.reshape(filters, -1).T)
         bias, terms = sums.bias(isa, bias), sums.terms(network, (1, filters, *[1] * len(sizes)), totals)
     epilogue, operands = _epilogue(network, region, result, 1, bias is not None, on, terms, exact=depthwise)
@@ -225,21 +221,14 @@ def _multiply(network: Network, node: ir.Node, region: Region | None) -> None:
         _call(network, Gemm(isa, on.kind, rows, 1, depth, plain, pitch), flat, ones, bias, [], total, node)
         return total
 
-    on = replace(on, tiles=tiles_pay(isa, on.kind, rows, columns, depth))
+    def kernel(on: Operands, epilogue: Epilogue) -> Any:
+        return product(isa, on, rows, columns, depth, epilogue, pitch, stored_as(weight))
+
+    on = on_tiles(on, kernel)
     sums = Sums(on, weight)
     bias, terms = sums.bias(isa, bias), sums.terms(network, (columns,), totals)
     epilogue, operands = _epilogue(network, region, result, result.rank - 1, bias is not None, on, terms)
-    kernel = _product(isa, on, rows, columns, depth, epilogue, pitch, stored_as(weight))
-    _call(network, kernel, flat, weight, bias, operands, result, *region.nodes)
-
-
-def _product(
-    isa: Isa, on: Operands, rows: int, columns: int, depth: int, epilogue: Epilogue, pitch: int, stored: Stored
-) -> Gemm | TileGemm:
-    """The kernel of a product with a constant."""
-    if on.tiles:
-        return TileGemm(isa, on.kind, rows, columns, depth, epilogue, pitch)
-    return Gemm(isa, on.kind, rows, columns, depth, epilogue, pitch, stored=stored)
+    _call(network, kernel(on, epilogue), flat, weight, bias, operands, result, *region.nodes)
 
 
 def flat_rows(network: Network, source: View, depth: int, node: ir.Node) -> tuple[View, int]:
@@ -256,7 +245,7 @@ def _multiply_batches(network: Network, node: ir.Node, region: Region) -> None:
     """Two activations, or many constant matrices."""
     result = network.new(region.result, order_of_reader(region.result))
     batch = result.shape[:-2]
-    left, right = network.input(node, 0), network.input(node, 1)
+    left, (right, stored) = network.input(node, 0), matrices_of(network, _value(node, 1))
     if left.shape[-1] > 1 and left.strides[-1] != 1:
         left = network.copied(left, node=node)
     if result.strides[-1] != 1 and result.shape[-1] > 1:
@@ -276,7 +265,7 @@ def _multiply_batches(network: Network, node: ir.Node, region: Region) -> None:
     steps += [(0,) * len(batch)] * len(held)
     kernel = Batched(
         network.isa, batch, result.shape[-2], result.shape[-1], left.shape[-1], left.strides[:-1], right.strides,
-        result.strides[:-1], Epilogue(expression, tuple(strides)), tuple(steps),
+        result.strides[:-1], Epilogue(expression, tuple(strides)), tuple(steps), stored,
     )  # fmt: skip
     network.call(kernel, [left, right, *operands, result], *region.nodes)
 

@@ -10,10 +10,11 @@ import onnx_ir as ir
 
 from graphopt_backends._fold import is_constant
 from graphopt_backends.kernels.epilogue import SUM
-from graphopt_backends.kernels.expression import Expression, call, operand
+from graphopt_backends.kernels.expression import Expression, call, number, operand
 from graphopt_backends.kernels.pool import Pool
 from graphopt_backends.kernels.reduce import Operator, Reduce
 from graphopt_backends.kernels.rows import Normalize, Softmax
+from graphopt_backends.network.integers import dequantized
 from graphopt_backends.network.linear import channels_last, image_order, window_of
 from graphopt_backends.network.network import Network, constant_of, shape_of
 from graphopt_backends.network.order import INTEGER_CHECKS, INTEGER_CONVERTERS
@@ -24,19 +25,33 @@ __all__ = ["CHECKS", "CONVERTERS"]
 
 
 def _pool(network: Network, node: ir.Node, _: Region | None) -> None:
-    source, pitch = channels_last(network, network.input(node), node)
+    window = window_of(node, list(node.attributes.get_ints("kernel_shape") or ()))
+    counts = bool(node.attributes.get_int("count_include_pad", 0))
+    bytes_do = node.op_type == "AveragePool" and not (counts and any(window.pads))  # a border that counts is real zeros
+    view, after = _averaged(network, node) if bytes_do else (network.input(node), SUM)
+    source, pitch = channels_last(network, view, node)
     batch, channels, *sizes = source.shape
     height, width = (1, sizes[0]) if len(sizes) == 1 else (sizes[0], sizes[1])
-    window = window_of(node, list(node.attributes.get_ints("kernel_shape") or ()))
     output = node.outputs[0]
     result = network.new(output, image_order(source.rank))
     size = result.shape[2:] if len(sizes) == 2 else (1, result.shape[2])
     kind: Literal["max", "mean"] = "max" if node.op_type == "MaxPool" else "mean"
-    counts = bool(node.attributes.get_int("count_include_pad", 0))
     kernel = Pool(
-        network.isa, kind, source.dtype, batch, height, width, channels, window, (size[0], size[1]), counts, pitch
-    )
+        network.isa, kind, source.dtype, batch, height, width, channels, window, (size[0], size[1]), counts, pitch,
+        after=after,
+    )  # fmt: skip
     network.call(kernel, [source, result], node)
+
+
+def _averaged(network: Network, node: ir.Node) -> tuple[View, Expression]:
+    """What a mean reads, and what happens to it: integers are averaged as they are, and dequantized after that."""
+    value = node.inputs[0]
+    assert value is not None
+    found = dequantized(value)
+    if found is None or value in network.views:
+        return network.view(value), SUM
+    source, grid = found
+    return network.view(source), call("mul", call("sub", operand(0), number(grid.zero_point)), number(grid.scale))
 
 
 def _pool_check(node: ir.Node) -> bool:
@@ -54,18 +69,21 @@ def _is_float(node: ir.Node) -> bool:
 
 
 def _global_pool(network: Network, node: ir.Node, _: Region | None) -> None:
-    source = network.input(node)
-    operator: Operator = "max" if node.op_type == "GlobalMaxPool" else "mean"
-    _reduced(network, node, source, tuple(range(2, source.rank)), operator)
+    if node.op_type == "GlobalMaxPool":
+        source = network.input(node)
+        _reduced(network, node, source, tuple(range(2, source.rank)), "max")
+    else:
+        source, after = _averaged(network, node)
+        _reduced(network, node, source, tuple(range(2, source.rank)), "mean", after=after)
 
 
 def _reduce(network: Network, node: ir.Node, region: Region | None) -> None:
     if not _is_float(node):
         INTEGER_CONVERTERS[node.op_type](network, node, region)
         return
-    source = network.input(node)
-    axes = _axes(node, source.rank)
     operator, before, after = _OPERATORS[node.op_type]
+    source, after = _averaged(network, node) if operator == "mean" else (network.input(node), after)
+    axes = _axes(node, source.rank)
     _reduced(network, node, source, axes, operator, before, after)
 
 
@@ -107,7 +125,8 @@ def _reduced(
     else:
         ranks = {axis: i for i, axis in enumerate(sorted(kept_order))}
         result = network.new(output, tuple(ranks[axis] for axis in kept_order))
-    network.call(Reduce(network.isa, operator, outer, reduced, inner, before, after), [source, result], node)
+    kernel = Reduce(network.isa, operator, outer, reduced, inner, before, after, source.dtype)
+    network.call(kernel, [source, result], node)
 
 
 _SQUARE = call("mul", operand(0), operand(0))

@@ -9,12 +9,13 @@ import numpy as np
 import onnx_ir as ir
 
 from graphopt.targets import Isa
-from graphopt_backends.kernels.multiply import Kind, Multiply, integer_kind
-from graphopt_backends.network.integers import as_bytes, integers_of, weight_of
+from graphopt_backends.kernels.multiply import Kind, Multiply, Stored, integer_kind, stored_as
+from graphopt_backends.network.half import narrowed
+from graphopt_backends.network.integers import as_bytes, integers_of, is_weight, weight_of
 from graphopt_backends.network.network import Network
 from graphopt_backends.network.views import View
 
-__all__ = ["Operands", "Sums", "Term", "is_depthwise", "operands_of"]
+__all__ = ["Operands", "Sums", "Term", "is_depthwise", "matrices_of", "operands_of"]
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,18 @@ def is_depthwise(node: ir.Node, weight: np.ndarray) -> bool:
     """One filter for every channel."""
     groups = node.attributes.get_int("group", 1)
     return groups > 1 and weight.shape[:2] == (groups, 1)
+
+
+def matrices_of(network: Network, value: ir.Value) -> tuple[View, Stored]:
+    """The second operand of a product of many matrices; constants that 16 bits hold have rows of whole vectors."""
+    weight = narrowed(weight_of(value)) if is_weight(value) else np.zeros(0)
+    stored = stored_as(weight)
+    if stored == "float32":
+        return network.view(value), stored
+    lanes, columns = Multiply(network.isa, "f32", stored).lanes, weight.shape[-1]
+    rows = np.zeros((*weight.shape[:-1], -(-columns // lanes) * lanes), weight.dtype)
+    rows[..., :columns] = weight
+    return network.constant(rows).sliced(weight.ndim - 1, 0, columns), stored
 
 
 Term = tuple[View, View]

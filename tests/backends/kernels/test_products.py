@@ -147,3 +147,17 @@ def test_a_depthwise_convolution_of_any_shape_equals_onnx_runtime(
     operands = [x.transpose(0, 2, 3, 1), kernel.pack(w), kernel.pack_column(b)]
     got = run(kernel, operands, np.empty((batch, *kernel.result_size, channels), np.float32))
     np.testing.assert_allclose(got.transpose(0, 3, 1, 2), _convolved(x, w, b, window, channels), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("isa", ISAS, ids=lambda isa: isa.name)
+@pytest.mark.parametrize("window", [Window((3, 3), pads=(1, 1, 1, 1)), Window((5, 5), (2, 2), pads=(2, 1, 2, 1))])
+def test_a_depthwise_convolution_of_many_channels_goes_strip_by_strip(isa: Isa, window: Window) -> None:
+    height, width, channels = 9, 37, 331
+    kernel = Depthwise(isa, 2, height, width, channels, window, Epilogue(bias=True))
+    for seed in range(4):
+        x, w = _drawn(seed, 2, channels, height, width), _drawn(seed + 4, channels, 1, *window.size)
+        b = _drawn(seed + 8, channels)
+        operands = [x.transpose(0, 2, 3, 1), kernel.pack(w), kernel.pack_column(b)]
+        got = run(kernel, operands, np.empty((2, *kernel.result_size, channels), np.float32), tasks=3)
+        expected = _convolved(x, w, b, window, channels)
+        np.testing.assert_allclose(got.transpose(0, 3, 1, 2), expected, rtol=1e-4, atol=1e-4)

@@ -16,8 +16,8 @@ from graphopt.reference import Reference
 from graphopt_backends._lower import lower
 from graphopt_backends.kernels.expression import call, clip, number, operand, parameter, quantized, simplified
 from graphopt_backends.network.convert import convert
-from graphopt_backends.network.weights import Weights
 from graphopt_backends.network.integers import Grid, real
+from graphopt_backends.network.weights import Weights
 
 pytestmark = pytest.mark.skipif(AVX512 not in runnable(), reason="this CPU has no VNNI")
 _STEP = 0.06
@@ -92,6 +92,51 @@ def test_everything_between_the_kernels_is_bytes() -> None:
     network = convert(lower(_model(), ShapeBinding(), "x86").model, AVX512, Weights(io.BytesIO()))
     inside = [call_.views[-1].dtype for call_ in network.calls[:-1]]
     assert inside == ["uint8"] * 5
+
+
+@pytest.mark.parametrize(
+    ("mean", "shape", "result", "kernel"),
+    [
+        ("GlobalAveragePool(r)", "1,19,7,5", "1,19,1,1", "Reduce"),
+        ("AveragePool<kernel_shape=[3,3], strides=[2,2], pads=[1,1,1,1]>(r)", "1,19,7,5", "1,19,4,3", "Pool"),
+        ("AveragePool<kernel_shape=[2,2]>(r)", "2,16,6,6", "2,16,5,5", "Pool"),
+        ("ReduceMean<axes=[2,3]>(r)", "2,40,9,8", "2,40,1,1", "Reduce"),
+    ],
+)
+def test_means_of_bytes_read_bytes(mean: str, shape: str, result: str, kernel: str) -> None:
+    model = model_of(
+        f"""g (float[{shape}] x) => (float[{result}] y) {{
+            q = QuantizeLinear(x, s, z) r = DequantizeLinear(q, s, z)
+            m = {mean}
+            n = QuantizeLinear(m, t, z) y = DequantizeLinear(n, t, z)
+        }}""",
+        s=np.float32(0.03), z=np.uint8(131), t=np.float32(0.02),
+    )  # fmt: skip
+    reference = Reference(model.clone(), threads=1, optimize=False)
+    for seed in range(4):
+        x = np.random.default_rng(seed).standard_normal([int(size) for size in shape.split(",")]).astype(np.float32)
+        got, ran = run_network(model, AVX512, {"x": x})
+        expected = reference.run({"x": x})["y"]
+        assert np.abs(got["y"] - expected).max() <= 1.01 * 0.02
+        assert (got["y"] == expected).mean() > 0.9
+        assert kernel in ran
+    network = convert(lower(model, ShapeBinding(), "x86").model, AVX512, Weights(io.BytesIO()))
+    read = next(call_.views[0] for call_ in network.calls if type(call_.kernel).__name__ == kernel)
+    assert read.dtype == "uint8"
+
+
+def test_a_border_that_counts_is_zeros_and_not_bytes() -> None:
+    model = model_of(
+        """g (float[1,3,5,5] x) => (float[1,3,5,5] y) {
+            q = QuantizeLinear(x, s, z) r = DequantizeLinear(q, s, z)
+            y = AveragePool<kernel_shape=[3,3], pads=[1,1,1,1], count_include_pad=1>(r)
+        }""",
+        s=np.float32(0.03), z=np.uint8(131),
+    )  # fmt: skip
+    reference = Reference(model.clone(), threads=1, optimize=False)
+    for seed in range(4):
+        feed = {"x": np.random.default_rng(seed).standard_normal((1, 3, 5, 5)).astype(np.float32)}
+        np.testing.assert_allclose(run_network(model, AVX512, feed)[0]["y"], reference.run(feed)["y"], atol=1e-6)
 
 
 def test_weights_in_a_form_no_kernel_reads_are_floats() -> None:
