@@ -40,6 +40,7 @@ from graphopt_backends.kernels.emit import (
 from graphopt_backends.kernels.epilogue import PLAIN, SUM, begin
 from graphopt_backends.kernels.expression import Expression, evaluate, operands
 from graphopt_backends.kernels.functions import exp_of_negative
+from graphopt_backends.kernels.kernel import Kernel
 from graphopt_backends.kernels.multiply import Multiply
 from graphopt_backends.kernels.tile import Panel, Rows, accumulate, tile_of
 
@@ -49,7 +50,7 @@ _LEAST = -3.4028234663852886e38  # where maxima begin: minus infinity minus itse
 
 
 @dataclass(frozen=True)
-class Attention:
+class Attention(Kernel):
     """Y[b, q] = sum over k of softmax over k of scores(Q[b, q] . K[b, k]) times V[b, k], float32, on views.
 
     Attributes:

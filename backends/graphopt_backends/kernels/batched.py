@@ -26,6 +26,7 @@ from graphopt_backends.kernels.emit import (
     tirx,
 )
 from graphopt_backends.kernels.epilogue import PLAIN, Epilogue, Result, begin, finish
+from graphopt_backends.kernels.kernel import Kernel
 from graphopt_backends.kernels.multiply import Multiply, Stored
 from graphopt_backends.kernels.tile import Panel, Rows, accumulate, tile_of
 
@@ -33,7 +34,7 @@ __all__ = ["Batched", "begin_of", "transposed"]
 
 
 @dataclass(frozen=True)
-class Batched:
+class Batched(Kernel):
     """C[b] = epilogue(A[b] B[b]) in float32, on views.
 
     Attributes:

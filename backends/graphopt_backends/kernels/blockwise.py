@@ -41,6 +41,7 @@ from graphopt_backends.kernels.emit import (
 )  # fmt: skip
 from graphopt_backends.kernels.epilogue import PLAIN, Epilogue, Result, Tile, begin, finish
 from graphopt_backends.kernels.gemm import pack_columns, pack_matrix
+from graphopt_backends.kernels.kernel import Kernel
 from graphopt_backends.kernels.multiply import Multiply
 from graphopt_backends.kernels.nibbles import CODES, Decoder, Record, byte_words
 from graphopt_backends.kernels.prepared import MIDDLE, Activations, Prepared, Source
@@ -55,7 +56,7 @@ _AHEAD_WORDS = 4096  # how far in front of what is read the stream of weights is
 
 
 @dataclass(frozen=True)
-class Blockwise:
+class Blockwise(Kernel):
     """C = epilogue(A W) with W in blocks of 4-bit codes.
 
     Attributes:

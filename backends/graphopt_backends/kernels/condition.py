@@ -6,12 +6,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from graphopt_backends.kernels.emit import Pointer, primitive, tirx, when
+from graphopt_backends.kernels.kernel import Kernel
 
 __all__ = ["Guarded"]
 
 
 @dataclass(frozen=True)
-class Guarded:
+class Guarded(Kernel):
     """Another kernel, if a condition is what is wanted.
 
     Attributes:

@@ -34,6 +34,7 @@ from graphopt_backends.kernels.emit import (
 )  # fmt: skip
 from graphopt_backends.kernels.epilogue import PLAIN, Epilogue, Result, begin, finish
 from graphopt_backends.kernels.gemm import pack_columns, pack_matrix
+from graphopt_backends.kernels.kernel import Kernel
 from graphopt_backends.kernels.multiply import Kind, Multiply, Stored
 from graphopt_backends.kernels.tile import SET_BYTES, Panel, Rows, Tiles, Walk, accumulate, rectangle_of
 
@@ -73,7 +74,7 @@ class Window:
 
 
 @dataclass(frozen=True)
-class Conv:
+class Conv(Kernel):
     """Y = epilogue(X convolved with W), for one or more groups of channels.
 
     Attributes:

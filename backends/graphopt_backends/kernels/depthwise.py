@@ -30,6 +30,7 @@ from graphopt_backends.kernels.emit import (
     tirx,
 )  # fmt: skip
 from graphopt_backends.kernels.epilogue import PLAIN, Epilogue, Result, Tile, begin, finish
+from graphopt_backends.kernels.kernel import Kernel
 from graphopt_backends.kernels.multiply import Multiply
 
 __all__ = ["Depthwise"]
@@ -40,7 +41,7 @@ _MOST_TAPS = 9  # of a window whose rows are not a loop
 
 
 @dataclass(frozen=True)
-class Depthwise:
+class Depthwise(Kernel):
     """Y = epilogue(X convolved with one filter for each channel), summed in float32.
 
     Sums of 8-bit integers are exact there: those of 500 taps stay below 2^24.
@@ -80,11 +81,6 @@ class Depthwise:
     def result_size(self) -> tuple[int, int]:
         """Height and width of the result."""
         return self.window.result(self.height, self.width)
-
-    @property
-    def scratch(self) -> int:
-        """It needs none."""
-        return 0
 
     @property
     def operations(self) -> int:

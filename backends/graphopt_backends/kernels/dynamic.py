@@ -26,6 +26,7 @@ from graphopt_backends.kernels.emit import (
     tirx,
     when,
 )  # fmt: skip
+from graphopt_backends.kernels.kernel import Kernel
 from graphopt_backends.kernels.reduce import horizontal
 
 __all__ = ["Range", "Round"]
@@ -35,7 +36,7 @@ _MOST = 255.0
 
 
 @dataclass(frozen=True)
-class Range:
+class Range(Kernel):
     """The least element of every chunk of a tensor, and behind those the greatest of every chunk.
 
     Attributes:
@@ -50,11 +51,6 @@ class Range:
     def chunks(self) -> int:
         """Parts that tasks share."""
         return -(-self.size // _CHUNK)
-
-    @property
-    def scratch(self) -> int:
-        """It needs none."""
-        return 0
 
     @property
     def operations(self) -> int:
@@ -85,7 +81,7 @@ class Range:
 
 
 @dataclass(frozen=True)
-class Round:
+class Round(Kernel):
     """uint8 integers of a tensor on the grid of its range, and the grid.
 
     Attributes:
@@ -95,11 +91,6 @@ class Round:
 
     isa: Isa
     size: int
-
-    @property
-    def scratch(self) -> int:
-        """It needs none."""
-        return 0
 
     @property
     def operations(self) -> int:

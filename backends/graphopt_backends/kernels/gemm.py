@@ -29,6 +29,7 @@ from graphopt_backends.kernels.emit import (
     when,
 )  # fmt: skip
 from graphopt_backends.kernels.epilogue import PLAIN, Epilogue, Result, Tile, begin, finish
+from graphopt_backends.kernels.kernel import Kernel
 from graphopt_backends.kernels.multiply import Kind, Multiply, Stored
 from graphopt_backends.kernels.tile import SET_BYTES, Panel, Rows, Tiles, accumulate, tile_of
 
@@ -40,7 +41,7 @@ _LEAST_BLOCK_BYTES = 1024
 
 
 @dataclass(frozen=True)
-class Gemm:
+class Gemm(Kernel):
     """C = epilogue(A W).
 
     Attributes:

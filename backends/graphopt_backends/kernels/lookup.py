@@ -22,12 +22,13 @@ from graphopt_backends.kernels.emit import (
     store_first,
     tirx,
 )
+from graphopt_backends.kernels.kernel import Kernel
 
 __all__ = ["Lookup"]
 
 
 @dataclass(frozen=True)
-class Lookup:
+class Lookup(Kernel):
     """Y[outer, i, inner] = X[outer, numbers[i], inner]; negative numbers count from the end.
 
     Attributes:
@@ -47,11 +48,6 @@ class Lookup:
     inner: int
     count: int
     numbers: str = "int64"
-
-    @property
-    def scratch(self) -> int:
-        """It needs none."""
-        return 0
 
     @property
     def operations(self) -> int:

@@ -29,6 +29,7 @@ from graphopt_backends.kernels.emit import (
     when,
 )  # fmt: skip
 from graphopt_backends.kernels.expression import Expression, evaluate, operands
+from graphopt_backends.kernels.kernel import Kernel
 
 __all__ = ["Loops", "merged_axes"]
 
@@ -37,7 +38,7 @@ _UNROLLED = 4
 
 
 @dataclass(frozen=True)
-class Loops:
+class Loops(Kernel):
     """result = expression(operands), element by element.
 
     Attributes:
@@ -53,11 +54,6 @@ class Loops:
     shape: tuple[int, ...]
     result_strides: tuple[int, ...]
     strides: tuple[tuple[int, ...], ...]
-
-    @property
-    def scratch(self) -> int:
-        """It needs none."""
-        return 0
 
     @property
     def operations(self) -> int:

@@ -26,12 +26,13 @@ from graphopt_backends.kernels.emit import (
     tirx,
     when,
 )
+from graphopt_backends.kernels.kernel import Kernel
 
 __all__ = ["Cumulate", "Extreme", "Top"]
 
 
 @dataclass(frozen=True)
-class Cumulate:
+class Cumulate(Kernel):
     """Y[outer, i, inner] = sum of X[outer, 0..i, inner], all contiguous.
 
     Attributes:
@@ -51,11 +52,6 @@ class Cumulate:
     inner: int
     exclusive: bool = False
     reverse: bool = False
-
-    @property
-    def scratch(self) -> int:
-        """It needs none."""
-        return 0
 
     @property
     def operations(self) -> int:
@@ -84,7 +80,7 @@ class Cumulate:
 
 
 @dataclass(frozen=True)
-class Extreme:
+class Extreme(Kernel):
     """Y[outer, inner] = place of the greatest (or least) element of X[outer, :, inner], int64; all contiguous.
 
     Attributes:
@@ -104,11 +100,6 @@ class Extreme:
     inner: int
     least: bool = False
     last: bool = False
-
-    @property
-    def scratch(self) -> int:
-        """It needs none."""
-        return 0
 
     @property
     def operations(self) -> int:
@@ -184,7 +175,7 @@ class Extreme:
 
 
 @dataclass(frozen=True)
-class Top:
+class Top(Kernel):
     """The greatest (or least) elements of rows in order, with their places, the first of equal ones first.
 
     A heap holds the best so far, the worst of them on top; most elements are compared with that alone. At the end the
@@ -205,11 +196,6 @@ class Top:
     length: int
     count: int
     least: bool = False
-
-    @property
-    def scratch(self) -> int:
-        """It needs none."""
-        return 0
 
     @property
     def operations(self) -> int:

@@ -29,12 +29,13 @@ from graphopt_backends.kernels.emit import (
 )  # fmt: skip
 from graphopt_backends.kernels.epilogue import SUM
 from graphopt_backends.kernels.expression import Expression, evaluate
+from graphopt_backends.kernels.kernel import Kernel
 
 __all__ = ["Pool"]
 
 
 @dataclass(frozen=True)
-class Pool:
+class Pool(Kernel):
     """Y = the greatest element, or the mean, under a window.
 
     Attributes:
@@ -66,11 +67,6 @@ class Pool:
     source_pitch: int = 0
     result_pitch: int = 0
     after: Expression = SUM
-
-    @property
-    def scratch(self) -> int:
-        """It needs none."""
-        return 0
 
     @property
     def operations(self) -> int:

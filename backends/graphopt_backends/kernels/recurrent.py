@@ -36,6 +36,7 @@ from graphopt_backends.kernels.emit import (
     when,
 )
 from graphopt_backends.kernels.gemm import pack_columns, pack_matrix
+from graphopt_backends.kernels.kernel import Kernel
 from graphopt_backends.kernels.multiply import Multiply
 from graphopt_backends.kernels.tile import Panel, Rows, accumulate
 
@@ -55,7 +56,7 @@ _MOST_VECTORS = 2
 
 
 @dataclass(frozen=True)
-class Recurrent:
+class Recurrent(Kernel):
     """Hidden states of sequences, float32.
 
     Attributes:

@@ -28,6 +28,7 @@ from graphopt_backends.kernels.emit import (
 )  # fmt: skip
 from graphopt_backends.kernels.epilogue import SUM
 from graphopt_backends.kernels.expression import Expression, evaluate
+from graphopt_backends.kernels.kernel import Kernel
 
 __all__ = ["Operator", "Reduce", "fold", "horizontal"]
 
@@ -41,7 +42,7 @@ _PARALLEL = 4
 
 
 @dataclass(frozen=True)
-class Reduce:
+class Reduce(Kernel):
     """Y[outer, inner] = reduction of X[outer, reduced, inner], all contiguous.
 
     Sums are float32; those of 8-bit integers are exact there, if there are no more than 65,000.
@@ -65,11 +66,6 @@ class Reduce:
     before: Expression = SUM
     after: Expression = SUM
     dtype: str = "float32"
-
-    @property
-    def scratch(self) -> int:
-        """It needs none."""
-        return 0
 
     @property
     def operations(self) -> int:

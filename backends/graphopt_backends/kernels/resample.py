@@ -20,12 +20,13 @@ from graphopt_backends.kernels.emit import (
     store_first,
     tirx,
 )
+from graphopt_backends.kernels.kernel import Kernel
 
 __all__ = ["Resample"]
 
 
 @dataclass(frozen=True)
-class Resample:
+class Resample(Kernel):
     """Y[n, i, j] = sum of X[n, rows[i, a], columns[j, b]] * row_weights[i, a] * column_weights[j, b].
 
     Attributes:
@@ -47,11 +48,6 @@ class Resample:
     result_size: tuple[int, int]
     taps: tuple[int, int]
     source_pitch: int = 0
-
-    @property
-    def scratch(self) -> int:
-        """It needs none."""
-        return 0
 
     @property
     def operations(self) -> int:

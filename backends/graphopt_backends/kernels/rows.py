@@ -26,6 +26,7 @@ from graphopt_backends.kernels.emit import (
     tirx,
 )
 from graphopt_backends.kernels.functions import exp_of_negative, log
+from graphopt_backends.kernels.kernel import Kernel
 from graphopt_backends.kernels.reduce import Operator, fold
 
 __all__ = ["Normalize", "Softmax"]
@@ -93,7 +94,7 @@ class _Row:
 
 
 @dataclass(frozen=True)
-class Softmax:
+class Softmax(Kernel):
     """Y[outer, :, inner] = softmax of X[outer, :, inner], or its logarithm; float32, all contiguous.
 
     Attributes:
@@ -109,11 +110,6 @@ class Softmax:
     columns: int
     logarithm: bool = False
     inner: int = 1
-
-    @property
-    def scratch(self) -> int:
-        """It needs none."""
-        return 0
 
     @property
     def operations(self) -> int:
@@ -180,7 +176,7 @@ class Softmax:
 
 
 @dataclass(frozen=True)
-class Normalize:
+class Normalize(Kernel):
     """LayerNormalization or RMSNormalization of rows, with scale and bias; float32.
 
     Attributes:
@@ -198,11 +194,6 @@ class Normalize:
     columns: int
     epsilon: float
     bias: bool
-
-    @property
-    def scratch(self) -> int:
-        """It needs none."""
-        return 0
 
     @property
     def operations(self) -> int:

@@ -21,12 +21,13 @@ from graphopt_backends.kernels.emit import (
     tirx,
 )
 from graphopt_backends.kernels.functions import at_least, at_most
+from graphopt_backends.kernels.kernel import Kernel
 
 __all__ = ["Sample"]
 
 
 @dataclass(frozen=True)
-class Sample:
+class Sample(Kernel):
     """Y[n, i, j] = X[n] at the place G[n, i, j], float32.
 
     Places run from -1 to 1 along both axes, width before height.
@@ -52,11 +53,6 @@ class Sample:
     border: bool
     corners: bool
     source_pitch: int
-
-    @property
-    def scratch(self) -> int:
-        """It needs none."""
-        return 0
 
     @property
     def operations(self) -> int:

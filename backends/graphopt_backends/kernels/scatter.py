@@ -22,6 +22,7 @@ from graphopt_backends.kernels.emit import (
     tirx,
     when,
 )
+from graphopt_backends.kernels.kernel import Kernel
 
 __all__ = ["Combine", "Scatter"]
 
@@ -33,7 +34,7 @@ _COMBINE: Mapping[Combine, Callable[[Any, Any], Any]] = {
 
 
 @dataclass(frozen=True)
-class Scatter:
+class Scatter(Kernel):
     """Y[numbers[i]] = X[i], row by row in order, or combined with what is there.
 
     Attributes:
@@ -53,11 +54,6 @@ class Scatter:
     inner: int
     numbers: str = "int64"
     combine: Combine = "none"
-
-    @property
-    def scratch(self) -> int:
-        """It needs none."""
-        return 0
 
     @property
     def operations(self) -> int:

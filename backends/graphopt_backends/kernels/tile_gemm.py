@@ -12,6 +12,7 @@ from graphopt.targets import Isa
 from graphopt_backends.kernels.emit import Frame, Pointer, T, bind, either, loop, primitive, share_pairs, tirx
 from graphopt_backends.kernels.epilogue import PLAIN, Epilogue
 from graphopt_backends.kernels.gemm import pack_columns, pack_matrix
+from graphopt_backends.kernels.kernel import Kernel
 from graphopt_backends.kernels.multiply import Kind, Multiply
 from graphopt_backends.kernels.tiles import (
     ACROSS,
@@ -33,7 +34,7 @@ _SUMS = 64
 
 
 @dataclass(frozen=True)
-class TileGemm:
+class TileGemm(Kernel):
     """C = epilogue(A W) on bytes; see `Gemm`, whose parameters its function has.
 
     Attributes:

@@ -22,6 +22,7 @@ from graphopt_backends.kernels.emit import (
     store,
     tirx,
 )
+from graphopt_backends.kernels.kernel import Kernel
 
 __all__ = ["Combination", "Total"]
 
@@ -33,7 +34,7 @@ _COMBINE: Mapping[Combination, Callable[[Any, Any], Any]] = {
 
 
 @dataclass(frozen=True)
-class Total:
+class Total(Kernel):
     """Y[outer, inner] = combination of X[outer, :, inner], all contiguous.
 
     Attributes:
@@ -51,11 +52,6 @@ class Total:
     outer: int
     length: int
     inner: int
-
-    @property
-    def scratch(self) -> int:
-        """It needs none."""
-        return 0
 
     @property
     def operations(self) -> int:

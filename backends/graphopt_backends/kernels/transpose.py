@@ -25,6 +25,7 @@ from graphopt_backends.kernels.emit import (
     tirx,
     when,
 )
+from graphopt_backends.kernels.kernel import Kernel
 from graphopt_backends.kernels.loops import merged_axes
 
 __all__ = ["Transpose", "transpose_of"]
@@ -36,7 +37,7 @@ _WORDS = {1: "uint8", 2: "uint16", 4: "float32", 8: "int64"}
 
 
 @dataclass(frozen=True)
-class Transpose:
+class Transpose(Kernel):
     """result[outer, i, j] = source[outer, i, j], where i is contiguous in the source and j in the result.
 
     Attributes:
@@ -65,11 +66,6 @@ class Transpose:
     def _most(self) -> tuple[int, int]:
         """Squares along i and j that are a unit of work: CPUs fetch what comes next of few long runs, not of many."""
         return (_RUN, _BESIDE) if self.sizes[0] > self.sizes[1] else (_BESIDE, _RUN)
-
-    @property
-    def scratch(self) -> int:
-        """It needs none."""
-        return 0
 
     @property
     def operations(self) -> int:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
 
 import numpy as np
 import onnx_ir as ir
@@ -12,35 +11,14 @@ import onnx_ir as ir
 from graphopt.targets import Isa
 from graphopt_backends._fold import static_shape
 from graphopt_backends.kernels.expression import Expression, operand, parameters, simplified, substituted
+from graphopt_backends.kernels.kernel import Kernel
 from graphopt_backends.kernels.loops import Loops, merged_axes
 from graphopt_backends.kernels.transpose import transpose_of
 from graphopt_backends.network.integers import dequantized, is_weight, real, weight_of
 from graphopt_backends.network.views import Buffer, View, contiguous_strides
 from graphopt_backends.network.weights import Weights
 
-__all__ = ["Call", "Kernel", "Network", "dtype_of", "shape_of"]
-
-
-class Kernel(Protocol):
-    """What a family of kernels offers; a value that identifies its code."""
-
-    def __hash__(self) -> int:
-        """Equal kernels are one function."""
-        ...
-
-    @property
-    def scratch(self) -> int:
-        """Bytes that every task needs for itself."""
-        ...
-
-    @property
-    def operations(self) -> int:
-        """How much work it is, to decide whether tasks share it."""
-        ...
-
-    def primitive(self, name: str) -> Any:
-        """The function."""
-        ...
+__all__ = ["Call", "Network", "dtype_of", "shape_of"]
 
 
 @dataclass(frozen=True)
