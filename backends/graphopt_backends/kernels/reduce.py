@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -39,6 +39,7 @@ _COMBINE: Mapping[str, Callable[[Any, Any], Any]] = {
 }  # fmt: skip
 _START = {"sum": 0.0, "mean": 0.0, "max": float("-inf"), "min": float("inf")}
 _PARALLEL = 4
+_BLOCK = 32
 
 
 @dataclass(frozen=True)
@@ -112,14 +113,16 @@ class Reduce(Kernel):
             value = self._element(frame, start + i * self.inner, count)
             store(total, combine(load(total, 0, lanes), value), 0, lanes)
 
-        turns, more = divmod(self.reduced, len(totals))
-        with loop(turns) as i:
+        def turn(i: Any) -> None:
             for j, total in enumerate(totals):
                 take(total, i * len(totals) + j)
+
+        turns, more = divmod(self.reduced, len(totals))
+        held = _in_blocks(self.operator, totals, turns, lanes, turn)
         for j in range(more):
             take(totals[j], turns * len(totals) + j)
         vector = load(totals[0], 0, lanes)
-        for total in totals[1:]:
+        for total in (*totals[1:], *held):
             vector = combine(vector, load(total, 0, lanes))
         store_first(frame["result"], self._finished(bind(vector), lanes), row * self.inner + column, lanes, count)
 
@@ -175,21 +178,53 @@ def fold(isa: Isa, operator: Operator, count: int, fetch: Callable[[Any, int], A
             value = tirx.Select(first_lanes(lanes, valid), value, start)
         store(total, combine(load(total, 0, lanes), value), 0, lanes)
 
+    def turn(i: Any) -> None:
+        for j, total in enumerate(totals):
+            take(total, (i * _PARALLEL + j) * lanes, lanes)
+
+    held: Sequence[Any] = ()
     if unrolled:
         for j in range(turns * _PARALLEL):
             take(totals[j % _PARALLEL], j * lanes, lanes)
     elif turns:
-        with loop(turns) as i:
-            for j, total in enumerate(totals):
-                take(total, (i * _PARALLEL + j) * lanes, lanes)
+        held = _in_blocks(operator, totals, turns, lanes, turn)
     for j in range(more):
         take(totals[j], (turns * _PARALLEL + j) * lanes, lanes)
     if rest:
         take(totals[-1], whole * lanes, rest)
     vector = load(totals[0], 0, lanes)
-    for total in totals[1:]:
+    for total in (*totals[1:], *held):
         vector = combine(vector, load(total, 0, lanes))
     return bind(_across(vector, lanes, combine))
+
+
+def _in_blocks(
+    operator: Operator, totals: Sequence[Any], turns: int, lanes: int, turn: Callable[[Any], None]
+) -> Sequence[Any]:
+    """Run turns that add to totals; long sums are sums of short ones, which keeps their error small (Higham 1993).
+
+    Returns:
+        Sums of the blocks that are done; the last one's are in the totals.
+    """
+    blocks, rest = divmod(turns, _BLOCK)
+    if operator not in ("sum", "mean") or blocks < 2:
+        with loop(turns) as i:
+            turn(i)
+        return ()
+    zero = constant(0.0, "float32", lanes)
+    sums = [local(lanes, "float32") for _ in totals]
+    for total in sums:
+        store(total, zero, 0, lanes)
+    with loop(blocks) as block:
+        with loop(_BLOCK) as i:
+            turn(block * _BLOCK + i)
+        for total, own in zip(sums, totals, strict=True):
+            store(total, load(total, 0, lanes) + load(own, 0, lanes), 0, lanes)
+            store(own, zero, 0, lanes)
+    if rest:
+        with loop(rest) as i:
+            turn(blocks * _BLOCK + i)
+    return sums
 
 
 def _across(vector: Any, lanes: int, combine: Callable[[Any, Any], Any]) -> Any:
