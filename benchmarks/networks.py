@@ -63,7 +63,7 @@ class Job:
     """One row: a model, its library, perhaps that of the float model, and a feed."""
 
     model: str
-    library: str
+    compiled: str
     weights: str | None
     other: str | None
     other_weights: str | None
@@ -256,7 +256,7 @@ def _measure(job: Job) -> dict[str, float]:
     for port, array in zip(session.get_outputs(), expected, strict=True):
         held.append(ort.OrtValue.ortvalue_from_numpy(np.zeros_like(array)))
         binding.bind_ortvalue_output(port.name, held[-1])
-    engine = Engine(Path(job.library), Path(job.weights) if job.weights else None, job.threads)
+    engine = Engine(Path(job.compiled), Path(job.weights) if job.weights else None, job.threads)
     outputs, ours = engine.bound([feed[key] for key in names])
     subjects: dict[str, Callable[[], object]] = {
         "onnxruntime": lambda: session.run_with_iobinding(binding),

@@ -71,7 +71,7 @@ def loaded(kernel: Any, count: int, folder: Path) -> Any:
     build(made, tvm.target.Target(llvm_target(kernel.isa, 1))).write_to_file(str(folder / "kernel.o"))
     (folder / "exports").write_text(f"{{ global: {ENTRY}; local: *; }};\n")
     linker = _linker(kernel.isa)
-    linker.library(folder / "kernel.so", folder, ["kernel.o", str(_team(kernel.isa))], "exports")
+    linker.link(folder / "kernel.so", folder, ["kernel.o", str(_team(kernel.isa))], "exports")
     entry = getattr(ctypes.CDLL(str(folder / "kernel.so")), ENTRY)
     entry.restype = None
     return entry

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
 import shutil
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
 from graphopt.targets import Isa
+from graphopt_backends._kept import kept
 from graphopt_backends._library import SOURCES, Signature
 from graphopt_backends._link import Linker, c_compiler
 from graphopt_backends._runtime import RUNTIME, copy_runtime
@@ -18,7 +17,8 @@ __all__ = ["RUNNERS", "add_example", "add_header", "add_runner", "add_tvm_runner
 RUNNERS = {"kernels": "run", "tvm": "run_tvm"}
 """Programs that run a part on files, by engine."""
 
-_HEADER, _TENSORS = "graphopt.h", "tensors.h"
+_PROGRAM = "program"
+_HEADER, _HELPERS = "graphopt.h", ("arguments.h", "tensors.h")
 _C_TYPES = {
     "bool": "uint8_t", "float16": "uint16_t", "bfloat16": "uint16_t", "float32": "float", "float64": "double",
     "int8": "int8_t", "int16": "int16_t", "int32": "int32_t", "int64": "int64_t",
@@ -34,20 +34,21 @@ def add_header(folder: Path) -> tuple[str, ...]:
 
 def add_runner(folder: Path, linker: Linker, isa: Isa, cache: Path) -> tuple[str, ...]:
     """Put the program `run` with its source into a bundle; returns its files."""
-    for name in (_HEADER, _TENSORS):
+    for name in (_HEADER, *_HELPERS):
         shutil.copyfile(SOURCES / name, folder / name)
     text = (SOURCES / "run.cc").read_text("utf8").replace("@COMPILER@", f"{isa.machine}-linux-gnu-g++")
     (folder / "run.cc").write_text(text, "utf8")
-    sources = [folder / name for name in ("run.cc", _HEADER, _TENSORS)]
+    sources = [folder / name for name in ("run.cc", _HEADER, *_HELPERS)]
     _program(folder / RUNNERS["kernels"], sources, linker, isa.machine, cache, ["-ldl"])
-    return (RUNNERS["kernels"], "run.cc", _HEADER, _TENSORS)
+    return (RUNNERS["kernels"], "run.cc", _HEADER, *_HELPERS)
 
 
 def add_tvm_runner(folder: Path, runtime: Path, linker: Linker, isa: Isa, cache: Path) -> tuple[str, ...]:
     """Put TVM's runtime into a bundle, and the program that runs parts which need it; returns their files."""
     copied = copy_runtime(runtime, folder)
-    sources = [SOURCES / "tvm" / "run.cc", SOURCES / "tvm" / "model.h", SOURCES / _TENSORS]
-    for source, name in zip(sources, ("run_tvm.cc", "model.h", _TENSORS), strict=True):
+    sources = [SOURCES / "tvm" / "run.cc", SOURCES / "tvm" / "model.h", *(SOURCES / name for name in _HELPERS)]
+    names = ("run_tvm.cc", "model.h", *_HELPERS)
+    for source, name in zip(sources, names, strict=True):
         shutil.copyfile(source, folder / RUNTIME / name)
     libraries = sorted((folder / RUNTIME).glob("*.so"))
     options = [
@@ -56,28 +57,20 @@ def add_tvm_runner(folder: Path, runtime: Path, linker: Linker, isa: Isa, cache:
     ]  # fmt: skip
     headers = sorted((folder / RUNTIME).rglob("*.h"))
     _program(folder / RUNNERS["tvm"], sources, linker, isa.machine, cache, options, digested=[*libraries, *headers])
-    made = tuple(f"{RUNTIME}/{name}" for name in ("run_tvm.cc", "model.h", _TENSORS))
-    return (RUNNERS["tvm"], *copied, *made)
+    return (RUNNERS["tvm"], *copied, *(f"{RUNTIME}/{name}" for name in names))
 
 
 def _program(
     path: Path, sources: Sequence[Path], linker: Linker, machine: str, cache: Path, options: Sequence[str],
     digested: Sequence[Path] = (),
 ) -> None:  # fmt: skip
-    """Compile a program, or take the one that the same compiler made from the same sources before."""
-    digest = hashlib.sha256(" ".join((linker.name, *linker.command, linker.version())).encode())
-    for source in (*sources, *digested):
-        digest.update(source.read_bytes())
-    known = cache / "runner" / machine / digest.hexdigest()[:32]
-    if not known.is_file():
-        known.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix="graphopt-", dir=known.parent) as scratch:
-            for source in sources:
-                shutil.copyfile(source, Path(scratch) / source.name)
-            made = Path(scratch) / "program"
-            linker.program(Path(scratch) / sources[0].name, made, options)
-            made.replace(known)
-    shutil.copyfile(known, path)
+    """Compile a program, or take the one that was kept."""
+
+    def compile_in(folder: Path) -> None:
+        linker.program(folder / sources[0].name, folder / _PROGRAM, options)
+
+    made = kept(cache / "runner" / machine, linker, sources, compile_in, digested) / _PROGRAM
+    shutil.copyfile(made, path)
     path.chmod(0o755)
 
 

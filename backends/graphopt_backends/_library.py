@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import hashlib
 import json
 import math
 import shutil
@@ -19,6 +17,7 @@ import onnx_ir as ir
 from graphopt.errors import BackendError, WriteError
 from graphopt.targets import Isa
 from graphopt_backends._compile import llvm_target
+from graphopt_backends._kept import kept
 from graphopt_backends._link import Linker, c_compiler
 from graphopt_backends.network.steps import ENTRY, PEAK, Step
 
@@ -70,17 +69,20 @@ class Made:
 
     Attributes:
         steps: Calls of kernels, in order.
-        kernels: Distinct kernels.
         weight_bytes: Bytes of its weights.
         separate: They lie in a file beside it.
         workspace: Bytes of memory that a run needs, with one thread.
     """
 
     steps: tuple[Step, ...]
-    kernels: int
     weight_bytes: int
     separate: bool
     workspace: int
+
+    @property
+    def kernels(self) -> int:
+        """Distinct kernels."""
+        return len({step.kernel for step in self.steps})
 
 
 def compile_network(
@@ -141,9 +143,7 @@ def compile_network(
             _link(folder, path, linker, isa.machine, cache)
         if separate:
             (folder / _WEIGHTS).replace(path.with_suffix(".weights"))
-    kernels = len({step.kernel for step in assembled.steps})
-    workspace = assembled.workspace + assembled.scratch
-    return Made(assembled.steps, kernels, weights.nbytes, separate, workspace)
+    return Made(assembled.steps, weights.nbytes, separate, assembled.workspace + assembled.scratch)
 
 
 def _link(folder: Path, path: Path, linker: Linker, machine: str, cache: Path) -> None:
@@ -153,7 +153,7 @@ def _link(folder: Path, path: Path, linker: Linker, machine: str, cache: Path) -
     linker.objects(folder, (_DESCRIPTION,))
     runtime = _runtime_objects(linker, machine, cache)
     own = (_OBJECT, str(Path(_DESCRIPTION).with_suffix(".o")))
-    linker.library(path, folder, (*own, *(str(path) for path in runtime)), _EXPORTS)
+    linker.link(path, folder, (*own, *(str(path) for path in runtime)), _EXPORTS)
 
 
 def _ship(folder: Path, target: Path, isa: Isa, *, embedded: bool) -> None:
@@ -171,22 +171,9 @@ def _ship(folder: Path, target: Path, isa: Isa, *, embedded: bool) -> None:
 
 
 def _runtime_objects(linker: Linker, machine: str, cache: Path) -> list[Path]:
-    """Compile the runtime, or take the one that the same compiler made from the same sources before."""
-    digest = hashlib.sha256(" ".join((linker.name, *linker.command, linker.version())).encode())
-    for name in RUNTIME_SOURCES:
-        digest.update((SOURCES / name).read_bytes())
-    known = (cache / "engine" / machine / digest.hexdigest()[:32]).resolve()
-    if not known.is_dir():
-        known.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix="graphopt-", dir=known.parent) as scratch:
-            folder = Path(scratch) / "objects"
-            folder.mkdir()
-            for name in RUNTIME_SOURCES:
-                shutil.copyfile(SOURCES / name, folder / name)
-            linker.objects(folder, _COMPILED)
-            with contextlib.suppress(OSError):  # another process was faster; where it was not, the linker says so
-                folder.rename(known)
-    return [(known / name).with_suffix(".o") for name in _COMPILED]
+    sources = [SOURCES / name for name in RUNTIME_SOURCES]
+    folder = kept(cache / "engine" / machine, linker, sources, lambda at: linker.objects(at, _COMPILED))
+    return [(folder / name).with_suffix(".o") for name in _COMPILED]
 
 
 def signatures(values: Sequence[ir.Value]) -> tuple[Signature, ...]:

@@ -54,7 +54,7 @@ class Linker:
             arguments = ["-fPIC", "-O2", "-pthread", "-fvisibility=hidden", "-x", "c", "-std=c11", "-c", source]
             self._run([*arguments, "-o", str(Path(source).with_suffix(".o"))], folder)
 
-    def library(self, output: Path, folder: Path, objects: Sequence[str], exports: str) -> None:
+    def link(self, output: Path, folder: Path, objects: Sequence[str], exports: str) -> None:
         """Link objects of a folder into a shared library.
 
         Args:

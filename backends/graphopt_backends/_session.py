@@ -101,17 +101,18 @@ def profile_plan(plan: Plan, folder: Path, feed: Feed, threads: int, runs: int) 
     found: list[StepTime] = []
     peaks: dict[str, float] = {}
     for part in plan.parts:
-        step = in_process(part, folder, threads)
-        values |= step([values])[0]
         if part.engine == "kernels":
-            engine = Engine(folder / part.file, folder / part.weights if part.weights else None, threads)
-            times = engine.profile([values[name] for name in part.inputs], runs)
-            for known, seconds in zip(engine.steps, times, strict=True):
+            engine = _engine(part, folder, threads)
+            inputs = [values[name] for name in part.inputs]
+            values |= zip(part.outputs, engine.run(inputs), strict=True)
+            for known, seconds in zip(engine.steps, engine.profile(inputs, runs), strict=True):
                 figures = seconds, known.operations, known.arithmetic
                 found.append(StepTime(part.engine, known.kernel, known.sites, *figures))
             used = {known.arithmetic for known in engine.steps if known.arithmetic}
             peaks |= {kind: engine.peak(kind) for kind in sorted(used - set(peaks))}
         else:
+            step = in_process(part, folder, threads)
+            values |= step([values])[0]
             begun = time.perf_counter()
             for _ in range(runs):
                 step([values])
@@ -141,8 +142,12 @@ def _reference_step(part: Part, folder: Path, threads: int) -> Step:
     return step
 
 
+def _engine(part: Part, folder: Path, threads: int) -> Engine:
+    return Engine(folder / part.file, folder / part.weights if part.weights else None, threads)
+
+
 def _kernels_step(part: Part, folder: Path, threads: int) -> Step:
-    engine = Engine(folder / part.file, folder / part.weights if part.weights else None, threads)
+    engine = _engine(part, folder, threads)
 
     def run(feed: Mapping[str, Array]) -> Feed:
         return dict(zip(part.outputs, engine.run([feed[name] for name in part.inputs]), strict=True))

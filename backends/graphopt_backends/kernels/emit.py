@@ -39,6 +39,7 @@ __all__ = [
     "reinterpret",
     "share",
     "share_pairs",
+    "share_vectors",
     "splits",
     "spread",
     "start_of",
@@ -305,6 +306,22 @@ def each_part(count: int, lanes: int, body: Callable[[Expr, int], None], unrolle
 def reach(shape: Sequence[int], strides: Sequence[int]) -> int:
     """Elements from the first of a tensor to its last."""
     return sum((size - 1) * max(0, stride) for size, stride in zip(shape, strides, strict=True))
+
+
+def share_vectors(frame: Frame, rows: int, columns: int, lanes: int, body: Callable[[Expr, Expr, int], None]) -> None:
+    """Emit code for vectors of columns, of which tasks share all: `body(row, first column, how many are there)`."""
+    vectors = -(-columns // lanes)
+    rest = columns - (vectors - 1) * lanes
+    with share(frame, rows * vectors) as (unit, _):
+        row, vector = bind(tirx.truncdiv(unit, vectors)), bind(tirx.truncmod(unit, vectors))
+        if rest == lanes:
+            body(row, vector * lanes, lanes)
+            return
+        either(
+            vector < vectors - 1,
+            lambda: body(row, vector * lanes, lanes),
+            lambda: body(row, vector * lanes, rest),
+        )
 
 
 def splits(total: int, most: int) -> tuple[tuple[int, int, int], ...]:

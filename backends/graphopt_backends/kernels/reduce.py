@@ -13,7 +13,6 @@ from graphopt_backends.kernels.emit import (
     bind,
     cast,
     constant,
-    either,
     first_lanes,
     lane,
     load,
@@ -22,6 +21,7 @@ from graphopt_backends.kernels.emit import (
     loop,
     primitive,
     share,
+    share_vectors,
     store,
     store_first,
     tirx,
@@ -89,18 +89,7 @@ class Reduce(Kernel):
 
     def _columns(self, frame: Frame) -> None:
         lanes = self.isa.vector_bits // 32
-        vectors = -(-self.inner // lanes)
-        rest = self.inner - (vectors - 1) * lanes
-        with share(frame, self.outer * vectors) as (unit, _):
-            row, vector = bind(tirx.truncdiv(unit, vectors)), bind(tirx.truncmod(unit, vectors))
-            if rest == lanes:
-                self._column(frame, row, vector * lanes, lanes)
-                return
-            either(
-                vector < vectors - 1,
-                lambda: self._column(frame, row, vector * lanes, lanes),
-                lambda: self._column(frame, row, vector * lanes, rest),
-            )
+        share_vectors(frame, self.outer, self.inner, lanes, lambda *place: self._column(frame, *place))
 
     def _column(self, frame: Frame, row: Any, column: Any, count: int) -> None:
         lanes, combine = self.isa.vector_bits // 32, _COMBINE[self.operator]

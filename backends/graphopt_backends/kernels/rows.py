@@ -13,13 +13,13 @@ from graphopt_backends.kernels.emit import (
     bind,
     constant,
     each_part,
-    either,
     load,
     load_first,
     local,
     loop,
     primitive,
     share,
+    share_vectors,
     spread,
     store,
     store_first,
@@ -138,19 +138,11 @@ class Softmax(Kernel):
     def _columns(self, frame: Frame) -> None:
         """Vectors of neighbours, each along the axis."""
         lanes = self.isa.vector_bits // 32
-        vectors = -(-self.inner // lanes)
-        rest = self.inner - (vectors - 1) * lanes
-        with share(frame, self.rows * vectors) as (unit, _):
-            row, vector = bind(tirx.truncdiv(unit, vectors)), bind(tirx.truncmod(unit, vectors))
-            start = bind(row * (self.columns * self.inner) + vector * lanes)
-            if rest == lanes:
-                self._column(frame, start, lanes)
-            else:
-                either(
-                    vector < vectors - 1,
-                    lambda: self._column(frame, start, lanes),
-                    lambda: self._column(frame, start, rest),
-                )
+
+        def column(row: Any, first: Any, valid: int) -> None:
+            self._column(frame, bind(row * (self.columns * self.inner) + first), valid)
+
+        share_vectors(frame, self.rows, self.inner, lanes, column)
 
     def _column(self, frame: Frame, start: Any, valid: int) -> None:
         lanes, result = self.isa.vector_bits // 32, frame["result"]

@@ -18,6 +18,7 @@ from graphopt_backends.kernels.gemm import pack_matrix
 from graphopt_backends.kernels.tiles import (
     ACROSS,
     COLUMNS,
+    CONFIGURATION_BYTES,
     GROUP,
     LINE_BYTES,
     WIDTH,
@@ -29,9 +30,6 @@ from graphopt_backends.kernels.tiles import (
 )
 
 __all__ = ["TileConv"]
-
-_CONFIGURATION = 64
-"""Bytes that describe tiles, in front of the sums."""
 
 
 @dataclass(frozen=True)
@@ -72,7 +70,7 @@ class TileConv(Conv):
     def _tiles_at(self) -> int:
         """Where the configuration lies in scratch memory, behind the image."""
         image = self._band_rows * self._row if self._copies else 0
-        return -(-image // _CONFIGURATION) * _CONFIGURATION
+        return -(-image // CONFIGURATION_BYTES) * CONFIGURATION_BYTES
 
     @cached_property
     def _lines(self) -> int:
@@ -83,7 +81,7 @@ class TileConv(Conv):
     @property
     def scratch(self) -> int:
         """Bytes of memory that every task needs for itself."""
-        return self._tiles_at + _CONFIGURATION + self.block.sum_bytes
+        return self._tiles_at + CONFIGURATION_BYTES + self.block.sum_bytes
 
     def pack(self, weight: np.ndarray) -> np.ndarray:
         """Lay out a weight [filters, channels, height, width] as this kernel reads it."""
@@ -130,7 +128,7 @@ class TileConv(Conv):
             left, right = [row + tap for row in rows], [weight + below for weight in weights]
             source = frame["scratch"] if self._copies else frame["source"]
             block.add(source, left, strides[1] * self._pixel, frame["weight"], right)
-        sums = self._tiles_at + _CONFIGURATION
+        sums = self._tiles_at + CONFIGURATION_BYTES
         block.put(frame["scratch"], sums)
         pitch = self.result_pitch or self.filters
         block.finish(frame, self.multiply, self.epilogue, sums, lambda i: self._pixel_of(place, i), pitch, column)

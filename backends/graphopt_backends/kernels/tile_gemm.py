@@ -17,6 +17,7 @@ from graphopt_backends.kernels.multiply import Kind, Multiply
 from graphopt_backends.kernels.tiles import (
     ACROSS,
     COLUMNS,
+    CONFIGURATION_BYTES,
     GROUP,
     LINE_BYTES,
     WIDTH,
@@ -28,9 +29,6 @@ from graphopt_backends.kernels.tiles import (
 )
 
 __all__ = ["TileGemm"]
-
-_SUMS = 64
-"""Where sums lie in scratch memory, behind the configuration."""
 
 
 @dataclass(frozen=True)
@@ -106,7 +104,7 @@ class TileGemm(Kernel):
     @property
     def scratch(self) -> int:
         """Bytes of memory that every task needs for itself."""
-        return _SUMS + self.block.sum_bytes
+        return CONFIGURATION_BYTES + self.block.sum_bytes
 
     @property
     def operations(self) -> int:
@@ -190,6 +188,8 @@ class TileGemm(Kernel):
             left, right = [row + k for row in rows], [weight + below for weight in weights]
             block.fetch(frame["weight"], ahead + chunk * (self._lines * LINE_BYTES), self._lines)
             block.add(frame["source"], left, self._pitch, frame["weight"], right)
-        block.put(frame["scratch"], _SUMS)
+        block.put(frame["scratch"], CONFIGURATION_BYTES)
         pitch = self.result_pitch or self.columns
-        block.finish(frame, self.multiply, self.epilogue, _SUMS, lambda i: self._row(tile + i), pitch, column)
+        block.finish(
+            frame, self.multiply, self.epilogue, CONFIGURATION_BYTES, lambda i: self._row(tile + i), pitch, column
+        )

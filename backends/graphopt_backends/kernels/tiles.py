@@ -36,8 +36,8 @@ from graphopt_backends.kernels.epilogue import Epilogue, Result, finish
 from graphopt_backends.kernels.multiply import Kind, Multiply
 
 __all__ = [
-    "ACROSS", "COLUMNS", "GROUP", "LINE_BYTES", "MOST_LENGTH", "MOST_ROWS", "WIDTH", "Block", "Chunks", "configured",
-    "sixteenths", "tiles_pay",
+    "ACROSS", "COLUMNS", "CONFIGURATION_BYTES", "GROUP", "LINE_BYTES", "MOST_LENGTH", "MOST_ROWS", "WIDTH", "Block",
+    "Chunks", "configured", "sixteenths", "tiles_pay",
 ]  # fmt: skip
 
 MOST_ROWS = 16
@@ -57,6 +57,9 @@ ACROSS = 2
 
 WIDTH = ACROSS * COLUMNS
 """Columns of a block."""
+
+CONFIGURATION_BYTES = 64
+"""What describes tiles, in scratch memory in front of their sums."""
 
 LINE_BYTES = 64
 """What comes into a cache at once."""

@@ -8,8 +8,7 @@
 //   @COMPILER@ -std=c++17 -O2 run.cc -o run -ldl
 #include <dlfcn.h>
 
-#include <iostream>
-
+#include "arguments.h"
 #include "graphopt.h"
 #include "tensors.h"
 
@@ -31,8 +30,8 @@ std::vector<graphopt::Tensor> outputs_of(const graphopt_description& model) {
   return made;
 }
 
-void run_all(const std::string& path, const std::string& inputs, const std::string& results, int threads,
-             const std::string& weights) {
+void run_all(const graphopt::Arguments& given) {
+  const std::string &path = given.model, &inputs = given.inputs, &weights = given.weights;
   std::string file = path.find('/') == std::string::npos ? "./" + path : path;
   void* library = dlopen(file.c_str(), RTLD_NOW | RTLD_LOCAL);
   if (!library) throw std::runtime_error(dlerror());
@@ -40,14 +39,14 @@ void run_all(const std::string& path, const std::string& inputs, const std::stri
   if (made.format != GRAPHOPT_FORMAT) throw std::runtime_error(path + " has another format: compile the model again");
   char message[512] = "";
   graphopt_model* model = symbol<decltype(graphopt_open)>(library, "graphopt_open")(
-      weights.empty() ? nullptr : weights.c_str(), threads, message, sizeof message);
+      weights.empty() ? nullptr : weights.c_str(), given.threads, message, sizeof message);
   if (!model) throw std::runtime_error(message);
   auto* run = symbol<decltype(graphopt_run)>(library, "graphopt_run");
 
   std::vector<graphopt::Tensor> all = graphopt::read_tensors(inputs);
   size_t step = made.input_count ? static_cast<size_t>(made.input_count) : 1;
   if (all.size() % step) throw std::runtime_error(inputs + ": the model takes " + std::to_string(step) + " inputs");
-  graphopt::TensorWriter writer(results);
+  graphopt::TensorWriter writer(given.outputs);
   std::vector<graphopt::Tensor> outputs = outputs_of(made);
   for (size_t i = 0; i < all.size(); i += step) {
     std::vector<const void*> sources;
@@ -67,28 +66,4 @@ void run_all(const std::string& path, const std::string& inputs, const std::stri
 
 }  // namespace
 
-int main(int count, char** words) {
-  std::vector<std::string> files;
-  std::string weights;
-  int threads = 1;
-  for (int i = 1; i < count; ++i) {
-    std::string word = words[i];
-    if (word == "--threads" && i + 1 < count)
-      threads = std::atoi(words[++i]);
-    else if (word == "--weights" && i + 1 < count)
-      weights = words[++i];
-    else
-      files.push_back(word);
-  }
-  if (files.size() != 3 || threads < 1) {
-    std::cerr << "usage: run MODEL INPUTS OUTPUTS [--threads N] [--weights FILE]\n";
-    return 2;
-  }
-  try {
-    run_all(files[0], files[1], files[2], threads, weights);
-  } catch (const std::exception& error) {
-    std::cerr << "run: " << error.what() << "\n";
-    return 1;
-  }
-  return 0;
-}
+int main(int count, char** words) { return graphopt::with_arguments("run", count, words, run_all); }

@@ -3,22 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 
 import numpy as np
 import onnx_ir as ir
 import pytest
 from kernel_runner import runnable
+from network_runner import run_network
 from text_models import build as model_of
 
-from graphopt.model_io import ShapeBinding
 from graphopt.reference import Reference
 from graphopt.targets import Isa
-from graphopt_backends._engine import Engine
-from graphopt_backends._library import compile_network
-from graphopt_backends._link import known_linkers
-from graphopt_backends._lower import lower
-from graphopt_backends.network.convert import unsupported
 
 ISAS = runnable()
 isas = pytest.mark.parametrize("isa", ISAS, ids=lambda isa: isa.name)
@@ -49,24 +43,18 @@ def _feed(model: ir.Model, seed: int) -> dict[str, np.ndarray]:
 
 
 @pytest.fixture
-def check(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Check:
+def check() -> Check:
     """Compile a model once and compare four runs."""
 
     def run(text: str, isa: Isa, kernels: list[str] | None = None, opset: int = 20, **weights: np.ndarray) -> None:
         model = model_of(text, opset, **weights)
         reference = Reference(model.clone(), threads=1)
-        lowered = lower(model, ShapeBinding(), "x86").model
-        assert not unsupported(lowered)
-        path, cache = tmp_path / "model.so", tmp_path_factory.getbasetemp() / "objects"
-        cache.mkdir(exist_ok=True)
-        made = compile_network(lowered, isa, "x86", path, known_linkers(isa)[0], cache)
-        engine = Engine(path)
         for seed in range(4):
             feed = _feed(model, seed)
-            got = engine.run([feed[str(value.name)] for value in lowered.graph.inputs])
-            for value, array in zip(lowered.graph.outputs, got, strict=True):
-                np.testing.assert_allclose(array, reference.run(feed)[str(value.name)], rtol=1e-4, atol=1e-4)
-        assert kernels is None or [step.kernel.rpartition("_")[0] for step in made.steps] == kernels
+            got, ran = run_network(model, isa, feed, tasks=1)
+            for name, expected in reference.run(feed).items():
+                np.testing.assert_allclose(got[name], expected, rtol=1e-4, atol=1e-4)
+            assert kernels is None or ran == kernels
 
     return run
 
