@@ -40,6 +40,8 @@ from graphopt_backends.kernels.tile import SET_BYTES, Panel, Rows, Tiles, Walk, 
 
 __all__ = ["Conv", "Window"]
 
+_UNITS = 4  # for each core, where some have one more than others
+
 
 @dataclass(frozen=True)
 class Window:
@@ -189,13 +191,15 @@ class Conv(Kernel):
 
     @cached_property
     def _band(self) -> int:
-        """Blocks of a band: what the loops read for it takes half of the cache, with the weight or without."""
-        count = self._blocks.count
-        if not self._copies:
-            return count
-        row = self._row * self.multiply.element_bytes
-        rows = max(1, self.isa.level2_bytes // 2 // row - self._reach)
-        bands = -(-count // max(1, rows // (self.tile[0] * self.window.strides[0])))
+        """Blocks of a band: what the loops read for it takes half of the cache, and bands suffice for all cores."""
+        count, panels, bands = self._blocks.count, self.batch * self.groups * self._group_panels, 1
+        if self._copies:
+            row = self._row * self.multiply.element_bytes
+            rows = max(1, self.isa.level2_bytes // 2 // row - self._reach)
+            bands = -(-count // max(1, rows // (self.tile[0] * self.window.strides[0])))
+        enough = _UNITS * self.isa.cores
+        while bands < count and bands * panels < enough and bands * panels % self.isa.cores:
+            bands += 1
         return -(-count // bands)
 
     @property
