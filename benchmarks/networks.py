@@ -91,12 +91,16 @@ def main() -> None:
                     ratios.setdefault((form, int(str(row[2]))), []).append(float(str(row[5])))
     for (form, threads), found in sorted(ratios.items()):
         mean = math.exp(statistics.fmean(map(math.log, found)))
-        rows.append(("geometric mean", form, threads, "", "", f"{mean:.2f}", f"least {min(found):.2f}", "", ""))
-    head = ("network", "form", "threads", "ORT ms", "ours ms", "ORT / ours", "float / ours", "max diff", "remarks")
+        rows.append(("geometric mean", form, threads, "", "", f"{mean:.2f}", f"least {min(found):.2f}", "", "", ""))
+    head = (
+        "network", "form", "threads", "ORT ms", "ours ms", "ORT / ours", "float / ours", "max diff", "ORT's own",
+        "remarks",
+    )  # fmt: skip
     notes = (
         f"Batch 1, target `{options.target}`; medians of {options.rounds} interleaved rounds of {options.seconds:g} s. "
         "INT8: the same QDQ model in both. `float / ours`: our library of the float model against that of the "
-        "quantized one. `max diff`: largest difference of outputs, over the largest output."
+        "quantized one. `max diff`: largest difference of outputs, over the largest output; `ORT's own`: that of ONNX "
+        "Runtime with its optimizations from itself without them, which rounds between layers where the model says so."
     )
     tables.write(options.name, "Compiled networks beside ONNX Runtime", head, rows, notes)
 
@@ -127,7 +131,7 @@ def _rows(name: str, form: str, options: argparse.Namespace) -> list[tuple[objec
         built, model = _built(name, form, source, data, binding, options)
         other = _built(name, "float", source, data, binding, options)[0] if form == "int8" else None
     except GraphoptError as e:
-        return [(name, form, "", "", "", "", "", "", str(e)[:160])]
+        return [(name, form, *[""] * 7, str(e)[:160])]
     path = options.cache / f"{name}-feed.npz"
     np.savez(path, **feed)
     rows: list[tuple[object, ...]] = []
@@ -138,16 +142,13 @@ def _rows(name: str, form: str, options: argparse.Namespace) -> list[tuple[objec
         command = [sys.executable, __file__, "--job", json.dumps(asdict(job))]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode:
-            rows.append(
-                (name, form, threads, "", "", "", "", "", (done.stderr.strip().splitlines() or ["died"])[-1][:160])
-            )
+            rows.append((name, form, threads, *[""] * 6, (done.stderr.strip().splitlines() or ["died"])[-1][:160]))
             continue
         got = json.loads(done.stdout.splitlines()[-1])
         gain = f"{got['float'] / got['ours']:.2f}" if "float" in got else ""
         times = (f"{1e3 * got['onnxruntime']:.3f}", f"{1e3 * got['ours']:.3f}")
-        rows.append(
-            (name, form, threads, *times, f"{got['onnxruntime'] / got['ours']:.3f}", gain, f"{got['error']:.1e}", "")
-        )
+        errors = (f"{got['error']:.1e}", f"{got['own error']:.1e}")
+        rows.append((name, form, threads, *times, f"{got['onnxruntime'] / got['ours']:.3f}", gain, *errors, ""))
     return rows
 
 
@@ -267,15 +268,23 @@ def _measure(job: Job) -> dict[str, float]:
         subjects["float"] = second.bound([feed[key] for key in names])[1]
     os.sched_setaffinity(0, {cores[0]})
     ours()
-    error = max(
-        float(np.abs(a.astype(np.float64) - b).max(initial=0) / max(np.abs(b).max(initial=0), 1e-12))
-        for a, b in zip(outputs, expected, strict=True)
-    )
+    error = _difference(outputs, expected)
     times: dict[str, list[float]] = {key: [] for key in subjects}
     for _ in range(job.rounds):
         for key, run in subjects.items():
             times[key].append(_round(run, job.seconds))
-    return {key: statistics.median(found) for key, found in times.items()} | {"error": error}
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    plain = ort.InferenceSession(job.model, options, providers=["CPUExecutionProvider"])
+    errors = {"error": error, "own error": _difference(expected, plain.run(None, {key: feed[key] for key in names}))}
+    return {key: statistics.median(found) for key, found in times.items()} | errors
+
+
+def _difference(arrays: Sequence[Any], expected: Sequence[Any]) -> float:
+    """The largest of all elements, over the largest of its array."""
+    return max(
+        float(np.abs(a.astype(np.float64) - b).max(initial=0) / max(np.abs(b).max(initial=0), 1e-12))
+        for a, b in zip(arrays, expected, strict=True)
+    )
 
 
 def _round(run: Callable[[], object], seconds: float) -> float:
