@@ -8,7 +8,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DELETE_ON_ERROR:
-.PHONY: demo test lint format tools clean
+.PHONY: demo test lint format tools analyser clean
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -19,7 +19,7 @@ demo: $(VENV)/.run tools
 	$(BIN)/graphopt $(FIXTURE)/model.onnx --passes prune,quant --target arm \
 	  --calibration $(FIXTURE)/calib.npz --eval $(FIXTURE)/eval.npz --measure -o demo/digits.arm
 
-test: $(VENV)/.dev tools
+test: $(VENV)/.dev tools analyser
 	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 lint: $(VENV)/.dev
@@ -72,4 +72,12 @@ tools: | $(VENV)/.run
 	  echo "make: not on this machine: $${missing[*]}; sudo apt-get install $${missing[*]}" >&2; \
 	  $(BIN)/python -c 'import ziglang' 2>/dev/null || $(PIP) -e '.[cross]' || \
 	    echo "make: no cross linker could be installed; the arm backend will say so" >&2; \
+	fi
+
+# LLVM's machine code analyser from apt (50 MB), for tests that judge code for ARM and are skipped without it
+analyser: | tools
+	@if ! command -v llvm-mca-19 >/dev/null && [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+	  echo "make: installing llvm-19" >&2; \
+	  { apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -qq -y --no-install-recommends llvm-19; } \
+	    >>$(VENV)/apt.log 2>&1 || echo "make: no llvm-19 from apt, see $(VENV)/apt.log; tests of code for ARM are skipped" >&2; \
 	fi

@@ -153,18 +153,19 @@ class Backend(abc.ABC):
             BackendError: A tool or runtime is missing; the hint says how to get it.
         """
 
-    @abc.abstractmethod
     def unsupported(self, model: ir.Model, target: Target, options: BuildOptions) -> Sequence[Unsupported]:
-        """Name the operators that this backend cannot take, before anything is built.
-
-        Raises:
-            BackendError: A tool or runtime that the build needs is missing on this machine.
-            UsageError: A dynamic dimension must be fixed first; the message names it and the flag.
-        """
+        """Name the operators that this backend cannot take, as far as it can tell without the work of a build."""
+        return ()
 
     @abc.abstractmethod
     def build(self, model: ir.Model, target: Target, folder: Path, options: BuildOptions) -> Build:
-        """Compile `model` into `folder`, which exists and already holds `model.onnx`. Never touches the network."""
+        """Compile `model` into `folder`, which exists and already holds `model.onnx`. Never touches the network.
+
+        Raises:
+            BackendError: It cannot take some operators, all of them named before anything is written, and
+                `options.fallback` is None; or a tool or runtime is missing on this machine.
+            UsageError: A dynamic dimension must be fixed first; the message names it and the flag.
+        """
 
     @abc.abstractmethod
     def how(self, target: Target) -> Obtained:

@@ -119,8 +119,11 @@ class Bundle:
 
         Raises:
             ModelError: The folder is no bundle, or a file of it is damaged.
+            UsageError: There is no such engine.
             BackendError: This machine cannot run it.
         """
+        if engine not in ("target", "ort"):
+            raise UsageError(f"engine {engine!r}", "is not one of target, ort")
         folder = Path(path)
         manifest = read_manifest(folder)
         if manifest is None:
@@ -133,8 +136,6 @@ class Bundle:
         backend = registry.backend_of(target)
         if engine == "ort" or backend is None or manifest.kernel is None:
             return cls(folder, manifest, target, "executed", Reference(folder / "model.onnx", threads=threads).run)
-        if engine != "target":
-            raise UsageError(f"engine {engine!r}", "is not one of target, ort")
         how = backend.how(target)
         if how not in ("executed", "emulated"):
             hint = "load it with engine='ort', or run it on the target; see: graphopt doctor"

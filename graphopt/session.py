@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from graphopt.errors import GraphoptError, ModelError, UsageError
+from graphopt.errors import DataError, GraphoptError, ModelError, UsageError
 
 __all__ = ["Feed", "FeedFolder", "Session", "session_options"]
 
@@ -77,8 +77,12 @@ class Session:
         """Run once; returns the outputs by name.
 
         Raises:
+            DataError: The feed lacks an input.
             ModelError: ONNX Runtime fails on this feed.
         """
+        missing = [name for name in self.inputs if name not in feed]
+        if missing:
+            raise DataError(f"input {missing[0]!r}", "is missing from the feed")
         names = list(outputs or self.outputs)
         try:
             values = self.session.run(names, {name: feed[name] for name in self.inputs})

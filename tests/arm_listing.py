@@ -15,6 +15,8 @@ _BRANCH = re.compile(r"^(?:b|b\.\w+|cbn?z|tbn?z)$")
 _MULTIPLY = re.compile(r"^(?:fmla|fmls|fmlal2?|bfmmla|sdot|udot|usdot|sudot|smmla|ummla|usmmla)$")
 _CYCLES = re.compile(r"^Total Cycles:\s+(\d+)", re.MULTILINE)
 _TURNS = (100, 300)
+_VERSIONS = (19, 20, 21, 22, 18, 17)
+"""Of LLVM, those with a model of neoverse-v1, and that first with which limits were set."""
 
 
 @dataclass(frozen=True)
@@ -121,9 +123,8 @@ def _words(line: str) -> list[str]:
 
 
 def mca() -> str | None:
-    """LLVM's machine code analyser, the newest there is."""
-    names = (*(f"llvm-mca-{version}" for version in range(30, 10, -1)), "llvm-mca")
-    return next((path for name in names if (path := shutil.which(name))), None)
+    """LLVM's machine code analyser."""
+    return next((path for version in _VERSIONS if (path := shutil.which(f"llvm-mca-{version}"))), None)
 
 
 def cycles(lines: Sequence[str], cpu: str, features: str = "") -> float:

@@ -30,7 +30,7 @@ from graphopt_backends.kernels.reduce import Reduce
 from graphopt_backends.kernels.resample import Resample
 from graphopt_backends.kernels.rows import Normalize, Softmax
 
-__all__ = ["FAMILIES"]
+__all__ = ["FAMILIES", "convolved"]
 
 
 def _tail(draw: DrawFn, kind: Kind, rows: int, columns: int, seed: int) -> Tail:
@@ -75,7 +75,7 @@ def _gemm(draw: DrawFn, isa: Isa) -> Case:
     return Case(kind, kernel, arrays, expected, result_pitch, _tolerance(kind, tail))
 
 
-def _convolved(x: np.ndarray, w: np.ndarray, window: Window, groups: int, border: float) -> np.ndarray:
+def convolved(x: np.ndarray, w: np.ndarray, window: Window, groups: int, border: float) -> np.ndarray:
     """Convolve [batch, height, width, channels] with [filters, channels / groups, height, width], tap by tap."""
     top, left, bottom, right = window.pads
     padded = np.pad(x, ((0, 0), (top, bottom), (left, right), (0, 0)), constant_values=border)
@@ -135,7 +135,7 @@ def _conv(draw: DrawFn, isa: Isa) -> Case:
         result_pitch,
     )  # fmt: skip
     arrays = _packed(kernel, apart(x, source_pitch or channels), w, start, tail)
-    sums = _convolved(x, w, window, groups, border).reshape(-1, filters)
+    sums = convolved(x, w, window, groups, border).reshape(-1, filters)
     return Case(kind, kernel, arrays, tail.of(sums), result_pitch, _tolerance(kind, tail))
 
 
@@ -154,7 +154,7 @@ def _depthwise(draw: DrawFn, isa: Isa) -> Case:
         isa, batch, height, width, channels, window, tail.epilogue, dtype, zero, source_pitch, result_pitch
     )
     arrays = _packed(kernel, apart(x, source_pitch or channels), w, tail.bias, tail)
-    sums = _convolved(widened(x) - zero, w, window, channels, 0).reshape(-1, channels)
+    sums = convolved(widened(x) - zero, w, window, channels, 0).reshape(-1, channels)
     return Case(dtype, kernel, arrays, tail.of(sums), result_pitch, _tolerance(kind, tail))
 
 

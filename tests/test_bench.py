@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -18,7 +19,9 @@ import pytest
 from graphopt.bench import ONNX_RUNTIME, Plan, Subject, bench, bundle_subjects, feeds_for, this_machine
 from graphopt.bench.child import peak_memory_mb
 from graphopt.bench.process import Child, Job
+from graphopt.bundle import Manifest, write_manifest
 from graphopt.calibration import open_calibration
+from graphopt.cli.benching import bench_subjects
 from graphopt.errors import BackendError, UsageError
 from graphopt.measured import Measured, Measurement
 from graphopt.model_io import ShapeBinding, input_specs, load_model, save_model
@@ -218,11 +221,29 @@ def test_a_bundle_without_a_kernel_is_its_model_alone(bundle: Path) -> None:
 def test_weights_beside_the_kernel_and_beside_the_model_count_as_deployed(bundle: Path, tmp_path: Path) -> None:
     (bundle / "model.weights").write_bytes(b"123")
     assert bundle_subjects(bundle, "fake:executed", "fake", "model.so")[1].deployed_bytes() == 8
+    (bundle / "runtime").mkdir()
+    for name in ("model.part1.so", "model.part2.onnx", "runtime/libtvm_runtime.so", "model.part1.s", "run"):
+        (bundle / name).write_bytes(b"1234")
+    assert bundle_subjects(bundle, "fake:executed", "fake", "model.so")[1].deployed_bytes() == 8 + 3 * 4
     model = ir.from_onnx_text(MODEL)
     model.graph.initializers["w"].const_value = ir.tensor(np.zeros(2000, np.float32), name="w")
     files = save_model(model, tmp_path / "large.onnx", embed_limit=100)
     assert len(files) == 2
     assert Subject("large", files[0]).deployed_bytes() == sum(file.stat().st_size for file in files)
+
+
+def test_a_bundle_is_run_with_the_sizes_that_it_was_made_with(bundle: Path) -> None:
+    text = MODEL.replace("y = Mul(x, w)", "four = Constant<value_ints=[4, 3]>() s = Reshape(x, four) y = Mul(s, w)")
+    write_model(bundle / "model.onnx", text)
+    write_manifest(bundle, Manifest("0", "m.onnx", "d", "ort", "", 0, None, shapes={"N": "4"}))
+
+    def run(**given: Any) -> Measurement:
+        sizes = {"shapes": {}, "dims": {}, **given}
+        return bench_subjects([bundle], data=None, plan=ONCE, disable=(), **sizes).rows[0]
+
+    assert run().not_run is None
+    assert run(shapes={"x": (4, 3)}).not_run is None
+    assert "cannot run it" in str(run(dims={"N": 5}).not_run)
 
 
 def test_without_inputs_there_is_one_clear_line(model: Path) -> None:

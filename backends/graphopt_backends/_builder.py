@@ -19,7 +19,7 @@ class Builder:
     def __init__(self, graph: ir.Graph, node: ir.Node) -> None:
         self._graph, self._node, self._count = graph, node, 0
 
-    def __call__(self, op: str, inputs: list[ir.Value | None], **attributes: Any) -> ir.Value:
+    def __call__(self, op: str, inputs: Sequence[ir.Value | None], **attributes: Any) -> ir.Value:
         self._count += 1
         name = f"{self._node.name}/lowered/{op}_{self._count}"
         made = ir.Node("", op, inputs, ir.convenience.convert_attributes(attributes), name=name)
@@ -32,7 +32,7 @@ class Builder:
         """Version of ONNX's operators that the graph uses."""
         return int(self._graph.opset_imports.get("", 0))
 
-    def ints(self, values: Sequence[int]) -> ir.Value:
+    def ints(self, values: Sequence[int] | np.ndarray) -> ir.Value:
         """A constant list of numbers."""
         return self.array(np.asarray(values, np.int64))
 
@@ -43,12 +43,16 @@ class Builder:
 
     def split(self, value: ir.Value, parts: int, axis: int, size: int) -> list[ir.Value]:
         """Cut a value into parts of one size."""
-        if parts == 1:
+        return self.parts(value, [size] * parts, axis)
+
+    def parts(self, value: ir.Value, sizes: Sequence[int], axis: int) -> list[ir.Value]:
+        """Cut a value into parts."""
+        if len(sizes) == 1:
             return [value]
         self._count += 1
         name = f"{self._node.name}/lowered/Split_{self._count}"
         attributes = ir.convenience.convert_attributes({"axis": axis})
-        made = ir.Node("", "Split", [value, self.ints([size] * parts)], attributes, num_outputs=parts, name=name)
+        made = ir.Node("", "Split", [value, self.ints(sizes)], attributes, num_outputs=len(sizes), name=name)
         for i, output in enumerate(made.outputs):
             output.name = f"{name}_{i}"
         self._graph.insert_before(self._node, made)
@@ -63,6 +67,13 @@ class Builder:
     def finish(self, op: str, inputs: list[ir.Value | None], output: ir.Value, **attributes: Any) -> None:
         """Make the last node, which takes over the name of `output`, and remove the old one."""
         self.put(op, inputs, output, **attributes)
+        self._graph.remove(self._node, safe=True)
+
+    def give(self, values: Sequence[ir.Value | None]) -> None:
+        """Let values be the outputs of the old node, as far as it is read, and remove it."""
+        for output, value in zip(self._node.outputs, values, strict=False):
+            if value is not None and (output.uses() or output.is_graph_output()):
+                self.put("Identity", [value], output)
         self._graph.remove(self._node, safe=True)
 
     def put(self, op: str, inputs: list[ir.Value | None], output: ir.Value, **attributes: Any) -> None:

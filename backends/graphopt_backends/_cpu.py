@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import abc
+import logging
 import tempfile
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -17,7 +18,14 @@ from graphopt.model_io import save_model, weight_bytes
 from graphopt.reference import Feed
 from graphopt.targets import Isa, Target
 from graphopt_backends._compile import compile_library
-from graphopt_backends._deploy import add_example, add_header, add_runner, add_tvm_runner
+from graphopt_backends._deploy import (
+    EXAMPLE,
+    add_example,
+    add_header,
+    add_runner,
+    add_tvm_runner,
+    example_command,
+)
 from graphopt_backends._engines import EMBED_BYTES, Division, divide, lift_weights
 from graphopt_backends._fold import static_shape
 from graphopt_backends._import import import_model
@@ -26,12 +34,14 @@ from graphopt_backends._link import Linker, find_linker, links_elsewhere
 from graphopt_backends._lower import Lowered, lower
 from graphopt_backends._native import quiet
 from graphopt_backends._parts import GraphPart
-from graphopt_backends._plan import PLAN, Part, Plan, TensorSpec, read_plan, write_plan
+from graphopt_backends._plan import ANY, PLAN, Part, Plan, TensorSpec, read_plan, write_plan
 from graphopt_backends._runtime import fetch_runtime, runtime_folder, versions
 from graphopt_backends._session import Step, load_steps, profile_plan, run_plan
 from graphopt_backends._tensors import PAGE, write_tensors
 
 __all__ = ["CpuBackend", "isa_of"]
+
+_log = logging.getLogger(__name__)
 
 
 def isa_of(target: Target) -> Isa:
@@ -53,13 +63,6 @@ class CpuBackend(Backend):
         _linker(target, options)
         versions()
 
-    def unsupported(self, model: ir.Model, target: Target, options: BuildOptions) -> Sequence[Unsupported]:
-        """Name the operators that neither kernels nor TVM can take, and those whose shapes depend on the data."""
-        division = divide(_lowered(model, target, options).model)
-        if "tvm" in division.engines.values():
-            runtime_folder(isa_of(target).machine, target.name, options.cache)
-        return tuple(division.refused.values())
-
     def build(self, model: ir.Model, target: Target, folder: Path, options: BuildOptions) -> Build:
         """Compile `model` into `model.so`, or with a fallback into numbered parts, beside a runner and an example."""
         linker = _linker(target, options)
@@ -75,7 +78,7 @@ class CpuBackend(Backend):
                 runtime_folder(isa_of(target).machine, target.name, cache)
             runners = _runners(lowered.model, division)
             work = _Work(target, folder, options, linker, cache)
-            plan, made = work.parts(lowered.model, division)
+            plan, made = work.parts(lowered, division)
             write_plan(plan, folder)
             beside = work.companions(plan, lowered.model)
         files = [name for part in plan.parts for name in (part.file, part.weights) if name]
@@ -85,6 +88,9 @@ class CpuBackend(Backend):
             files += [part.weights for part in plan.parts if part.weights]
         compiled = [name for name in files if name.endswith((".so", ".o"))]
         facts = _facts(lowered, division, plan, made, work)
+        if EXAMPLE in beside:
+            facts["example"] = example_command(work.isa)
+        _log.info("batch of %s: %s", plan.target, facts["batch"])
         refused, files = tuple(division.refused.values()), [*files, PLAN, *beside]
         return Build(compiled[0] if compiled else None, tuple(files), facts, refused, runners)
 
@@ -131,30 +137,33 @@ class _Work:
     def isa(self) -> Isa:
         return isa_of(self.target)
 
-    def parts(self, model: ir.Model, division: Division) -> tuple[Plan, list[Made]]:
+    def parts(self, lowered: Lowered, division: Division) -> tuple[Plan, list[Made]]:
         """Build all parts."""
-        fed = [value for value in model.graph.inputs if value.name not in model.graph.initializers]
-        inputs, outputs = _specs(fed), _specs(model.graph.outputs)
+        graph, batch = lowered.model.graph, lowered.batch
+        fed = [value for value in graph.inputs if value.name not in graph.initializers]
+        inputs, outputs = _specs(fed, batch.inputs), _specs(graph.outputs, batch.outputs)
         steps: list[Part] = []
         networks: list[Made] = []
         for i, part in enumerate(division.parts):
             alone = len(division.parts) == 1 and part.engine != "onnxruntime"
             stem = "model" if alone else f"model.part{i}"
             if part.engine == "kernels":
-                steps.append(self._kernels(part, f"{stem}.so", networks))
+                steps.append(self._kernels(part, f"{stem}.so", networks, samples_apart=alone and batch.leads))
             elif part.engine == "tvm":
                 steps.append(self._tvm(part, f"{stem}.so"))
             else:
                 save_model(part.model, self.folder / f"{stem}.onnx")
                 steps.append(Part("onnxruntime", f"{stem}.onnx", part.inputs, part.outputs))
-        return Plan(str(self.target), inputs, outputs, tuple(steps)), networks
+        served = ANY if batch.size else f"fixed: {batch.reason}"
+        return Plan(str(self.target), inputs, outputs, tuple(steps), served), networks
 
-    def _kernels(self, part: GraphPart, name: str, networks: list[Made]) -> Part:
+    def _kernels(self, part: GraphPart, name: str, networks: list[Made], *, samples_apart: bool) -> Part:
         inputs, outputs, path = part.inputs, part.outputs, self.folder / name
         with quiet():
             made = compile_network(
-                part.model, self.isa, str(self.target), path, self.linker, self.cache, self.options.emit
-            )
+                part.model, self.isa, str(self.target), path, self.linker, self.cache, self.options.emit,
+                samples_apart=samples_apart,
+            )  # fmt: skip
         networks.append(made)
         return Part("kernels", name, inputs, outputs, path.with_suffix(".weights").name if made.separate else None)
 
@@ -217,10 +226,11 @@ def _refusal(target: Target, refused: Iterable[Unsupported]) -> BackendError:
     return BackendError(f"target {target}", fact, "give --fallback ort to let ONNX Runtime run them")
 
 
-def _specs(values: Sequence[ir.Value]) -> tuple[TensorSpec, ...]:
+def _specs(values: Sequence[ir.Value], axes: Sequence[int | None]) -> tuple[TensorSpec, ...]:
+    """Inputs or outputs, with the axes of samples where the batch is not fixed."""
     return tuple(
-        TensorSpec(str(v.name), str(v.dtype.numpy()) if v.dtype is not None else "unknown", static_shape(v))
-        for v in values
+        TensorSpec(str(v.name), str(v.dtype.numpy()) if v.dtype is not None else "unknown", static_shape(v), axis)
+        for v, axis in zip(values, axes or [None] * len(values), strict=True)
     )
 
 
@@ -258,4 +268,13 @@ def _facts(
         facts["weights_bytes"] = sum(path.stat().st_size for path in weights)
     if lowered.fixed:
         facts["fixed"] = ", ".join(lowered.fixed)
+    facts["batch"] = _batch_fact(plan, lowered.batch.size)
     return facts
+
+
+def _batch_fact(plan: Plan, size: int) -> str:
+    if not size:
+        return plan.batch
+    ends = (*plan.inputs, *plan.outputs)
+    axes = ", ".join(f"axis {spec.batch_axis} of {spec.name}" for spec in ends if spec.batch_axis is not None)
+    return f"{ANY}{f' multiple of {size}' if size > 1 else ''}: {axes}"

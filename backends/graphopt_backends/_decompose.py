@@ -1,28 +1,38 @@
 """Operators that a few others express; each rule keeps the values.
 
 operator                    becomes
+Attention                   products, masks, Softmax
 ConvTranspose               Conv, and for strides a move of its channels in between the pixels
+DepthToSpace, SpaceToDepth  Reshape, Transpose, Reshape
 Einsum                      ReduceSum, Transpose, Reshape, MatMul
+Gemm of computed matrices   Transpose, MatMul, Mul, Add
 GroupNormalization          arithmetic on means
 InstanceNormalization       arithmetic on means
 LpNormalization             Div by ReduceL1, ReduceL2
+LpPool                      AveragePool of powers
 LRN                         AveragePool over channels, arithmetic
+MatMul of a vector          MatMul, Reshape
 MeanVarianceNormalization   arithmetic on means
 OneHot                      Equal, Where
 ReduceLogSumExp             arithmetic on ReduceMax, ReduceSum
+RotaryEmbedding             arithmetic on halves of columns
 Trilu                       Where with a constant
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import onnx_ir as ir
 
+from graphopt_backends._attention import attention
 from graphopt_backends._builder import Builder
+from graphopt_backends._contributed import root_mean_square
 from graphopt_backends._einsum import einsum
 from graphopt_backends._fold import is_constant, static_shape
+from graphopt_backends._rotary import rotary
 from graphopt_backends._transposed import transposed_convolution
 
 __all__ = ["RULES"]
@@ -162,21 +172,115 @@ def _triangle(graph: ir.Graph, node: ir.Node) -> bool:
     return True
 
 
+def _spread(graph: ir.Graph, node: ir.Node) -> bool:
+    """Channels become blocks of pixels (DepthToSpace), or blocks channels."""
+    source, result = static_shape(node.inputs[0]), static_shape(node.outputs[0])
+    if source is None or result is None:
+        return False
+    block, make = node.attributes.get_int("blocksize", 1), Builder(graph, node)
+    if node.op_type == "SpaceToDepth":
+        batch, channels, height, width = source
+        apart, perm = [batch, channels, height // block, block, width // block, block], [0, 3, 5, 1, 2, 4]
+    else:
+        batch, channels, height, width = result
+        first = node.attributes.get_string("mode", "DCR") == "CRD"  # the channels that stay, before the blocks
+        blocks = [channels, block, block] if first else [block, block, channels]
+        apart = [batch, *blocks, source[2], source[3]]
+        perm = [0, 1, 4, 2, 5, 3] if first else [0, 3, 4, 1, 5, 2]
+    moved = make("Transpose", [make("Reshape", [node.inputs[0], make.ints(apart)])], perm=perm)
+    make.finish("Reshape", [moved, make.ints(result)], node.outputs[0])
+    return True
+
+
+def _product_of_a_vector(graph: ir.Graph, node: ir.Node) -> bool:
+    """A vector is a matrix of one row on the left, of one column on the right."""
+    shapes, result = [static_shape(value) for value in node.inputs], static_shape(node.outputs[0])
+    left, right = shapes
+    if left is None or right is None or result is None or min(len(left), len(right)) > 1:
+        return False
+    make, (a, b) = Builder(graph, node), node.inputs
+    if len(left) == 1:
+        a = make("Reshape", [a, make.ints([1, *left])])
+    if len(right) == 1:
+        b = make("Reshape", [b, make.ints([*right, 1])])
+    make.finish("Reshape", [make("MatMul", [a, b]), make.ints(result)], node.outputs[0])
+    return True
+
+
+def _product_and_sum(graph: ir.Graph, node: ir.Node) -> bool:
+    """A Gemm whose second matrix is computed, or whose third operand is no constant row."""
+    from graphopt_backends.network.integers import is_weight
+
+    bias = node.inputs[2] if len(node.inputs) > 2 else None
+    sizes, result, dtype = static_shape(bias), static_shape(node.outputs[0]), _float_type(node)
+    row = bias is None or (is_weight(bias) and sizes is not None and math.prod(sizes) in (1, (result or (0, 0))[1]))
+    row = row and (sizes is None or len(sizes) < 2 or sizes[0] == 1)
+    weight = node.inputs[1]
+    if weight is None or dtype is None or result is None or (row and _is_stored(weight)):
+        return False
+    make, attributes = Builder(graph, node), node.attributes
+
+    def turned(value: ir.Value | None, name: str) -> ir.Value | None:
+        return make("Transpose", [value], perm=[1, 0]) if attributes.get_int(name, 0) else value
+
+    def scaled(value: ir.Value | None, name: str) -> ir.Value | None:
+        factor = attributes.get_float(name, 1.0)
+        return value if factor == 1.0 else make("Mul", [value, make.array(np.array(factor, dtype))])
+
+    whole = scaled(make("MatMul", [turned(node.inputs[0], "transA"), turned(weight, "transB")]), "alpha")
+    if bias is None or attributes.get_float("beta", 1.0) == 0:
+        make.finish("Identity", [whole], node.outputs[0])
+    else:
+        make.finish("Add", [whole, scaled(bias, "beta")], node.outputs[0])
+    return True
+
+
+def _is_stored(value: ir.Value) -> bool:
+    """A constant, or what is made of constant integers, in blocks too."""
+    maker = value.producer()
+    stored = maker is not None and maker.op_type == "DequantizeLinear" and is_constant(maker.inputs[0])
+    return stored or is_constant(value)
+
+
+def _power_pool(graph: ir.Graph, node: ir.Node) -> bool:
+    """The root of a sum of powers, which is a mean times the taps; a border adds nothing."""
+    kernel, dtype = node.attributes.get_ints("kernel_shape") or (), _float_type(node)
+    dilated = any(step != 1 for step in node.attributes.get_ints("dilations") or ())
+    if dtype is None or dilated or node.attributes.get_int("ceil_mode", 0):
+        return False
+    power, make = node.attributes.get_int("p", 2), Builder(graph, node)
+    window = {name: node.attributes[name].value for name in ("kernel_shape", "pads", "strides", "auto_pad")
+              if name in node.attributes}  # fmt: skip
+    size = make("Abs", [node.inputs[0]])
+    mean = make("AveragePool", [make("Pow", [size, make.array(np.array(power, dtype))])], count_include_pad=1, **window)
+    total = make("Mul", [mean, make.array(np.array(math.prod(kernel), dtype))])
+    make.finish("Pow", [total, make.array(np.array(1 / power, dtype))], node.outputs[0])
+    return True
+
+
 def _float_type(node: ir.Node) -> np.dtype | None:
     dtype = node.outputs[0].dtype
     return np.dtype(dtype.numpy()) if dtype is not None and dtype.is_floating_point() else None
 
 
 RULES: Mapping[str, Callable[[ir.Graph, ir.Node], bool]] = {
+    "Attention": attention,
     "ConvTranspose": transposed_convolution,
+    "DepthToSpace": _spread,
     "Einsum": einsum,
+    "Gemm": _product_and_sum,
     "GroupNormalization": _group_norm,
     "InstanceNormalization": _instance_norm,
     "LRN": _local_response_norm,
     "LpNormalization": _lp_norm,
+    "LpPool": _power_pool,
+    "MatMul": _product_of_a_vector,
     "MeanVarianceNormalization": _mean_variance_norm,
     "OneHot": _one_hot,
     "ReduceLogSumExp": _log_sum_exp,
+    "SpaceToDepth": _spread,
+    "RotaryEmbedding": rotary,
+    "SimplifiedLayerNormalization": root_mean_square,
     "Trilu": _triangle,
 }
 """Rules by operator; each replaces a node and says whether it did."""

@@ -12,10 +12,13 @@ from graphopt_backends._library import SOURCES, Signature
 from graphopt_backends._link import Linker, c_compiler
 from graphopt_backends._runtime import RUNTIME, copy_runtime
 
-__all__ = ["RUNNERS", "add_example", "add_header", "add_runner", "add_tvm_runner"]
+__all__ = ["EXAMPLE", "RUNNERS", "add_example", "add_header", "add_runner", "add_tvm_runner", "example_command"]
 
 RUNNERS = {"kernels": "run", "tvm": "run_tvm"}
 """Programs that run a part on files, by engine."""
+
+EXAMPLE = "example.c"
+"""A program that runs the model once."""
 
 _PROGRAM = "program"
 _HEADER, _HELPERS = "graphopt.h", ("arguments.h", "tensors.h")
@@ -36,7 +39,7 @@ def add_runner(folder: Path, linker: Linker, isa: Isa, cache: Path) -> tuple[str
     """Put the program `run` with its source into a bundle; returns its files."""
     for name in (_HEADER, *_HELPERS):
         shutil.copyfile(SOURCES / name, folder / name)
-    text = (SOURCES / "run.cc").read_text("utf8").replace("@COMPILER@", f"{isa.machine}-linux-gnu-g++")
+    text = (SOURCES / "run.cc").read_text("utf8").replace("@COMPILER@", f"{c_compiler(isa).removesuffix('gcc')}g++")
     (folder / "run.cc").write_text(text, "utf8")
     sources = [folder / name for name in ("run.cc", _HEADER, *_HELPERS)]
     _program(folder / RUNNERS["kernels"], sources, linker, isa.machine, cache, ["-ldl"])
@@ -86,9 +89,9 @@ def add_example(
         outputs: What it gives.
         isa: The CPU.
     """
-    text = (SOURCES / "example.c").read_text("utf8")
+    text = (SOURCES / EXAMPLE).read_text("utf8")
     for mark, value in {
-        "@COMPILER@": c_compiler(isa),
+        "@COMMAND@": example_command(isa),
         "@WEIGHTS@": f'"{weights}"' if weights else "NULL",
         "@INPUTS@": "".join(_array("input", i, t) for i, t in enumerate(inputs)),
         "@INPUT_NAMES@": ", ".join(f"input{i}" for i in range(len(inputs))) or "NULL",
@@ -96,8 +99,13 @@ def add_example(
         "@OUTPUT_NAMES@": ", ".join(f"output{i}" for i in range(len(outputs))) or "NULL",
     }.items():
         text = text.replace(mark, value)
-    (folder / "example.c").write_text(text, "utf8")
-    return ("example.c",)
+    (folder / EXAMPLE).write_text(text, "utf8")
+    return (EXAMPLE,)
+
+
+def example_command(isa: Isa) -> str:
+    """What builds the example, in the bundle."""
+    return f"{c_compiler(isa)} -std=c11 -O2 {EXAMPLE} model.so -o example -Wl,-rpath,'$ORIGIN'"
 
 
 def _array(side: str, index: int, tensor: Signature) -> str:

@@ -11,7 +11,7 @@ import onnx_ir as ir
 from graphopt_backends._builder import Builder
 from graphopt_backends._fold import static_shape
 
-__all__ = ["einsum"]
+__all__ = ["einsum", "letters"]
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ def einsum(graph: ir.Graph, node: ir.Node) -> bool:
     """Replace an Einsum whose operands name no axis twice."""
     shapes = [static_shape(value) for value in node.inputs]
     equation = node.attributes.get_string("equation", "").replace(" ", "")
-    terms, result = _letters(equation, [shape for shape in shapes if shape is not None])
+    terms, result = letters(equation, [shape for shape in shapes if shape is not None])
     if len(terms) != len(node.inputs) or any(len(set(term)) != len(term) for term in (*terms, result)):
         return False
     sizes: dict[str, int] = {}
@@ -45,7 +45,7 @@ def einsum(graph: ir.Graph, node: ir.Node) -> bool:
     return True
 
 
-def _letters(equation: str, shapes: Sequence[Sequence[int]]) -> tuple[list[str], str]:
+def letters(equation: str, shapes: Sequence[Sequence[int]]) -> tuple[list[str], str]:
     """Letters of the operands and of the result; three dots become capitals that the equation has not."""
     left, arrow, result = equation.partition("->")
     terms = left.split(",")

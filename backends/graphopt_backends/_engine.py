@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ctypes
+import errno
+import os
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -14,7 +16,7 @@ import numpy as np
 
 from graphopt.errors import BackendError
 
-__all__ = ["Engine", "EngineStep"]
+__all__ = ["Engine", "EngineStep", "fresh_name"]
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -77,7 +79,7 @@ class EngineStep:
 
 
 class Engine:
-    """A model that is ready to run; one run at a time.
+    """A model that is ready to run; threads that run it at the same time wait for one another.
 
     Args:
         library: The compiled model.
@@ -90,10 +92,7 @@ class Engine:
 
     def __init__(self, library: Path, weights: Path | None = None, threads: int = 1) -> None:
         self._handle: int | None = None
-        try:
-            self._library = ctypes.CDLL(str(library.resolve()))
-        except OSError as e:
-            raise BackendError(str(library), f"cannot be loaded: {str(e).rpartition(': ')[2]}") from e
+        self._library = _loaded(library)
         self._library.graphopt_describe.restype = ctypes.POINTER(_Description)
         self._library.graphopt_open.restype = ctypes.c_void_p
         self._run = self._library.graphopt_run
@@ -105,7 +104,7 @@ class Engine:
         self.outputs = [_spec(made.outputs[i]) for i in range(made.output_count)]
         self.steps = [_step(made.steps[i]) for i in range(made.step_count)]
         message = ctypes.create_string_buffer(_MESSAGE_BYTES)
-        path = None if weights is None else str(weights).encode()
+        path = None if weights is None else os.fsencode(weights)
         self._handle = self._library.graphopt_open(path, max(threads, 1), message, _MESSAGE_BYTES)
         if not self._handle:
             raise BackendError(str(library), message.value.decode("utf8", "replace"))
@@ -114,6 +113,19 @@ class Engine:
         """Run once on arrays in the order of the inputs; returns the outputs in theirs."""
         outputs, again = self.bound(inputs)
         again()
+        return outputs
+
+    def run_batch(self, inputs: Sequence[Array], count: int) -> list[Array]:
+        """Run on `count` batches, which lie one after the other along the first axes.
+
+        Raises:
+            BackendError: Samples of this model do not stay apart.
+        """
+        held = [np.ascontiguousarray(array) for array in inputs]
+        outputs = [np.empty((count * shape[0], *shape[1:]), dtype) for shape, dtype in self.outputs]
+        run, batches = self._library.graphopt_run_batch, ctypes.c_uint64(count)
+        if not run(ctypes.c_void_p(self._handle), _pointers(held), _pointers(outputs), batches):
+            raise BackendError("batch", "samples of this model do not stay apart in its library")
         return outputs
 
     def bound(self, inputs: Sequence[Array]) -> tuple[list[Array], Callable[[], None]]:
@@ -149,6 +161,34 @@ class Engine:
         if self._handle:
             self._library.graphopt_close(ctypes.c_void_p(self._handle))
             self._handle = None
+
+
+_files: dict[Path, list[tuple[int, int]]] = {}  # that were loaded under a path, one after the other
+
+
+def fresh_name(path: Path) -> str:
+    """A spelling of a library's path under which the system has loaded this very file or nothing yet.
+
+    It never looks at a file again whose name it knows, although another model may lie there by now.
+    """
+    place, status = path.resolve(), path.stat()
+    known, file = _files.setdefault(place, []), (status.st_dev, status.st_ino)
+    if file not in known:
+        known.append(file)
+    return f"{place.parent}/{'./' * known.index(file)}{place.name}"
+
+
+def _loaded(library: Path) -> ctypes.CDLL:
+    try:
+        found = ctypes.CDLL(fresh_name(library))
+    except OSError as e:
+        told = e.strerror or str(e).rpartition(": ")[2]
+        if library.exists() and told == os.strerror(errno.ENOENT):  # so the system says it
+            told = "it is for another CPU, or needs a library that is not there"
+        raise BackendError(str(library), f"cannot be loaded: {told}", "compile the model again") from e
+    if not hasattr(found, "graphopt_describe"):
+        raise BackendError(str(library), "is not a compiled model", "compile the model again")
+    return found
 
 
 def _pointers(arrays: Sequence[Array]) -> Any:

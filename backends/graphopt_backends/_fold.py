@@ -17,22 +17,17 @@ from onnx_ir.passes import common as ir_passes
 
 from graphopt.errors import ModelError
 from graphopt.reference import Reference
+from graphopt_backends._shapes import is_known, put_shapes
 
 __all__ = ["add_constant", "fold", "infer_shapes", "inlined", "is_constant", "static_shape"]
 
 _ROUNDS = 32
-_FREE_BYTES = 1 << 16
+_FREE_BYTES, _BYTE = 1 << 16, 8
 _NEVER = frozenset(
     {
         "QuantizeLinear", "DynamicQuantizeLinear", "Dropout", "RandomNormal", "RandomNormalLike",
         "RandomUniform", "RandomUniformLike", "Multinomial", "Bernoulli", "If", "Loop", "Scan", "SequenceEmpty",
         "Optional", "SequenceConstruct",
-    }
-)  # fmt: skip
-_SAME_SHAPE = frozenset(
-    {
-        "BiasGelu", "FastGelu", "Gelu", "GroupNormalization", "SkipLayerNormalization",
-        "SkipSimplifiedLayerNormalization",
     }
 )  # fmt: skip
 _LINEAR = frozenset({"Conv", "ConvTranspose", "Gemm", "MatMul"})
@@ -44,6 +39,7 @@ def fold(model: ir.Model) -> None:
     for _ in range(_ROUNDS):
         infer_shapes(model)
         changed = _fold_shapes(model)
+        changed = _fold_empty(model.graph) or changed
         changed = _fold_constants(model) or changed
         changed = _take_branches(model) or changed
         if not changed:
@@ -54,8 +50,8 @@ def fold(model: ir.Model) -> None:
 def infer_shapes(model: ir.Model) -> None:
     """Infer types and shapes in place; what cannot be inferred stays unknown.
 
-    ONNX knows nothing of other domains; operators of com.microsoft that keep the shape of their first input are
-    helped along, and a Gather of as many columns stands in for MatMulNBits.
+    ONNX knows nothing of other domains; operators of com.microsoft are helped along, and a Gather of as many columns
+    stands in for MatMulNBits.
     """
     with _stand_ins(model):
         _infer_shapes(model)
@@ -65,8 +61,8 @@ def _infer_shapes(model: ir.Model) -> None:
     infer = ir_passes.ShapeInferencePass(check_type=False, strict_mode=False, data_prop=True)
     infer(model)
     nodes = [node for graph in model.graphs() for node in graph]
-    others = [node for node in nodes if node.domain == "com.microsoft" or node.op_type in _SAME_SHAPE]
-    while sum(_keep_shape(node) for node in others):
+    others = [node for node in nodes if is_known(node)]
+    while sum(put_shapes(node, [static_shape(value) for value in node.inputs]) for node in others):
         infer(model)
 
 
@@ -98,16 +94,6 @@ def _stand_ins(model: ir.Model) -> Iterator[None]:
                 node.replace_input_with(i, value)
         for value in columns.values():
             model.graph.initializers.pop(str(value.name))
-
-
-def _keep_shape(node: ir.Node) -> bool:
-    source = node.inputs[0] if node.inputs else None
-    shape, output = static_shape(source), node.outputs[0]
-    if node.op_type not in _SAME_SHAPE or source is None or shape is None or static_shape(output) is not None:
-        return False
-    output.shape = ir.Shape(shape)
-    output.type = output.type or source.type
-    return True
 
 
 def static_shape(value: ir.Value | None) -> tuple[int, ...] | None:
@@ -170,6 +156,39 @@ def _fold_shapes(model: ir.Model) -> bool:
             _replace(graph, node, [part if node.op_type == "Shape" else np.asarray(math.prod(shape), np.int64)])
             changed = True
     return changed
+
+
+def _fold_empty(graph: ir.Graph) -> bool:
+    """Values without elements are known, whatever they are made of."""
+    changed = False
+    for node in list(graph):
+        outputs = [value for value in node.outputs if value.name]
+        if outputs and all(_is_empty(value) for value in outputs) and not _passes_on_a_constant(node):
+            _replace(graph, node, [np.empty(static_shape(value) or (), _numpy_type(value)) for value in node.outputs])
+            changed = True
+    for value in graph.inputs:
+        users = list(value.uses()) if _is_empty(value) else []
+        if users:
+            array = np.empty(static_shape(value) or (), _numpy_type(value))
+            constant = add_constant(graph, f"{value.name}_empty", array)
+            for user, index in users:
+                user.replace_input_with(index, constant)
+            changed = True
+    return changed
+
+
+def _is_empty(value: ir.Value) -> bool:
+    shape = static_shape(value)
+    return shape is not None and 0 in shape and value.dtype is not None and value.dtype.bitwidth >= _BYTE
+
+
+def _numpy_type(value: ir.Value) -> np.dtype:
+    return np.dtype(value.dtype.numpy() if value.dtype is not None else np.float32)
+
+
+def _passes_on_a_constant(node: ir.Node) -> bool:
+    """What a constant became that is a result of the graph."""
+    return node.op_type == "Identity" and is_constant(node.inputs[0])
 
 
 def _fold_constants(model: ir.Model) -> bool:

@@ -8,6 +8,7 @@ import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from graphopt.errors import WriteError
 from graphopt_backends._link import Linker
 
 __all__ = ["kept"]
@@ -28,6 +29,10 @@ def kept(
         sources: Files that are copied into the folder before.
         compile_in: Compiles in a folder with the sources, where that was not done before.
         digested: Further files that the result depends on.
+
+    Raises:
+        BackendError: The compiler fails.
+        WriteError: The cache cannot be written.
     """
     digest = hashlib.sha256(" ".join((linker.name, *linker.command, linker.version())).encode())
     for source in (*sources, *digested):
@@ -35,16 +40,17 @@ def kept(
     known = (cache / digest.hexdigest()[:32]).resolve()
     if known.is_dir():
         return known
-    cache.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix="graphopt-", dir=cache) as scratch:
-        folder = Path(scratch) / "made"
-        folder.mkdir()
-        for source in sources:
-            shutil.copyfile(source, folder / source.name)
-        compile_in(folder)
-        try:
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix="graphopt-", dir=cache) as scratch:
+            folder = Path(scratch) / "made"
+            folder.mkdir()
+            for source in sources:
+                shutil.copyfile(source, folder / source.name)
+            compile_in(folder)
             folder.rename(known)
-        except OSError:
-            if not known.is_dir():  # else another process was faster
-                raise
+    except OSError as e:
+        if not known.is_dir():  # else another process was faster
+            hint = "set XDG_CACHE_HOME to a folder that can be written"
+            raise WriteError(str(cache), (e.strerror or str(e)).lower(), hint) from e
     return known

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import math
+import os
 import shutil
 import tempfile
 from collections.abc import Sequence
@@ -32,14 +32,14 @@ EMBEDDED_BYTES = 64 << 20
 SOURCES = Path(__file__).parent / "runtime"
 """Where the sources in C are."""
 
-RUNTIME_SOURCES = ("graphopt.h", "loops.h", "cpu.h", "cpu.c", "runtime.c")
+RUNTIME_SOURCES = ("graphopt.h", "compiled.h", "cpu.h", "cpu.c", "runtime.c")
 """What a library is linked with; C11 and POSIX threads."""
 
 BUILD, BUILD_SCRIPT = "build", "build.sh"
 """Folder of a bundle that is to be linked elsewhere, and what links it."""
 
 _COMPILED = ("cpu.c", "runtime.c")
-_HEADERS, _EXPORTS = ("graphopt.h", "loops.h"), "exports.map"
+_HEADERS, _EXPORTS = ("graphopt.h", "compiled.h"), "exports.map"
 _PAGE = 4096
 _OBJECT, _DESCRIPTION, _WEIGHTS = "kernels.o", "model.c", "model.weights"
 
@@ -86,8 +86,9 @@ class Made:
 
 
 def compile_network(
-    model: ir.Model, isa: Isa, target: str, path: Path, linker: Linker | None, cache: Path, emit: Sequence[str] = ()
-) -> Made:
+    model: ir.Model, isa: Isa, target: str, path: Path, linker: Linker | None, cache: Path, emit: Sequence[str] = (),
+    *, samples_apart: bool = False,
+) -> Made:  # fmt: skip
     """Compile a lowered model, all of whose nodes kernels compute, into the library `path`.
 
     Weights of more than `EMBEDDED_BYTES` go into a file of the same name that ends in `.weights`.
@@ -101,6 +102,7 @@ def compile_network(
             folder `build` beside `path`.
         cache: Where the compiled runtime is kept.
         emit: `asm` and `source` write listings beside it.
+        samples_apart: Samples of a batch do not mix, and lie along the first axis of all inputs and outputs.
 
     Raises:
         BackendError: The compiler or linker fails.
@@ -127,7 +129,7 @@ def compile_network(
             raise WriteError(str(path), e.strerror or str(e), "free some space or choose another folder with -o") from e
         assembled = assemble(network)
         library = build(assembled.module, tvm.target.Target(llvm_target(isa, 1)))
-        library.write_to_file(str(folder / _OBJECT))
+        (folder / _OBJECT).write_bytes(_object_code(library))
         for kind, suffix in (("asm", "s"), ("source", "ll")):
             if kind in emit:
                 path.with_suffix(f".{suffix}").write_text(library.inspect_source(suffix), "utf8")
@@ -135,6 +137,7 @@ def compile_network(
         facts = _Facts(
             target, isa, signatures(model.graph.inputs), signatures(model.graph.outputs), assembled.steps,
             weights.nbytes, weights.digest, assembled.workspace, assembled.scratch, not separate,
+            samples_apart,
         )  # fmt: skip
         (folder / _DESCRIPTION).write_text(_description(facts), "utf8")
         if linker is None:
@@ -144,6 +147,13 @@ def compile_network(
         if separate:
             (folder / _WEIGHTS).replace(path.with_suffix(".weights"))
     return Made(assembled.steps, weights.nbytes, separate, assembled.workspace + assembled.scratch)
+
+
+def _object_code(library: Any) -> bytes:
+    """What LLVM made; it writes to memory, because it ends the process where a disk is full."""
+    with os.fdopen(os.memfd_create(_OBJECT), "rb") as memory:
+        library.write_to_file(f"/proc/self/fd/{memory.fileno()}", "o")
+        return memory.read()
 
 
 def _link(folder: Path, path: Path, linker: Linker, machine: str, cache: Path) -> None:
@@ -203,6 +213,7 @@ class _Facts:
     workspace: int
     scratch: int
     embedded: bool
+    samples_apart: bool
 
 
 def _description(facts: _Facts) -> str:
@@ -215,7 +226,7 @@ def _description(facts: _Facts) -> str:
     steps = [_step(step) for step in facts.steps]
     return "\n".join(
         [
-            '#include "loops.h"',
+            '#include "compiled.h"',
             "",
             *shapes,
             *_table("inputs", "graphopt_tensor", [_tensor("input", i, t) for i, t in enumerate(facts.inputs)]),
@@ -227,11 +238,12 @@ def _description(facts: _Facts) -> str:
             f"  {facts.weight_bytes}u, {_text(facts.weight_digest)}, {facts.workspace}u, {facts.scratch}u,",
             "};",
             *_weights(facts.embedded),
+            f"const int graphopt_samples_apart = {int(facts.samples_apart)};",
             *_peaks(facts.isa),
             f"void {ENTRY}({parameters}{', ' if parameters else ''}const void*, void*, void*, int32_t, int32_t);",
             "void graphopt_enter(",
-            "    const void* const* inputs, void* const* outputs, const void* weights, void* workspace, void* model,",
-            "    int32_t task, int32_t tasks) {",
+            "    _Atomic(const void*)* inputs, _Atomic(void*)* outputs, const void* weights, void* workspace,",
+            "    void* model, int32_t task, int32_t tasks) {",
             "  (void)inputs, (void)outputs;",
             f"  {ENTRY}({', '.join([*pointers, 'weights', 'workspace', 'model', 'task', 'tasks'])});",
             "}",
@@ -281,7 +293,7 @@ def _weights(embedded: bool) -> list[str]:
     ]
 
 
-def _text(text: Any) -> str:
-    """A C string; JSON escapes quotes, backslashes and control characters as C does."""
-    quoted = json.dumps(str(text), ensure_ascii=False)
-    return quoted.replace("\\u00", "\\x").replace("??", '?""?')
+def _text(text: str) -> str:
+    """A C string."""
+    plain = (chr(byte) if 32 <= byte < 127 and chr(byte) not in '"\\?' else f"\\{byte:03o}" for byte in text.encode())
+    return f'"{"".join(plain)}"'

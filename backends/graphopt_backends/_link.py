@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import importlib.util
+import os
 import platform
 import shlex
 import shutil
@@ -12,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from graphopt.errors import BackendError
+from graphopt.errors import BackendError, WriteError
 from graphopt.targets import Isa
 
 __all__ = ["Linker", "c_compiler", "find_linker", "known_linkers", "links_elsewhere"]
@@ -37,6 +39,7 @@ class Linker:
 
         Raises:
             BackendError: The linker fails.
+            WriteError: The disk is full.
         """
         soname = f"-Wl,-soname,{Path(output).name}"
         given = [str(Path(o).resolve()) for o in objects]
@@ -49,6 +52,7 @@ class Linker:
 
         Raises:
             BackendError: The compiler fails.
+            WriteError: The disk is full.
         """
         for source in sources:
             arguments = ["-fPIC", "-O2", "-pthread", "-fvisibility=hidden", "-x", "c", "-std=c11", "-c", source]
@@ -65,6 +69,7 @@ class Linker:
 
         Raises:
             BackendError: The linker fails.
+            WriteError: The disk is full.
         """
         script = f"-Wl,--version-script={exports}"
         options = ("-shared", "-fPIC", "-pthread", f"-Wl,-soname,{output.name}", "-Wl,-Bsymbolic", script)
@@ -75,6 +80,7 @@ class Linker:
 
         Raises:
             BackendError: The compiler fails.
+            WriteError: The disk is full.
         """
         arguments = ["-std=c++17", "-O2", source.name, "-o", str(output.resolve()), *options, *_REPEATABLE]
         self._run(arguments, source.parent)
@@ -93,6 +99,9 @@ class Linker:
             raise BackendError(self.name, f"cannot be started: {e.strerror}", "choose another with --cc") from e
         if done.returncode:
             lines = [line for line in (done.stderr or done.stdout).splitlines() if line.strip()]
+            full = os.strerror(errno.ENOSPC)
+            if any(full in line for line in lines):
+                raise WriteError(self.name, full.lower(), "free some space or choose another folder with -o")
             told = next((line for line in lines if "error" in line), lines[-1] if lines else "no message")
             raise BackendError(self.name, f"cannot link: {told.strip()[:200]}", "choose another with --cc")
 
@@ -112,7 +121,9 @@ def known_linkers(isa: Isa) -> tuple[Linker, ...]:
 
 
 def c_compiler(isa: Isa) -> str:
-    """What a C compiler for a CPU is mostly called: Debian's names, and those of the Android NDK."""
+    """What a C compiler for a CPU is mostly called: gcc on x86, elsewhere as Debian or the Android NDK call it."""
+    if isa.machine == "x86_64":
+        return "gcc"
     if isa.triple.endswith("android"):
         return f"{isa.triple}24-clang"
     return f"{'arm' if isa.machine.startswith('armv7') else isa.machine}-{isa.triple.partition('-')[2]}-gcc"

@@ -5,7 +5,7 @@ Works on a copy; the model that ships keeps its dynamic interface.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import onnx_ir as ir
 from onnx_ir.passes import common as ir_passes
@@ -13,8 +13,9 @@ from onnx_ir.passes import common as ir_passes
 from graphopt.errors import UsageError
 from graphopt.model_io import InputSpec, ShapeBinding, input_specs
 from graphopt.opset import raise_opset
-from graphopt_backends._fold import fold
+from graphopt_backends._fold import fold, infer_shapes, static_shape
 from graphopt_backends._rewrite import Keeps, rewrite
+from graphopt_backends.batch.follow import Batch, batch_axes, follow_batch
 from graphopt_backends.network.half import widen
 
 __all__ = ["Lowered", "lower"]
@@ -30,10 +31,12 @@ class Lowered:
     Attributes:
         model: The lowered copy.
         fixed: What was fixed without being asked for, for the report: `batch = 1`.
+        batch: What other batches it serves, sample by sample.
     """
 
     model: ir.Model
     fixed: tuple[str, ...] = ()
+    batch: Batch = field(default_factory=Batch)
 
 
 def lower(model: ir.Model, binding: ShapeBinding, target: str, keeps: Keeps = lambda _: False) -> Lowered:
@@ -53,11 +56,16 @@ def lower(model: ir.Model, binding: ShapeBinding, target: str, keeps: Keeps = la
     copy = model.clone()
     ir_passes.InlinePass()(copy)
     ir_passes.RemoveInitializersFromInputsPass()(copy)
+    axes = batch_axes(input_specs(copy))
     fixed = _fix_sizes(copy, binding, target)
     raise_opset(copy, _OLDEST_OPSET)
     ir_passes.NameFixPass()(copy)
     ir_passes.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(copy)
+    if axes:
+        infer_shapes(copy)
+    unfolded = copy.clone() if axes else None
     fold(copy)
+    shapes = {str(o.name): shape for node in copy.graph for o in node.outputs if (shape := static_shape(o)) is not None}
     if widen(copy):
         fold(copy)
     while rewrite(copy, keeps):
@@ -65,7 +73,10 @@ def lower(model: ir.Model, binding: ShapeBinding, target: str, keeps: Keeps = la
     ir_passes.IdentityEliminationPass()(copy)
     ir_passes.RemoveUnusedNodesPass()(copy)
     ir_passes.TopologicalSortPass()(copy)
-    return Lowered(copy, fixed)
+    if unfolded is None:
+        return Lowered(copy, fixed, Batch(reason="no input has an open batch axis"))
+    ir_passes.TopologicalSortPass()(unfolded)
+    return Lowered(copy, fixed, follow_batch(unfolded, shapes, axes))
 
 
 def _fix_sizes(model: ir.Model, binding: ShapeBinding, target: str) -> tuple[str, ...]:

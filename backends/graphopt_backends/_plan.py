@@ -9,9 +9,12 @@ from typing import Any, Literal
 
 from graphopt.errors import BackendError
 
-__all__ = ["PLAN", "Engine", "Part", "Plan", "TensorSpec", "read_plan", "write_plan"]
+__all__ = ["ANY", "PLAN", "Engine", "Part", "Plan", "TensorSpec", "read_plan", "write_plan"]
 
 PLAN = "model.plan.json"
+ANY = "any"
+"""The batch of a plan in which samples stay apart."""
+
 _FORMAT = 2
 
 
@@ -21,11 +24,19 @@ Engine = Literal["kernels", "tvm", "onnxruntime"]
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """An input or output: name, NumPy name of the element type, fixed shape (None where it depends on the data)."""
+    """An input or output.
+
+    Attributes:
+        name: Its name.
+        dtype: NumPy's name of its element type.
+        shape: Its shape for the compiled batch; None where it depends on the data.
+        batch_axis: Axis along which samples lie; None: it is the same for all samples, or the batch is fixed.
+    """
 
     name: str
     dtype: str
     shape: tuple[int, ...] | None
+    batch_axis: int | None = None
 
 
 @dataclass(frozen=True)
@@ -50,12 +61,22 @@ class Part:
 
 @dataclass(frozen=True)
 class Plan:
-    """All parts of a compiled model, in order."""
+    """All parts of a compiled model, in order.
+
+    Attributes:
+        target: What they were compiled for.
+        inputs: What the model takes.
+        outputs: What it gives.
+        parts: The parts.
+        batch: `any` where samples stay apart, so that batches are run one compiled batch after the other; else `fixed`,
+            and why.
+    """
 
     target: str
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
     parts: tuple[Part, ...]
+    batch: str = "fixed"
 
 
 def write_plan(plan: Plan, folder: Path) -> None:
@@ -80,8 +101,11 @@ def read_plan(folder: Path) -> Plan:
     parts = tuple(
         Part(p["engine"], p["file"], tuple(p["inputs"]), tuple(p["outputs"]), p.get("weights")) for p in data["parts"]
     )
-    return Plan(data["target"], _specs(data["inputs"]), _specs(data["outputs"]), parts)
+    return Plan(data["target"], _specs(data["inputs"]), _specs(data["outputs"]), parts, data.get("batch", "fixed"))
 
 
 def _specs(data: list[dict[str, Any]]) -> tuple[TensorSpec, ...]:
-    return tuple(TensorSpec(d["name"], d["dtype"], None if d["shape"] is None else tuple(d["shape"])) for d in data)
+    return tuple(
+        TensorSpec(d["name"], d["dtype"], None if d["shape"] is None else tuple(d["shape"]), d.get("batch_axis"))
+        for d in data
+    )

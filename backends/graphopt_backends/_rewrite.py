@@ -5,6 +5,7 @@ explicit_pads       auto_pad SAME_*, VALID                  pads
 widen_small_ints    int4 and uint4 constants                int8 and uint8 constants
 plain_norm          BatchNormalization, constant statistics Mul, Add
 flatten_blocks      DequantizeLinear with block_size        Cast, Sub, Reshape, Mul on blocks
+_contributed        Attention, SkipLayerNormalization   see there
 unfuse              QLinearConv, QLinearAdd, QGemm, ...     DequantizeLinear, operator, QuantizeLinear
 _decompose          operators that others express           see there
 _branches           If, computed condition                  both branches, Where
@@ -19,6 +20,7 @@ import onnx_ir as ir
 
 from graphopt_backends._branches import choose_branches
 from graphopt_backends._builder import Builder
+from graphopt_backends._contributed import CONTRIBUTED
 from graphopt_backends._decompose import RULES
 from graphopt_backends._fold import is_constant, static_shape
 from graphopt_backends._unfused import UNFUSED, unfuse
@@ -136,9 +138,8 @@ _RULES: dict[str, Rule] = {
     "Conv": _explicit_pads,
     "ConvInteger": _explicit_pads,
     "DequantizeLinear": _flatten_blocks,
-    "LpPool": _explicit_pads,
     "MaxPool": _explicit_pads,
 }
 
-_CONTRIBUTED: dict[str, Rule] = dict.fromkeys(UNFUSED, unfuse)
+_CONTRIBUTED: dict[str, Rule] = {**dict.fromkeys(UNFUSED, unfuse), **CONTRIBUTED}
 """Rules for operators of other domains: ONNX Runtime's."""

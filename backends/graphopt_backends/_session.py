@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import importlib.util
+import itertools
 import os
 import subprocess
 import sys
@@ -11,16 +12,18 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
 
 from graphopt.backend_base import Profile, StepTime
-from graphopt.errors import BackendError, DataError
+from graphopt.errors import BackendError, DataError, nearest
 from graphopt.reference import Feed, Reference
+from graphopt_backends._batches import count_batches, cut_batches, joined, lie_one_after_the_other
 from graphopt_backends._deploy import RUNNERS
-from graphopt_backends._engine import Engine
+from graphopt_backends._engine import Engine, fresh_name
 from graphopt_backends._plan import Part, Plan, read_plan
 from graphopt_backends._tensors import read_tensors, write_tensors
 
@@ -36,16 +39,21 @@ _pool = threading.local()  # threads of the runtime's pool, which is one for eac
 
 
 def run_plan(plan: Plan, steps: Sequence[Step], feeds: Sequence[Feed]) -> list[Feed]:
-    """Run all parts over all feeds, part by part.
+    """Run all parts over all feeds, part by part; a feed may hold several of the batches that were compiled.
 
     Raises:
         DataError: A feed lacks an input, or has another type or shape than the model was compiled for.
     """
-    values: list[dict[str, Array]] = [_checked(plan, feed) for feed in feeds]
+    checked = [_checked(plan, feed) for feed in feeds]
+    counts = [count_batches(plan, feed) for feed in checked]
+    if len(steps) == 1 and isinstance(steps[0], _Library) and lie_one_after_the_other(plan):
+        return [steps[0].run(feed, count) for feed, count in zip(checked, counts, strict=True)]
+    values = [piece for feed, count in zip(checked, counts, strict=True) for piece in cut_batches(plan, feed, count)]
     for step in steps:
         for held, made in zip(values, step(values), strict=True):
             held.update(made)
-    return [{spec.name: held[spec.name] for spec in plan.outputs} for held in values]
+    outputs = iter([{spec.name: held[spec.name] for spec in plan.outputs} for held in values])
+    return [joined(plan, list(itertools.islice(outputs, count))) for count in counts]
 
 
 def in_process(part: Part, folder: Path, threads: int) -> Step:
@@ -57,7 +65,7 @@ def in_process(part: Part, folder: Path, threads: int) -> Step:
     if part.engine == "onnxruntime":
         return _reference_step(part, folder, threads)
     if part.engine == "kernels":
-        return _kernels_step(part, folder, threads)
+        return _Library(part, _engine(part, folder, threads))
     return _tvm_step(part, folder, threads)
 
 
@@ -71,15 +79,8 @@ def through_program(part: Part, folder: Path, threads: int, command: Sequence[st
         with tempfile.TemporaryDirectory(prefix="graphopt-") as scratch:
             source, result = Path(scratch) / "inputs.tensors", Path(scratch) / "outputs.tensors"
             write_tensors(source, ((name, feed[name]) for feed in feeds for name in part.inputs))
-            words = [
-                *command,
-                program,
-                str(folder / part.file),
-                str(source),
-                str(result),
-                "--threads",
-                str(max(threads, 1)),
-            ]
+            files = [str(folder / part.file), str(source), str(result)]
+            words = [*command, program, *files, "--threads", str(max(threads, 1))]
             if part.weights:
                 words += ["--weights", str(folder / part.weights)]
             done = subprocess.run(words, capture_output=True, text=True, errors="replace", check=False)
@@ -97,7 +98,8 @@ def through_program(part: Part, folder: Path, threads: int, command: Sequence[st
 
 def profile_plan(plan: Plan, folder: Path, feed: Feed, threads: int, runs: int) -> Profile:
     """Time every step of a bundle in this process, over some runs."""
-    values = _checked(plan, feed)
+    checked = _checked(plan, feed)
+    values = cut_batches(plan, checked, count_batches(plan, checked))[0]
     found: list[StepTime] = []
     peaks: dict[str, float] = {}
     for part in plan.parts:
@@ -120,16 +122,19 @@ def profile_plan(plan: Plan, folder: Path, feed: Feed, threads: int, runs: int) 
     return Profile(tuple(found), peaks)
 
 
-def _checked(plan: Plan, feed: Feed) -> dict[str, Array]:
+def _checked(plan: Plan, feed: Mapping[str, Any]) -> dict[str, Array]:
+    names = [spec.name for spec in plan.inputs]
+    for name in feed:
+        if name not in names:
+            raise DataError(f"input {name!r}", "is none of the compiled model's", nearest(name, names))
     for spec in plan.inputs:
         array = feed.get(spec.name)
         if array is None:
             raise DataError(f"input {spec.name!r}", "is missing from the feed")
+        if not isinstance(array, np.ndarray):
+            raise DataError(f"input {spec.name!r}", f"is a {type(array).__name__}, not a NumPy array")
         if str(array.dtype) != spec.dtype:
             raise DataError(f"input {spec.name!r}", f"is {array.dtype}, the compiled model takes {spec.dtype}")
-        if spec.shape is not None and array.shape != spec.shape:
-            fact = f"has shape {array.shape}, the model was compiled for {spec.shape}"
-            raise DataError(f"input {spec.name!r}", fact, "compile with other sizes: --dim or --shape")
     return {spec.name: feed[spec.name] for spec in plan.inputs}
 
 
@@ -146,20 +151,28 @@ def _engine(part: Part, folder: Path, threads: int) -> Engine:
     return Engine(folder / part.file, folder / part.weights if part.weights else None, threads)
 
 
-def _kernels_step(part: Part, folder: Path, threads: int) -> Step:
-    engine = _engine(part, folder, threads)
+@dataclass(frozen=True)
+class _Library:
+    """A part that kernels compute."""
 
-    def run(feed: Mapping[str, Array]) -> Feed:
-        return dict(zip(part.outputs, engine.run([feed[name] for name in part.inputs]), strict=True))
+    part: Part
+    engine: Engine
 
-    return lambda feeds: [run(feed) for feed in feeds]
+    def __call__(self, feeds: Sequence[Mapping[str, Array]]) -> Sequence[Feed]:
+        return [self.run(feed) for feed in feeds]
+
+    def run(self, feed: Mapping[str, Array], count: int = 1) -> Feed:
+        """Run once, or on some batches that lie one after the other."""
+        inputs = [feed[name] for name in self.part.inputs]
+        made = self.engine.run(inputs) if count == 1 else self.engine.run_batch(inputs, count)
+        return dict(zip(self.part.outputs, made, strict=True))
 
 
 def _tvm_step(part: Part, folder: Path, threads: int) -> Step:
     ffi = _load_runtime()
     path = folder / part.file
     try:
-        machine = ffi.load_module(str(path))["vm_load_executable"]()
+        machine = ffi.load_module(fresh_name(path))["vm_load_executable"]()
         machine["vm_initialization"](_CPU, 0, _POOLED)
         main = machine["main"]
     except Exception as e:  # the runtime raises its own untyped errors

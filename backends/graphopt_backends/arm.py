@@ -104,9 +104,8 @@ class ArmBackend(CpuBackend):
     def step(self, part: Part, folder: Path, target: Target, threads: int) -> Step:
         """Load a part here, or start it under qemu."""
         if links_elsewhere(isa_of(target)):
-            raise BackendError(
-                f"target {target}", "compiled only: its object code is linked elsewhere", "build/build.sh"
-            )
+            hint = "run the bundle's build/build.sh where there is a compiler for it"
+            raise BackendError(f"target {target}", "compiled only: its object code is linked elsewhere", hint)
         if host_machine() == _MACHINE:
             return in_process(part, folder, threads)
         emulator, root = _emulator(), _root()

@@ -8,7 +8,7 @@ from typing import ClassVar
 
 import onnx_ir as ir
 
-from graphopt.backend_base import Backend, Build, BuildOptions, Finding, Obtained, Runnable, Unsupported
+from graphopt.backend_base import Backend, Build, BuildOptions, Finding, Obtained, Runnable
 from graphopt.reference import Reference
 from graphopt.targets import IntegerRules, Target
 
@@ -31,10 +31,6 @@ class OrtBackend(Backend):
     """Builds nothing; the bundle's `model.onnx` runs as it is."""
 
     name: ClassVar[str] = "ort"
-
-    def unsupported(self, model: ir.Model, target: Target, options: BuildOptions) -> Sequence[Unsupported]:
-        """Nothing: what ONNX Runtime cannot load is found when it loads it."""
-        return ()
 
     def build(self, model: ir.Model, target: Target, folder: Path, options: BuildOptions) -> Build:
         """Leave the folder as it is."""

@@ -31,7 +31,8 @@ __all__ = ["ONNX_RUNTIME", "Plan", "Subject", "bench", "bundle_subjects", "feeds
 
 ONNX_RUNTIME = "onnxruntime"
 _MODEL = "model.onnx"
-_WEIGHTS = "model.weights"
+_BESIDE = ("*.weights", "model.part*.so", "model.part*.onnx*", "runtime/*.so")
+"""What a bundle needs beside its kernel: weights, further parts and a runtime, where it has them."""
 
 
 @dataclass(frozen=True)
@@ -143,8 +144,8 @@ def bundle_subjects(folder: Path, target: str, backend: str | None, kernel: str 
     model = Subject(folder.name, folder / _MODEL, "result")
     if backend is None or kernel is None:
         return (model,)
-    files = (kernel, *([_WEIGHTS] if (folder / _WEIGHTS).is_file() else []))
-    return model, Subject(folder.name, folder, "result", backend, target, files)
+    beside = {path.relative_to(folder).as_posix() for pattern in _BESIDE for path in folder.glob(pattern)}
+    return model, Subject(folder.name, folder, "result", backend, target, tuple(sorted({kernel, *beside})))
 
 
 def feeds_for(model: Path, dataset: Dataset | None, binding: ShapeBinding, samples: int = 8) -> tuple[Feed, ...]:

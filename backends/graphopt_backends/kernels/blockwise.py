@@ -6,7 +6,8 @@ of codes, the scales, and the shifts if there are any. What is done with it depe
 
     activations   rows    inner loop
     float         few     sums of a block are made of bare codes, then scaled: memory decides
-    float         many    a decoded and scaled vector of weights serves all rows
+    float         more    a decoded and scaled vector of weights serves all rows of a tile
+    float         many    panels are decoded into scratch memory, and then multiplied as any others
     int8          any     blocks of activations are rounded to int8 first; dot products of bytes, then scaled
 """
 
@@ -43,14 +44,25 @@ from graphopt_backends.kernels.epilogue import PLAIN, Epilogue, Result, Tile, be
 from graphopt_backends.kernels.gemm import pack_columns, pack_matrix
 from graphopt_backends.kernels.kernel import Kernel
 from graphopt_backends.kernels.multiply import Multiply
-from graphopt_backends.kernels.nibbles import CODES, Decoder, Record, byte_words
-from graphopt_backends.kernels.prepared import MIDDLE, Activations, Prepared, Source
-from graphopt_backends.kernels.tile import SET_BYTES, Tiles
+from graphopt_backends.kernels.nibbles import CODES, Decoder, Halves, Record
+from graphopt_backends.kernels.prepared import (
+    LOWER,
+    MIDDLE,
+    MOST_ROUNDED,
+    STEP,
+    TOTAL,
+    UPPER,
+    Activations,
+    Prepared,
+    Source,
+)
+from graphopt_backends.kernels.tile import SET_BYTES, Panel, Rows, Tiles, accumulate, tile_of
 
 __all__ = ["MIDDLE", "Activations", "Blockwise"]
 
 _STEP = 16  # elements along k that one turn of a loop takes
 _FEW_ROWS = 4
+_MANY_ROWS = 32
 _STRIPS = 8
 _AHEAD_WORDS = 4096  # how far in front of what is read the stream of weights is fetched
 
@@ -65,7 +77,8 @@ class Blockwise(Kernel):
         rows: Rows of A and C.
         columns: Columns of W and C.
         depth: Columns of A, rows of W.
-        block: Consecutive k that share a scale, a multiple of 16; the last block of a column may have fewer.
+        block: Consecutive k that share a scale, a multiple of 16, 128 at most where activations are int8; the last
+            block of a column may have fewer.
         shifted: Blocks have a shift as well.
         table: What the sixteen codes stand for; empty: code - 8.
         epilogue: What happens to the sums.
@@ -96,38 +109,52 @@ class Blockwise(Kernel):
         isa = replace(self.isa, dot="sdot") if self.isa.dot == "i8mm" else self.isa
         return Multiply(isa, "s8s8-narrow" if isa.lane_operands else "u8s8-narrow")
 
+    @cached_property
+    def _halves(self) -> Halves:
+        return Halves(self.dot)
+
     @property
     def is_known(self) -> bool:
         """This CPU has instructions for it."""
         if self.activations == "float32":
             return self._decoder.is_known
-        return not self.table and self.dot.group == 4
+        return not self.table and self.dot.group == 4 and self.block <= MOST_ROUNDED
 
     @cached_property
     def tile(self) -> tuple[int, int]:
         """Rows and vectors of a register tile: wide strips for few rows, else many rows, which decoded weights serve.
 
-        Two vectors halve the loads of activations, where these are loads and registers are many.
+        Two vectors halve the loads of activations, where these are loads and registers are many. Bytes hold codes of
+        two vectors.
         """
         vectors = -(-self.columns // self.multiply.lanes)
+        pairs = self.activations == "int8"
+        if self._decodes_panels:
+            return tile_of(self.multiply, self.rows, vectors)
         if self.rows < _FEW_ROWS:
-            strips = _STRIPS // 2 if self.isa.lane_operands else _STRIPS  # more make LLVM spill decoded weights
-            most = min(strips, vectors, self._most_sums // self.rows)
-            return self.rows, -(-vectors // -(-vectors // max(1, most)))
-        wide = min(vectors, 2) if self.isa.registers > 16 and not self.isa.lane_operands else 1
-        return -(-self.rows // -(-self.rows // (self._most_sums // wide))), wide
+            # more make LLVM spill decoded weights
+            strips = _STRIPS // 2 if self.isa.lane_operands and not pairs else _STRIPS
+            most = max(1, min(strips, vectors, self._held(1) // self.rows))
+            wide = -(-vectors // -(-vectors // most))
+            return self.rows, wide + wide % 2 if pairs else wide
+        wide = 2 if pairs or (self.isa.registers > 16 and not self.isa.lane_operands and vectors > 1) else 1
+        return -(-self.rows // -(-self.rows // self._held(wide))), wide
 
-    @property
-    def _most_sums(self) -> int:
-        """Sums that fit the registers next to what is multiplied."""
+    def _held(self, vectors: int) -> int:
+        """Rows of so many vectors whose sums fit the registers next to what is multiplied."""
         free = self.isa.registers - (8 if self.isa.registers > 16 else 5) - (2 if self.table else 0)
         # sums of a block beside those of all blocks; activations where lanes of registers are multiplied
-        return max(1, free // (1 + self._scales_sums + self.isa.lane_operands))
+        return max(1, free // (vectors * (1 + self._scales_sums) + self.isa.lane_operands))
 
     @property
     def _scales_sums(self) -> bool:
         """Sums of a block are scaled, not weights."""
         return self.activations == "int8" or self.rows < _FEW_ROWS
+
+    @property
+    def _decodes_panels(self) -> bool:
+        """Panels are decoded before they are multiplied with rows."""
+        return self.activations == "float32" and self.rows >= _MANY_ROWS
 
     @property
     def width(self) -> int:
@@ -156,7 +183,9 @@ class Blockwise(Kernel):
     @cached_property
     def _prepared(self) -> Prepared:
         """How activations lie in scratch memory; sums of blocks are what shifts are multiplied with."""
-        return Prepared(self.isa, self.activations, self.depth, self.block, self.shifted and self._scales_sums)
+        sums = self.shifted and self._scales_sums
+        zeros = self._halves.zeros if self.activations == "int8" else (MIDDLE, MIDDLE)
+        return Prepared(self.isa, self.activations, self.depth, self.block, sums, zeros)
 
     @cached_property
     def _decoder(self) -> Decoder:
@@ -184,9 +213,14 @@ class Blockwise(Kernel):
         return 0 if stays else _AHEAD_WORDS
 
     @property
+    def _decoded_at(self) -> int:
+        """Words of scratch memory in front of the decoded panel: prepared activations."""
+        return self._part * self.tile[0] * self._prepared.words if self._copies else 0
+
+    @property
     def scratch(self) -> int:
         """Bytes of memory that every task needs for itself."""
-        return 4 * self._part * self.tile[0] * self._prepared.words if self._copies else 0
+        return 4 * (self._decoded_at + (self.blocks * self.block * self.width if self._decodes_panels else 0))
 
     @property
     def operations(self) -> int:
@@ -204,13 +238,15 @@ class Blockwise(Kernel):
         padded = np.full((self.blocks * self.block, self.columns), MIDDLE, np.uint8)
         padded[: self.depth] = codes
         if self.activations == "int8":
-            words = byte_words(self.dot, pack_matrix(padded, self.width, 4))
+            words = self._halves.words(pack_matrix(padded, self.width, 4))
         else:
             words = self._decoder.words(pack_matrix(padded, self.width, CODES))
         words = words.reshape(self.panels, self.blocks, self.block // CODES, self.width)
         numbers = [scales] if shifts is None else [scales, shifts]
         parts = [pack_matrix(part.astype(np.float32), self.width, 1).reshape(self.panels, self.blocks, 1, self.width)
                  for part in numbers]  # fmt: skip
+        if self.activations == "int8":
+            parts[0].reshape(-1, 2, self.multiply.lanes)[:, 1] /= self._halves.unit
         return np.concatenate([words, *(part.view(np.int32) for part in parts)], axis=2)
 
     def pack_column(self, values: np.ndarray) -> np.ndarray:
@@ -226,7 +262,7 @@ class Blockwise(Kernel):
             *self.epilogue.pointers(self.multiply, self.rows, self.columns, self.panels * self.width),
             Pointer("result", self.epilogue.dtype, (self.rows - 1) * pitch + self.columns),
         ]
-        if self._copies:
+        if self.scratch:
             pointers.append(Pointer("scratch", self._prepared.dtype, self.scratch // 4))
         return primitive(name, pointers, self._body)
 
@@ -239,8 +275,37 @@ class Blockwise(Kernel):
             if self._copies:
                 with T.serial(0, self._tiles.start(end) - row) as r:
                     self._prepared.put(frame, bind((row + r) * self._pitch), bind(r * self._prepared.words))
-            with T.serial(first, last) as panel, T.serial(tile, end) as index:
-                self._tiles.visit(index, lambda at, rows: self._tile(frame, at, at - row, rows, panel))
+            with T.serial(first, last) as panel:
+                if self._decodes_panels:
+                    self._decode(frame, panel)
+                with T.serial(tile, end) as index:
+                    self._tiles.visit(index, lambda at, rows: self._tile(frame, at, at - row, rows, panel))
+
+    def _record(self, frame: Frame, panel: Any, block: Any) -> Record:
+        at = _place((panel * self.blocks + block) * self._words)
+        return Record(frame["weight"], at, self.width, self.block // CODES * self.width, self._ahead)
+
+    def _decode(self, frame: Frame, panel: Any) -> None:
+        """Put a panel of floats [k, width] into scratch memory."""
+        lanes, vectors = self.multiply.lanes, self.tile[1]
+        with loop(self.blocks) as block:
+            record = self._record(frame, panel, block)
+            scales = [record.scales(v, lanes) for v in range(vectors)]
+            shifts = [record.shifts(v, lanes) for v in range(vectors)] if self.shifted else []
+            with loop(self.block // CODES) as turn:
+                record.fetch(turn, 1)
+                at = _place(self._decoded_at + (block * self.block + turn * CODES) * self.width)
+                words = [bind(record.codes(turn, v, lanes)) for v in range(vectors)]
+                for i in range(CODES):
+                    for v, weight in enumerate(self._weights(words, i, scales, shifts)):
+                        store(frame["scratch"], weight, at + i * self.width + v * lanes, lanes)
+
+    def _weights(self, words: Sequence[Any], i: int, scales: Sequence[Any], shifts: Sequence[Any]) -> list[Any]:
+        """What the codes at one place of words stand for, in their block."""
+        found = [self._decoder.decoded(word, i) * scale for word, scale in zip(words, scales, strict=True)]
+        if shifts:
+            found = [weight + shift for weight, shift in zip(found, shifts, strict=True)]
+        return [bind(weight) for weight in found]
 
     def _tile(self, frame: Frame, row: Any, number: Any, rows: int, panel: Any) -> None:
         """The last panel may have fewer columns; it is computed whole and stored in part."""
@@ -249,15 +314,12 @@ class Blockwise(Kernel):
         lanes, vectors = self.multiply.lanes, self.tile[1]
         totals = begin(frame, self.multiply, self.epilogue, rows, vectors, column)
         source = self._source(frame, row, number, rows)
-        with loop(self.blocks) as block:
-            at = _place((panel * self.blocks + block) * self._words)
-            record = Record(frame["weight"], at, self.width, self.block // CODES * self.width, self._ahead)
-            if self.activations == "int8":
-                self._add_dots(totals, source, record, block)
-            elif self._scales_sums:
-                self._add_sums(totals, source, record, block)
-            else:
-                self._add_products(totals, source, record, block)
+        if self._decodes_panels:
+            decoded = Panel(frame["scratch"], self._decoded_at, self.width)
+            accumulate(self.multiply, totals, Rows(source.buffer, 0, source.starts), decoded, [(self.depth, 1, 1)])
+        else:
+            with loop(self.blocks) as block:
+                self._add_block(totals, source, self._record(frame, panel, block), block)
         pitch = self.result_pitch or self.columns
         places = [(row + r) * pitch + column for r in range(rows)]
 
@@ -271,6 +333,14 @@ class Blockwise(Kernel):
         else:
             either(panel < whole, lambda: put(self.width), lambda: put(rest))
 
+    def _add_block(self, totals: Tile, source: Source, record: Record, block: Any) -> None:
+        if self.activations == "int8":
+            self._add_dots(totals, source, record, block)
+        elif self._scales_sums:
+            self._add_sums(totals, source, record, block)
+        else:
+            self._add_products(totals, source, record, block)
+
     def _source(self, frame: Frame, row: Any, number: Any, rows: int) -> Source:
         if self._copies:
             start = _place(number * self._prepared.words)
@@ -280,53 +350,32 @@ class Blockwise(Kernel):
 
     def _add_dots(self, totals: Tile, source: Source, record: Record, block: Any) -> None:
         """Add a block's sums of products of bytes, scaled."""
-        lanes, rows, vectors = self.multiply.lanes, len(totals), len(totals[0])
-        at, known = _place(block), self._prepared
-        facts = [start + at for start in source.starts]
-        sums = [[local(lanes, "int32") for _ in range(vectors)] for _ in range(rows)]
+        lanes, vectors = self.multiply.lanes, len(totals[0])
+        first = _place(self._prepared.facts(block))
+        facts = [self._four(source.buffer, start + first) for start in source.starts]
+        sums = [[local(lanes, "int32") for _ in range(vectors)] for _ in totals]
         for row, fact in zip(sums, facts, strict=True):
-            first = bind(spread(source.buffer[(fact + known.corrections,)], lanes))
-            for total in row:
-                store(total, first, 0, lanes)
-        mask, nibble = constant(0x0F0F0F0F, "int32", lanes), constant(4, "int32", lanes)
+            for v, total in enumerate(row):
+                store(total, fact(UPPER if v % 2 else LOWER), 0, lanes)
         with loop(self.block // _STEP) as turn:
             record.fetch(turn * 2, 2)
             word = _place(block * (self.block // 4) + turn * (_STEP // 4))
-            words = [start + word for start in source.starts]
-            loaded = [self._four(source.buffer, word) for word in words]
-            for half in range(2):
-                packed = [bind(record.codes(turn * 2 + half, v, lanes)) for v in range(vectors)]
-                for upper in range(2):
-                    parts = [word >> nibble if upper else word for word in packed]
-                    codes = [reinterpret(part & mask, "int8", 4 * lanes) for part in parts]
-                    self._add_group(sums, loaded, 2 * half + upper, [bind(code) for code in codes])
+            loaded = [self._four(source.buffer, start + word) for start in source.starts]
+            for group in range(_STEP // 4):
+                for v in range(0, vectors, 2):
+                    codes = self._halves.operands(bind(record.pair(turn * (_STEP // 4) + group, v // 2, lanes)))
+                    for row, fetch in zip(sums, loaded, strict=True):
+                        self._halves.add(row[v : v + 2], fetch(group), codes)
         scales = [record.scales(v, lanes) for v in range(vectors)]
         shifts = [record.shifts(v, lanes) for v in range(vectors)] if self.shifted else []
-        for r, (row, fact) in enumerate(zip(sums, facts, strict=True)):
-            own = bind(spread(reinterpret(source.buffer[(fact + known.scales,)], "float32", 1), lanes))
-            for v, total in enumerate(row):
-                value = cast(load(total, 0, lanes), "float32", lanes)
-                _add(totals[r][v], value * bind(scales[v] * own), lanes)
+        for into, row, fact in zip(totals, sums, facts, strict=True):
+            step = reinterpret(fact(STEP), "float32", lanes)
+            for v in range(0, vectors, 2):
+                pair = self._halves.sums(*(load(total, 0, lanes) for total in row[v : v + 2]))
+                for i, value in enumerate(pair, v):
+                    _add(into[i], value * bind(scales[i] * step), lanes)
             if self.shifted:
-                self._add_shifts(totals[r], source, fact, shifts)
-
-    def _add_shifts(self, totals: Sequence[Any], source: Source, fact: Any, shifts: Sequence[Any]) -> None:
-        lanes, value = self.multiply.lanes, source.buffer[(fact + self._prepared.totals,)]
-        sums = bind(spread(reinterpret(value, "float32", 1) if self.activations == "int8" else value, lanes))
-        for total, shift in zip(totals, shifts, strict=True):
-            _add(total, sums * shift, lanes)
-
-    def _add_group(self, sums: Tile, loaded: Sequence[Callable[[int], Any]], group: int, codes: Sequence[Any]) -> None:
-        lanes, instruction = self.multiply.lanes, self.dot.instruction
-        assert instruction is not None
-        weights = [instruction.weight(code) if instruction.signed else code for code in codes]
-        for row, fetch in zip(sums, loaded, strict=True):
-            four = reinterpret(fetch(group), "int8", 4 * lanes)
-            activation = instruction.activation(four) if instruction.signed else [four]
-            for total, weight in zip(row, weights, strict=True):
-                # where one operand has no sign, codes are that one
-                pair = (activation, weight) if instruction.signed else ([weight], activation)
-                store(total, instruction.add(load(total, 0, lanes), *pair), 0, lanes)
+                _add_shifts(into, reinterpret(fact(TOTAL), "float32", lanes), shifts, lanes)
 
     def _add_sums(self, totals: Tile, source: Source, record: Record, block: Any) -> None:
         """Add a block's sums of products with bare codes, scaled."""
@@ -348,8 +397,8 @@ class Blockwise(Kernel):
             for total, inner, scale in zip(into, row, scales, strict=True):
                 _add(total, load(inner, 0, lanes) * scale, lanes)
             if self.shifted:
-                shifts = [record.shifts(v, lanes) for v in range(vectors)]
-                self._add_shifts(into, source, start + _place(block), shifts)
+                total = source.buffer[(start + _place(self._prepared.facts(block)),)]
+                _add_shifts(into, bind(spread(total, lanes)), [record.shifts(v, lanes) for v in range(vectors)], lanes)
 
     def _add_products(self, totals: Tile, source: Source, record: Record, block: Any) -> None:
         """Add a block's products with scaled weights, each of which serves all rows."""
@@ -363,11 +412,7 @@ class Blockwise(Kernel):
             for half in range(2):
                 loaded = [self._four(source.buffer, start + k + 4 * half) for start in source.starts]
                 for i in range(4):
-                    weights = [self._decoder.decoded(word, 4 * half + i) * scale
-                               for word, scale in zip(words, scales, strict=True)]  # fmt: skip
-                    if shifts:
-                        weights = [weight + shift for weight, shift in zip(weights, shifts, strict=True)]
-                    weights = [bind(weight) for weight in weights]
+                    weights = self._weights(words, 4 * half + i, scales, shifts)
                     for row, fetch in zip(totals, loaded, strict=True):
                         activation = fetch(i)
                         for total, weight in zip(row, weights, strict=True):
@@ -385,6 +430,12 @@ class Blockwise(Kernel):
 def _place(index: Any) -> Any:
     """A place that constants are added to: where it has all bits of an address, they become parts of instructions."""
     return bind(cast(index, "int64", 1))
+
+
+def _add_shifts(totals: Sequence[Any], sums: Any, shifts: Sequence[Any], lanes: int) -> None:
+    """Add a block's sum of activations times what is added to its weights."""
+    for total, shift in zip(totals, shifts, strict=True):
+        _add(total, sums * shift, lanes)
 
 
 def _add(total: Any, value: Any, lanes: int) -> None:

@@ -19,16 +19,13 @@ from graphopt_backends.kernels.emit import (
     Frame,
     Pointer,
     bind,
-    constant,
-    each_vector,
+    cast,
     either,
-    load,
+    known_late,
     loop,
     primitive,
     share,
     splits,
-    spread,
-    store,
     tirx,
     when,
 )  # fmt: skip
@@ -36,43 +33,13 @@ from graphopt_backends.kernels.epilogue import PLAIN, Epilogue, Result, begin, f
 from graphopt_backends.kernels.gemm import pack_columns, pack_matrix
 from graphopt_backends.kernels.kernel import Kernel
 from graphopt_backends.kernels.multiply import Kind, Multiply, Stored
-from graphopt_backends.kernels.tile import SET_BYTES, Panel, Rows, Tiles, Walk, accumulate, rectangle_of
+from graphopt_backends.kernels.tile import Panel, Rows, Tiles, Walk, accumulate, rectangle_of, whole_bands
+from graphopt_backends.kernels.window import Bordered, Window
 
 __all__ = ["Conv", "Window"]
 
 _UNITS = 4  # for each core, where some have one more than others
-
-
-@dataclass(frozen=True)
-class Window:
-    """The taps of a convolution or pooling, height before width.
-
-    Attributes:
-        size: Taps.
-        strides: Pixels of the image from result to result.
-        dilations: Pixels from tap to tap.
-        pads: Border before and behind: top, left, bottom, right.
-    """
-
-    size: tuple[int, int]
-    strides: tuple[int, int] = (1, 1)
-    dilations: tuple[int, int] = (1, 1)
-    pads: tuple[int, int, int, int] = (0, 0, 0, 0)
-
-    def result(self, height: int, width: int) -> tuple[int, int]:
-        """Sizes of the result for an image."""
-        return tuple(
-            (size + self.pads[i] + self.pads[i + 2] - self.dilations[i] * (self.size[i] - 1) - 1) // self.strides[i] + 1
-            for i, size in enumerate((height, width))
-        )  # pyright: ignore[reportReturnType]
-
-    def inside(self, index: Any, axis: int, size: int) -> tuple[Any, Any, Any]:
-        """For one result along an axis: where its first tap lies, and its first and last tap inside of the image."""
-        dilation = self.dilations[axis]
-        first = bind(index * self.strides[axis] - self.pads[axis])
-        least = bind(tirx.max(0, tirx.truncdiv(dilation - 1 - first, dilation)))
-        most = bind(tirx.min(self.size[axis], tirx.truncdiv(size - first + dilation - 1, dilation)))
-        return first, least, most
+_NEAR_BYTES = 1024  # how far behind an address ARM CPUs load two vectors at once
 
 
 @dataclass(frozen=True)
@@ -125,7 +92,7 @@ class Conv(Kernel):
     def tile(self) -> tuple[int, int, int]:
         """Rows and columns of pixels, and vectors, of a register tile."""
         vectors = -(-self._group_filters // self.multiply.lanes)
-        return rectangle_of(self.multiply, *self.result_size, vectors)
+        return rectangle_of(self.multiply, *self.result_size, vectors, bands=self._in_bands)
 
     @property
     def _group_channels(self) -> int:
@@ -145,8 +112,25 @@ class Conv(Kernel):
         return -(-self._group_filters // self._panel)
 
     @property
+    def _in_bands(self) -> bool:
+        """Pixels are brought together as instructions take them: where a tap begins, a group of elements begins."""
+        return self.multiply.rows > 1 and self._group_channels % self.multiply.group == 0
+
+    @property
     def _copies(self) -> bool:
-        return any(self.window.pads)
+        return self._in_bands or any(self.window.pads)
+
+    @cached_property
+    def _copied(self) -> Bordered:
+        pitch = self.source_pitch or self.channels
+        return Bordered(
+            self.multiply, self.window, self.height, self.width, self.channels, pitch, self.border, self._in_bands
+        )
+
+    @property
+    def _times(self) -> int:
+        """How often an element lies where the loops read."""
+        return self._copied.times if self._copies else 1
 
     @cached_property
     def _pixel(self) -> int:
@@ -156,12 +140,7 @@ class Conv(Kernel):
     @cached_property
     def _row(self) -> int:
         """Elements from row to row where the loops read."""
-        if not self._copies:
-            return self.width * self._pixel
-        row = (self.window.pads[1] + self.width + self.window.pads[3]) * self.channels
-        vector = self.isa.vector_bits // (8 * self.multiply.element_bytes)
-        row = -(-row // vector) * vector
-        return row + vector if row * self.multiply.element_bytes % SET_BYTES == 0 else row
+        return self._copied.row if self._copies else self.width * self._pixel
 
     @cached_property
     def _run(self) -> int:
@@ -194,7 +173,7 @@ class Conv(Kernel):
         """Blocks of a band: what the loops read for it takes half of the cache, and bands suffice for all cores."""
         count, panels, bands = self._blocks.count, self.batch * self.groups * self._group_panels, 1
         if self._copies:
-            row = self._row * self.multiply.element_bytes
+            row = self._row * self._times * self.multiply.element_bytes
             rows = max(1, self.isa.level2_bytes // 2 // row - self._reach)
             bands = -(-count // max(1, rows // (self.tile[0] * self.window.strides[0])))
         enough = _UNITS * self.isa.cores
@@ -231,7 +210,7 @@ class Conv(Kernel):
     @property
     def scratch(self) -> int:
         """Bytes of memory that every task needs for itself."""
-        return self._band_rows * self._row * self.multiply.element_bytes if self._copies else 0
+        return self._copied.size(self._band_rows) * self.multiply.element_bytes if self._copies else 0
 
     @property
     def operations(self) -> int:
@@ -289,43 +268,16 @@ class Conv(Kernel):
             self._block(frame, image, band, i, panel)
 
     def _copy(self, frame: Frame, image: Any, band: Any) -> None:
-        """Copy the rows of the image that a band needs, with their border."""
-        top, left, _, _ = self.window.pads
-        first = bind(self._blocks.start(band * self._band) * self.window.strides[0] - top)
-        row = self.width * self.channels
-        source_pitch = self.source_pitch or self.channels
-        with loop(self._band_rows) as i:
-            y, to = bind(first + i), bind(i * self._row)
-
-            def inside(y: Any = y, to: Any = to) -> None:
-                at = bind((image * self.height + y) * (self.width * source_pitch))
-                self._fill(frame, to, left * self.channels)
-                if source_pitch == self.channels:
-                    self._move(frame, to + left * self.channels, at, row)
-                else:
-                    with loop(self.width) as x:
-                        self._move(frame, to + (left + x) * self.channels, at + x * source_pitch, self.channels)
-                self._fill(frame, to + left * self.channels + row, self._row - left * self.channels - row)
-
-            either(tirx.all(y >= 0, y < self.height), inside, lambda to=to: self._fill(frame, to, self._row))
-
-    def _vector(self) -> int:
-        return self.isa.vector_bits // (8 * self.multiply.element_bytes)
-
-    def _fill(self, frame: Frame, at: Any, count: int) -> None:
-        border = frame["border"][0] if self.border is None else constant(self.border, self.multiply.activation)
-        each_vector(count, self._vector(), lambda i, n: store(frame["scratch"], spread(border, n), at + i, n))
-
-    def _move(self, frame: Frame, to: Any, at: Any, count: int) -> None:
-        each_vector(
-            count, self._vector(), lambda i, n: store(frame["scratch"], load(frame["source"], at + i, n), to + i, n)
-        )
+        """Copy the rows of the image that a band needs."""
+        top = self._blocks.start(band * self._band) * self.window.strides[0] - self.window.pads[0]
+        self._copied.copy(frame, image, bind(top), self._band_rows)
 
     def _block(self, frame: Frame, image: Any, band: Any, number: Any, panel: Any) -> None:
         block = bind(band * self._band + number)
         row = bind(self._blocks.start(block))
         if self._copies:
-            start = bind((row - self._blocks.start(band * self._band)) * (self.window.strides[0] * self._row))
+            below = row - self._blocks.start(band * self._band)
+            start = bind(below * (self.window.strides[0] * self._row * self._times) + self._copied.first)
         else:
             start = bind((image * self.height + row * self.window.strides[0]) * self._row)
         ahead = 0
@@ -356,28 +308,45 @@ class Conv(Kernel):
             )
 
     def _tile(self, frame: Frame, place: _Place, high: int, wide: int, column: Any, filters: int) -> None:
-        multiply, strides = self.multiply, self.window.strides
+        multiply = self.multiply
         vectors = -(-filters // multiply.lanes)
         totals = begin(frame, multiply, self.epilogue, high * wide, vectors, place.panel * self._panel)
-        pixels = [(i // wide, i % wide) for i in range(high * wide)]
-        offsets = [y * strides[0] * self._row + x * strides[1] * self._pixel for y, x in pixels]
-        start = place.start + column * (strides[1] * self._pixel)
+        start = place.start + column * (self._times * self.window.strides[1] * self._pixel)
         group: Any = 0
         if self.groups > 1:
             group = bind(tirx.truncdiv(place.panel, self._group_panels))
-            start = start + group * self._group_channels
+            start = start + group * (self._times * self._group_channels)
         weight = place.panel * (self.packed_depth * self._panel)
-        source = frame["scratch"] if self._copies else frame["source"]
         ahead = bind(place.ahead) if self._pace else 0
         panel = Panel(frame["weight"], bind(weight), self._panel, ahead, self._pace)
-        accumulate(multiply, totals, Rows(source, bind(start), offsets), panel, self._walks())
+        sums = totals
+        if self._in_bands:  # of pixels of one row
+            lines = [whole_bands(multiply, totals[y * wide : (y + 1) * wide]) for y in range(high)]
+            sums = [row for line in lines for row in line]
+        accumulate(multiply, sums, self._pixels(frame, bind(start), high, wide), panel, self._walks())
         first_filter = place.panel * self._panel
         if self.groups > 1:
             first_filter = group * self._group_filters + (place.panel - group * self._group_panels) * self._panel
         size, pitch = self.result_size, self.result_pitch or self.filters
-        rows = [(place.image * size[0] + place.row + y) * size[1] + column + x for y, x in pixels]
+        corner = (place.image * size[0] + place.row) * size[1] + column
+        rows = [corner + y * size[1] + x for y in range(high) for x in range(wide)]
         at = [row * pitch + first_filter for row in rows]
         finish(frame, multiply, self.epilogue, totals, Result(at, rows, first_filter, filters))
+
+    def _pixels(self, frame: Frame, start: Any, high: int, wide: int) -> Rows:
+        """Activations of a tile: of its pixels, or of bands of them."""
+        down, right = (
+            stride * size for stride, size in zip(self.window.strides, (self._row, self._pixel), strict=True)
+        )
+        step = self.multiply.rows if self._in_bands else 1
+        offsets: list[Any] = [
+            self._times * (y * down + x * right) for y in range(high) for x in range(0, wide, step)
+        ]  # fmt: skip
+        if not self._in_bands:
+            return Rows(frame["scratch"] if self._copies else frame["source"], start, offsets)
+        if offsets[-1] > _NEAR_BYTES:
+            offsets = [cast(known_late(frame, offset), "int64", 1) for offset in offsets]
+        return Rows(frame["scratch"], start, offsets, self._times)
 
     def _walks(self) -> Sequence[Walk]:
         size, dilations = self.window.size, self.window.dilations

@@ -19,6 +19,7 @@ from graphopt_backends.kernels.emit import (
     cast,
     constant,
     either,
+    known_late,
     load,
     load_first,
     loop,
@@ -189,7 +190,7 @@ class Depthwise(Kernel):
             body(0, self.channels)
             return
         first = bind(strip * self._strip)
-        with loop(_known_late(frame, tirx.min(self._strip, vectors - first)), first) as i:
+        with loop(known_late(frame, tirx.min(self._strip, vectors - first)), first) as i:
             channel = i * lanes if self._padded == self.channels else tirx.min(i * lanes, self.channels - lanes)
             body(bind(cast(channel, "int64", 1)), lanes)  # LLVM then adds what is constant where it loads and stores
 
@@ -213,7 +214,7 @@ class Depthwise(Kernel):
                 along(top + offset, rows)
         else:
             _, least, most = window.inside(place.row, 0, self.height)
-            with loop(_known_late(frame, most - least), least) as tap:
+            with loop(known_late(frame, most - least), least) as tap:
                 along(top + tap * window.dilations[0], [(0, tap)])
         corner = bind((place.image * size[0] + place.row) * size[1] + column)
         numbers = [corner + y * size[1] + x for y in range(place.high) for x in range(wide)]
@@ -241,11 +242,6 @@ class Depthwise(Kernel):
             for row, weight in zip(sums, weights, strict=True):
                 for x, k in columns:
                     store(row[x][0], load(row[x][0], 0, lanes) + pixel * weight[k], 0, lanes)
-
-
-def _known_late(frame: Frame, count: Any) -> Any:
-    """The same count, which LLVM takes for one without a limit: loops of few turns become many times the code."""
-    return bind(tirx.max(count, -frame.task))
 
 
 def _each(first: int, last: int, most: int) -> list[tuple[int, int, int]]:

@@ -27,6 +27,7 @@ __all__ = [
     "either",
     "first_lanes",
     "intrinsic",
+    "known_late",
     "lane",
     "load",
     "load_below",
@@ -37,6 +38,7 @@ __all__ = [
     "primitive",
     "reach",
     "reinterpret",
+    "sealed",
     "share",
     "share_pairs",
     "share_vectors",
@@ -183,6 +185,22 @@ def prefetch(buffer: Buffer, index: Expr) -> None:
 def bind(value: Expr) -> Expr:
     """Name a value, so that it is computed once."""
     return T.bind(value)
+
+
+def sealed(value: Expr, lanes: int) -> Expr:
+    """The same floats, put aside, where TVM's simplifier does not look behind; LLVM keeps them in a register.
+
+    The simplifier puts what names stand for into every comparison that it meets, and into what that stands for: time
+    grows exponentially with the comparisons one after another.
+    """
+    held = local(lanes, "float32")
+    store(held, value, 0, lanes)
+    return bind(load(held, 0, lanes))
+
+
+def known_late(frame: Frame, number: Expr) -> Expr:
+    """The same number of zero or more, which LLVM cannot know: no loop is unrolled, no place shares an address."""
+    return bind(tirx.max(number, -frame.task))
 
 
 def constant(value: float, dtype: str, lanes: int = 1) -> Expr:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from graphopt_backends.kernels import functions, trigonometry
-from graphopt_backends.kernels.emit import bind, cast, constant, intrinsic, reinterpret, tirx
+from graphopt_backends.kernels.emit import bind, cast, constant, intrinsic, reinterpret, sealed, tirx
 
 __all__ = [
     "BINARY", "UNARY", "Expression", "as_type", "call", "clip", "evaluate", "number", "operand", "operands",
@@ -196,12 +196,20 @@ def _emit(e: Expression, args: list[Vector], values: Mapping[int, Vector] | Sequ
         # rounds half to even as it converts: one instruction
         suffix = f"v{lanes}i32.v{lanes}f32" if lanes > 1 else "i32.f32"
         return bind(intrinsic(f"llvm.lrint.{suffix}", "int32", lanes, args[0]))
+    if e.op in _COMPARISONS or e.op in ("max", "min", "sign", "where"):
+        args = [_sealed(arg, value, lanes) for arg, value in zip(e.args, args, strict=True)]
     if e.op == "where":
-        return bind(tirx.Select(*args))
+        chosen = tirx.Select(*args)
+        return sealed(chosen, lanes) if e.dtype == "float32" else bind(chosen)
     if e.op == "power":
         return functions.power(args[0], args[1], lanes)
     value = BINARY[e.op](*args) if e.op in BINARY else UNARY[e.op](args[0], lanes, e.dtype)
     return value if e.dtype == "bool" else bind(value)  # TVM's simplifier fails on a named vector of booleans
+
+
+def _sealed(e: Expression, value: Vector, lanes: int) -> Vector:
+    """What was computed before a comparison is none of the simplifier's business."""
+    return sealed(value, lanes) if e.args and e.dtype == "float32" else value
 
 
 def _plain(function: Callable[[Vector], Vector]) -> Callable[[Vector, int, str], Vector]:
@@ -209,7 +217,11 @@ def _plain(function: Callable[[Vector], Vector]) -> Callable[[Vector, int, str],
 
 
 def _of_floats(function: Callable[[Vector, int], Vector]) -> Callable[[Vector, int, str], Vector]:
-    return lambda x, lanes, _dtype: function(x, lanes)
+    return lambda x, lanes, _dtype: sealed(function(sealed(x, lanes), lanes), lanes)
+
+
+def _test(function: Callable[[Vector, int], Vector]) -> Callable[[Vector, int, str], Vector]:
+    return lambda x, lanes, _dtype: function(sealed(x, lanes), lanes)
 
 
 def _sign(x: Vector, lanes: int, dtype: str) -> Vector:
@@ -242,8 +254,8 @@ UNARY: Mapping[str, Callable[[Vector, int, str], Vector]] = {
     "erf": _of_floats(functions.erf),
     "exp": _of_floats(functions.exp),
     "floor": _plain(tirx.floor),
-    "is_infinite": _of_floats(_is_infinite),
-    "is_nan": _of_floats(_is_nan),
+    "is_infinite": _test(_is_infinite),
+    "is_nan": _test(_is_nan),
     "log": _of_floats(functions.log),
     "neg": lambda x, lanes, dtype: constant(0, dtype, lanes) - x,
     "not": _plain(tirx.Not),

@@ -10,7 +10,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from graphopt_backends.kernels.emit import bind, cast, constant, reinterpret, tirx
+from graphopt_backends.kernels.emit import bind, cast, constant, reinterpret, sealed, tirx
 
 __all__ = [
     "at_least", "at_most", "erf", "exp", "exp_of_negative", "from_bfloat16", "log", "polynomial", "power", "sigmoid",
@@ -127,9 +127,9 @@ def log(x: Any, lanes: int) -> Any:
     def number(value: float) -> Any:
         return constant(value, _DTYPE, lanes)
 
-    x = bind(x)
+    x = sealed(x, lanes)
     turns, low, high = _log_parts(x, lanes)
-    result = bind(high + (low + turns * number(_LN2_LOW)) + turns * number(_LN2_HIGH))
+    result = sealed(high + (low + turns * number(_LN2_LOW)) + turns * number(_LN2_HIGH), lanes)
     result = tirx.Select(x < number(float("inf")), result, x)  # infinity, and what is no number
     result = tirx.Select(x == number(0.0), number(float("-inf")), result)
     return tirx.Select(x < number(0.0), number(float("nan")), result)
@@ -146,7 +146,7 @@ def _log_parts(x: Any, lanes: int) -> tuple[Any, Any, Any]:
 
     bits = bind(reinterpret(at_least(x, number(_LEAST_NORMAL)), "int32", lanes))
     mantissa = tirx.bitwise_or(tirx.bitwise_and(bits, integer(0x007FFFFF)), integer(0x3F000000))
-    mantissa = bind(reinterpret(mantissa, _DTYPE, lanes))
+    mantissa = sealed(reinterpret(mantissa, _DTYPE, lanes), lanes)
     small = mantissa < number(0.707106781186547524)
     exponent = tirx.shift_right(bits, integer(23)) - integer(126)
     turns = bind(cast(exponent, _DTYPE, lanes) - tirx.Select(small, number(1.0), number(0.0)))
@@ -191,7 +191,7 @@ def tanh(x: Any, lanes: int) -> Any:
     most = constant(_TANH_MOST, _DTYPE, lanes)
     kept = bind(at_most(at_least(x, constant(-_TANH_MOST, _DTYPE, lanes)), most))
     square = bind(kept * kept)
-    result = kept * polynomial(_TANH_UP, square, lanes) / polynomial(_TANH_DOWN, square, lanes)
+    result = sealed(kept * polynomial(_TANH_UP, square, lanes) / polynomial(_TANH_DOWN, square, lanes), lanes)
     return tirx.Select(tirx.abs(x) < constant(_TANH_LEAST, _DTYPE, lanes), x, result)
 
 

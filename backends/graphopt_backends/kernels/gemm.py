@@ -35,6 +35,7 @@ from graphopt_backends.kernels.tile import SET_BYTES, Panel, Rows, Tiles, accumu
 
 __all__ = ["Gemm", "pack_columns", "pack_matrix"]
 
+_LINE_BYTES = 64
 _MOST_BLOCK_BYTES = 2048
 _LEAST_BLOCK_BYTES = 1024
 """Lengths of the blocks along k: rows of a tile stay in the first cache, and sums are rarely put aside."""
@@ -107,14 +108,23 @@ class Gemm(Kernel):
 
     @property
     def _copied_pitch(self) -> int:
-        """Elements from copied row to row, or from band to band."""
-        rest = 64 // self.multiply.element_bytes
-        return self.packed_depth * self.multiply.rows + rest if self._in_bands else self._block + rest
+        """Elements from copied row to row, off the places in the cache that they would fight for."""
+        return self._block + _LINE_BYTES // self.multiply.element_bytes
+
+    def _together(self, rows: int) -> int:
+        """Rows of a tile as instructions take them."""
+        return -(-rows // self.multiply.rows) * self.multiply.rows
+
+    @property
+    def _copied_tile(self) -> int:
+        """Elements from copied tile to tile."""
+        high = self.tile[0]
+        return self._together(high) * self.packed_depth if self._in_bands else high * self._copied_pitch
 
     @property
     def scratch(self) -> int:
         """Bytes of memory that every task needs for itself."""
-        return self._part * self._bands_pitch * self.multiply.element_bytes if self._copies else 0
+        return self._part * self._copied_tile * self.multiply.element_bytes if self._copies else 0
 
     @property
     def operations(self) -> int:
@@ -209,7 +219,7 @@ class Gemm(Kernel):
     def _copy(self, frame: Frame, tile: Any, block: Any) -> None:
         """Copy the rows of a part, which begins with a tile, into this task's scratch memory."""
         if self._in_bands:
-            self._each_tile(tile, lambda row, rows, i: self._copy_bands(frame, row, rows, i))
+            self._each_tile(tile, lambda row, rows, i: self._bring_together(frame, row, rows, i))
             return
         lanes = self.isa.vector_bits // (8 * self.multiply.element_bytes)
         first = bind(self._tiles.start(tile))
@@ -223,24 +233,19 @@ class Gemm(Kernel):
                 lambda i, n: store(frame["scratch"], load(frame["source"], source + i, n), target + i, n),
             )
 
-    @property
-    def _bands_pitch(self) -> int:
-        """Elements from tile to tile of rows that were copied in bands."""
-        return -(-self.tile[0] // self.multiply.rows) * self._copied_pitch
-
-    def _copy_bands(self, frame: Frame, row: Any, rows: int, number: Any) -> None:
-        """Copy rows so that a group of each row of a band follows that of the row before; zeros stand for the rest."""
-        group, high, dtype = self.multiply.group, self.multiply.rows, self.multiply.activation
+    def _bring_together(self, frame: Frame, row: Any, rows: int, number: Any) -> None:
+        """Copy a tile so that a group of each row follows that of the row before; zeros stand for what is not there."""
+        group, together, dtype = self.multiply.group, self._together(rows), self.multiply.activation
         whole, rest = divmod(self.depth, group)
-        for r in range(-(-rows // high) * high):
+        for r in range(together):
             source = (row + r) * self._pitch
-            target = number * self._bands_pitch + r // high * self._copied_pitch + r % high * group
+            target = number * self._copied_tile + r * group
 
             def move(i: Any, count: int, source: Any = source, target: Any = target, there: bool = r < rows) -> None:
                 value = constant(0, dtype, group)
                 if there:
                     value = load_first(frame["source"], source + i * group, group, count, dtype)
-                store(frame["scratch"], value, target + i * (high * group), group)
+                store(frame["scratch"], value, target + i * (together * group), group)
 
             if whole:
                 with loop(whole) as i:
@@ -270,17 +275,20 @@ class Gemm(Kernel):
         blocks = self.depth // self._block
         if blocks > 1:
             when(place.block > 0, lambda: _resume(frame, multiply, totals, result))
-        if self._copies:
-            bands = [r * self._copied_pitch for r in range(-(-rows // multiply.rows))]
-            copied = place.number * self._bands_pitch if self._in_bands else place.before * self._copied_pitch
-            source = Rows(frame["scratch"], bind(copied), bands, bands=self._in_bands)
+        if self._copies and self._in_bands:
+            together, size = self._together(rows), multiply.rows * multiply.group
+            offsets = list(range(0, together * multiply.group, size))
+            source = Rows(frame["scratch"], bind(place.number * self._copied_tile), offsets, together)
+        elif self._copies:
+            offsets = [r * self._copied_pitch for r in range(rows)]
+            source = Rows(frame["scratch"], bind(place.before * self._copied_pitch), offsets)
         else:
             start = bind(row * self._pitch + place.block * self._block)
             source = Rows(frame["source"], start, [r * self._pitch for r in range(rows)])
         ahead = bind(place.ahead + place.number * (self._block * self._pace)) if self._pace else 0
         weights = bind(self._weights(place.panel, place.block))
         panel = Panel(frame["weight"], weights, self.width, ahead, self._pace)
-        length = self.packed_depth if source.bands else self._block
+        length = self.packed_depth if source.together else self._block
         accumulate(multiply, totals, source, panel, [(length, 1, 1)])
         if blocks == 1:
             finish(frame, multiply, self.epilogue, totals, result)

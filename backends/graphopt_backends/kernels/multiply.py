@@ -125,7 +125,7 @@ class Multiply:
         rows = -(-rows // self.rows) * self.rows
         parts, spare = (self.instruction.parts, self.instruction.spare) if self.instruction else (1, 0)
         if self.rows > 1:
-            return rows * vectors + rows // self.rows * self.steps + 1
+            return rows * vectors + rows // self.rows + 2
         if self.isa.lane_operands:
             # two more than named: LLVM loads early
             return rows * vectors + rows + vectors + 2 + (parts - 1) + spare
@@ -188,10 +188,9 @@ class Multiply:
         word = reinterpret(word, "int32", 1)
         return self._bytes(reinterpret(spread(word, self.lanes), self.activation, self.lanes * 4))
 
-    def load_band(self, buffer: Any, index: Any, groups: int) -> list[Any]:
-        """`groups` groups of each of the rows that an instruction takes, brought together before."""
-        size = self.rows * self.group
-        return [self._bytes(load(buffer, index + i * size, size)) for i in range(groups)]
+    def load_band(self, buffer: Any, index: Any) -> Any:
+        """A group of each of the rows that an instruction takes, brought together before."""
+        return self._bytes(load(buffer, index, self.rows * self.group))
 
     def _in_bands(self, rows: Sequence[Any], groups: int) -> list[Any]:
         """Bring groups of two rows together, or of one that is taken twice."""

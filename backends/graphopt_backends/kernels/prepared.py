@@ -1,7 +1,11 @@
 """Activations of products with weights in blocks: copied, or rounded to int8, with what is known of each block.
 
-A row becomes words of 32 bits: its activations, zeros behind them, then for every block the number that a step of int8
-stands for, what codes of zero add to a sum of products with them, and the real sum of the block's activations.
+A row becomes words of 32 bits: its activations, zeros behind them, then facts about every block. Of floats that is
+their sum. Of int8 it is the number that a step stands for, what sums of products with lower and with upper halves of
+bytes begin with, and the real sum of the block's activations.
+
+Sums of integers begin with the bits of `BASE`, a float whose last bit is worth one: they are floats when they are done,
+and a subtraction leaves the sum. They begin lower by what codes of zero add to them.
 """
 
 from __future__ import annotations
@@ -28,13 +32,24 @@ from graphopt_backends.kernels.emit import (
 )
 from graphopt_backends.kernels.tile import SET_BYTES
 
-__all__ = ["MIDDLE", "Activations", "Prepared", "Source"]
+__all__ = ["BASE", "LOWER", "MIDDLE", "MOST_ROUNDED", "STEP", "TOTAL", "UPPER", "Activations", "Prepared", "Source"]
 
 Activations = Literal["float32", "int8"]
 """What activations are multiplied as."""
 
 MIDDLE = 8
 """The code of zero."""
+
+STEP, LOWER, UPPER, TOTAL = range(4)
+"""Facts about a block of int8, in their order."""
+
+BASE = 1.5 * 2**23
+"""What sums of integers are on top of; they may be up to 2^22 away from it."""
+
+MOST_ROUNDED = 128
+"""The longest block of int8: sums of products of whole bytes with them are less than 2^22 away from zero."""
+
+_BASE_BITS = 0x4B400000
 
 _LEAST_SCALE = 1e-30
 
@@ -49,6 +64,7 @@ class Prepared:
         depth: Activations of a row.
         block: How many of them belong to a block, a multiple of the lanes of a vector.
         sums: Sums of blocks are needed.
+        zeros: What codes of zero are in lower and in upper halves of bytes.
     """
 
     isa: Isa
@@ -56,6 +72,7 @@ class Prepared:
     depth: int
     block: int
     sums: bool
+    zeros: tuple[int, int] = (MIDDLE, MIDDLE)
 
     @property
     def dtype(self) -> str:
@@ -68,25 +85,23 @@ class Prepared:
         return -(-self.depth // self.block)
 
     @property
-    def scales(self) -> int:
-        """The first word behind the activations: what steps of the blocks stand for."""
+    def _facts(self) -> int:
+        """The first word behind the activations."""
         size = self.blocks * self.block
         return size // 4 if self.activations == "int8" else size
 
     @property
-    def corrections(self) -> int:
-        """The first word of what codes of zero add."""
-        return self.scales + self.blocks
+    def _fact_words(self) -> int:
+        return 4 if self.activations == "int8" else 1
 
-    @property
-    def totals(self) -> int:
-        """The first word of the sums."""
-        return self.corrections + self.blocks
+    def facts(self, block: Any) -> Any:
+        """The first word of what is known of a block."""
+        return self._facts + block * self._fact_words
 
     @property
     def words(self) -> int:
         """Words of a row."""
-        size = self.totals + self.blocks
+        size = self._facts + self.blocks * self._fact_words
         return size if 4 * size % SET_BYTES else size + self._lanes
 
     @property
@@ -138,7 +153,7 @@ class Prepared:
 
         self._each_vector(frame, source, count, put)
         if self.sums:
-            store(scratch, _added(load(total, 0, lanes), lanes), target + self.totals + block, 1)
+            store(scratch, _added(load(total, 0, lanes), lanes), target + self.facts(block), 1)
 
     def _round(self, frame: Frame, source: Any, target: Any, block: Any, count: int) -> None:
         """Round a block to int8, so that the largest activation is 127 steps."""
@@ -164,11 +179,13 @@ class Prepared:
         self._each_vector(frame, source, count, put)
         scale = bind(largest / tirx.const(127.0, "float32"))
         added = bind(intrinsic(f"llvm.vector.reduce.add.v{lanes}i32", "int32", 1, load(total, 0, lanes)))
-        store(scratch, reinterpret(scale, "int32", 1), target + self.scales + block, 1)
-        store(scratch, added * tirx.const(-MIDDLE, "int32"), target + self.corrections + block, 1)
+        facts = bind(target + self.facts(block))
+        store(scratch, reinterpret(scale, "int32", 1), facts + STEP, 1)
+        for fact, zero in zip((LOWER, UPPER), self.zeros, strict=True):
+            first = tirx.const(_BASE_BITS, "int32") - added * tirx.const(zero, "int32")
+            store(scratch, first, facts + fact, 1)
         if self.sums:
-            real = reinterpret(scale * cast(added, "float32", 1), "int32", 1)
-            store(scratch, real, target + self.totals + block, 1)
+            store(scratch, reinterpret(scale * cast(added, "float32", 1), "int32", 1), facts + TOTAL, 1)
 
 
 @dataclass(frozen=True)

@@ -7,18 +7,14 @@ gates in registers. A task computes whole sequences: those of one direction and 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any
 
-import numpy as np
-
-from graphopt.targets import Isa
-from graphopt_backends.kernels import functions
+from graphopt_backends.kernels.cells import Gates, gru, lstm
 from graphopt_backends.kernels.emit import (
     Frame,
-    Pointer,
     bind,
     constant,
     each_vector,
@@ -27,154 +23,26 @@ from graphopt_backends.kernels.emit import (
     load_first,
     local,
     loop,
-    primitive,
     share,
-    splits,
+    spread,
     store,
     store_first,
     tirx,
     when,
 )
-from graphopt_backends.kernels.gemm import pack_columns, pack_matrix
-from graphopt_backends.kernels.kernel import Kernel
-from graphopt_backends.kernels.multiply import Multiply
+from graphopt_backends.kernels.sequences import Sequences
 from graphopt_backends.kernels.tile import Panel, Rows, accumulate
 
-__all__ = ["ACTIVATIONS", "Cell", "Recurrent"]
-
-Cell = Literal["lstm", "gru", "rnn"]
-
-ACTIVATIONS: Mapping[str, Callable[[Any, int], Any]] = {
-    "relu": lambda x, lanes: functions.at_least(x, constant(0.0, "float32", lanes)),
-    "sigmoid": functions.sigmoid,
-    "tanh": functions.tanh,
-}
-"""Functions that gates may have."""
-
-_MOST_ROWS = 4
-_MOST_VECTORS = 2
+__all__ = ["Recurrent"]
 
 
 @dataclass(frozen=True)
-class Recurrent(Kernel):
-    """Hidden states of sequences, float32.
-
-    Attributes:
-        isa: The CPU.
-        cell: What a step computes.
-        steps: Length of the sequences.
-        batch: Sequences.
-        hidden: Hidden units.
-        reverse: For each direction, whether it runs from the end.
-        activations: Of the gates (LSTM: gates, candidate, result; GRU: gates, candidate; RNN: result).
-        late: A GRU resets the product with the hidden state instead of the hidden state (`linear_before_reset`).
-        states: First states that are given: the hidden one, and that of the cell.
-    """
-
-    isa: Isa
-    cell: Cell
-    steps: int
-    batch: int
-    hidden: int
-    reverse: tuple[bool, ...]
-    activations: tuple[str, ...]
-    late: bool = False
-    states: tuple[bool, bool] = (False, False)
+class Recurrent(Sequences):
+    """Hidden states of sequences, float32; see `Sequences`."""
 
     @cached_property
-    def multiply(self) -> Multiply:
-        """Its inner loop."""
-        return Multiply(self.isa, "f32")
-
-    @property
-    def gates(self) -> int:
-        """Gates of a hidden unit."""
-        return {"lstm": 4, "gru": 3, "rnn": 1}[self.cell]
-
-    @property
-    def _twice(self) -> bool:
-        """The candidate needs the reset gates of all hidden units, so that a step has two products."""
-        return self.cell == "gru" and not self.late
-
-    @cached_property
-    def _vectors(self) -> int:
-        return min(_MOST_VECTORS, -(-self.hidden // self.multiply.lanes))
-
-    @property
-    def _width(self) -> int:
-        """Hidden units of a panel."""
-        return self._vectors * self.multiply.lanes
-
-    @property
-    def _panels(self) -> int:
-        return -(-self.hidden // self._width)
-
-    @property
-    def _padded(self) -> int:
-        return self._panels * self._width
-
-    @cached_property
-    def _blocks(self) -> tuple[tuple[int, int, int], ...]:
-        """Entries of the batch that run together: start, number of blocks, size."""
-        most = 1
-        while most < _MOST_ROWS and self.multiply.registers(most + 1, self.gates * self._vectors) <= self.isa.registers:
-            most += 1
-        return splits(self.batch, most)
-
-    @property
-    def _state(self) -> int:
-        """Elements of the states of a block."""
-        return max(block[2] for block in self._blocks) * self._padded
-
-    @property
-    def scratch(self) -> int:
-        """Bytes of memory that every task needs for itself: two hidden states, the cell's or a reset one, gates."""
-        return 4 * 4 * self._state
-
-    @property
-    def operations(self) -> int:
-        """Multiplications and additions."""
-        return 2 * self.steps * self.batch * len(self.reverse) * self.gates * self.hidden * self.hidden
-
-    def pack(self, weight: np.ndarray) -> np.ndarray:
-        """Lay out recurrent weights [directions, gates * hidden, hidden] as this kernel reads them."""
-        split = (self.gates - 1, 1) if self._twice else (self.gates,)
-        parts: list[np.ndarray] = []
-        for own in weight.reshape(len(self.reverse), self.gates, self.hidden, self.hidden):
-            first = 0
-            for count in split:
-                padded = np.zeros((count, self._padded, self.hidden), np.float32)
-                padded[:, : self.hidden] = own[first : first + count]
-                panels = padded.reshape(count, self._panels, self._width, self.hidden).transpose(1, 3, 0, 2)
-                columns = panels.reshape(self._panels, self.hidden, count * self._width)
-                parts += [pack_matrix(panel, count * self._width, 1).reshape(-1) for panel in columns]
-                first += count
-        return np.concatenate(parts)
-
-    def pack_column(self, values: np.ndarray) -> np.ndarray:
-        """Lay out numbers [directions, hidden] for each hidden unit."""
-        return np.concatenate([pack_columns(own, self._padded) for own in values.reshape(len(self.reverse), -1)])
-
-    def primitive(self, name: str) -> Any:
-        """The function: (gates, weight, late bias?, first hidden?, first cell?, sequence, last hidden, last cell?).
-
-        Gates are [steps, batch, directions, gates, hidden], first and last states [directions, batch, hidden], and the
-        sequence of hidden states [steps, batch, directions, hidden].
-        """
-        directions = len(self.reverse)
-        rows, state = self.steps * self.batch * directions, directions * self.batch * self.hidden
-        pointers = [
-            Pointer("gates", "float32", rows * self.gates * self.hidden),
-            Pointer("weight", "float32", directions * self.gates * self._padded * self.hidden),
-        ]
-        if self.late:
-            pointers.append(Pointer("late_bias", "float32", directions * self._padded))
-        given = [n for n, there in zip(("first_hidden", "first_cell"), self.states, strict=True) if there]
-        made = ["last_hidden", "last_cell"] if self.cell == "lstm" else ["last_hidden"]
-        pointers += [Pointer(n, "float32", state) for n in given]
-        pointers.append(Pointer("sequence", "float32", rows * self.hidden))
-        pointers += [Pointer(n, "float32", state) for n in made]
-        return primitive(name, [*pointers, Pointer("scratch", "float32", self.scratch // 4)], self._body)
+    def _functions(self) -> Gates:
+        return Gates(self.activations, self.multiply.lanes)
 
     def _body(self, frame: Frame) -> None:
         count = sum(block[1] for block in self._blocks)
@@ -198,10 +66,9 @@ class Recurrent(Kernel):
         if self.cell == "lstm":
             self._begin(frame, block, cell, "first_cell" if self.states[1] else "")
         with loop(self.steps) as turn:
-            step = self._number(block, turn)
             odd = tirx.truncmod(turn, 2) if self.steps > 1 else 0
             before, after = bind(odd * self._state), bind((1 - odd) * self._state)
-            moment = _Moment(block, step, before, after)
+            moment = _Moment(block, *self._steps(frame, block, turn), before, after)
             if self._twice:
                 self._panelled(lambda panel: self._reset(frame, moment, panel))
             self._panelled(lambda panel: self._step(frame, moment, panel))
@@ -209,11 +76,21 @@ class Recurrent(Kernel):
         if self.cell == "lstm":
             self._end(frame, block, cell, "last_cell")
 
-    def _number(self, block: _Block, turn: Any) -> Any:
-        """Step of the sequence that a turn computes."""
+    def _steps(self, frame: Frame, block: _Block, turn: Any) -> tuple[list[Any], list[Any]]:
+        """For each row, the step of its sequence that a turn computes, and if it may have none, whether it has one."""
+        if not self.lengths:
+            return [self._number(block, turn, self.steps)] * block.rows, []
+        lengths = [bind(frame["lengths"][(block.first + r,)]) for r in range(block.rows)]
+        there = [turn < length for length in lengths]
+        numbers = [self._number(block, turn, length) for length in lengths]
+        pairs = zip(there, numbers, strict=True)
+        return [bind(tirx.Select(is_there, number, turn)) for is_there, number in pairs], there
+
+    def _number(self, block: _Block, turn: Any, length: Any) -> Any:
+        """Step of a sequence of some length that a turn computes."""
         if not any(self.reverse):
             return turn
-        backward = self.steps - 1 - turn
+        backward = length - 1 - turn
         if all(self.reverse):
             return bind(backward)
         return bind(tirx.Select(block.direction == self.reverse.index(True), backward, turn))
@@ -232,7 +109,14 @@ class Recurrent(Kernel):
         if name:
             for r in range(block.rows):
                 source = (block.direction * self.batch + block.first + r) * self.hidden
-                self._move(frame[name], source, frame["scratch"], at + r * self._padded)
+
+                def move(source: Any = source, r: int = r) -> None:
+                    self._move(frame[name], source, frame["scratch"], at + r * self._padded)
+
+                if self.lengths:  # a sequence without steps ends with zeros
+                    when(frame["lengths"][(block.first + r,)] > 0, move)
+                else:
+                    move()
 
     def _end(self, frame: Frame, block: _Block, at: int, name: str) -> None:
         for r in range(block.rows):
@@ -282,7 +166,7 @@ class Recurrent(Kernel):
     def _input(self, frame: Frame, moment: _Moment, panel: Any, row: int, gate: int, vector: int) -> Any:
         """A vector of what a gate gets from the input."""
         block, first = moment.block, panel * self._width + vector * self.multiply.lanes
-        number = (moment.step * self.batch + block.first + row) * len(self.reverse) + block.direction
+        number = (moment.steps[row] * self.batch + block.first + row) * len(self.reverse) + block.direction
         at = (number * self.gates + gate) * self.hidden + first
         return self._masked(frame["gates"], at, panel, vector)
 
@@ -313,10 +197,11 @@ class Recurrent(Kernel):
         """Store a hidden state for the next step and in the sequence."""
         block, lanes, count = moment.block, self.multiply.lanes, self._count(vector)
         first = bind(panel * self._width + vector * lanes)
-        value = bind(value)
-        number = (moment.step * self.batch + block.first + row) * len(self.reverse) + block.direction
-        at = bind(number * self.hidden + first)
-        store(frame["scratch"], value, moment.after + row * self._padded + first, lanes)
+        number = (moment.steps[row] * self.batch + block.first + row) * len(self.reverse) + block.direction
+        at, place = bind(number * self.hidden + first), row * self._padded + first
+        kept = self._if_there(moment, row, value, load(frame["scratch"], moment.before + place, lanes))
+        store(frame["scratch"], kept, moment.after + place, lanes)
+        value = self._if_there(moment, row, value, constant(0.0, "float32", lanes))
         last = panel == self._panels - 1
         if count == lanes:
             store(frame["sequence"], value, at, lanes)
@@ -326,14 +211,20 @@ class Recurrent(Kernel):
         if count:
             when(last, lambda: store_first(frame["sequence"], value, at, lanes, count))
 
+    def _if_there(self, moment: _Moment, row: int, value: Any, otherwise: Any) -> Any:
+        """A value if the sequence of a row has this step."""
+        return bind(
+            tirx.Select(spread(moment.there[row], self.multiply.lanes), value, otherwise) if moment.there else value
+        )
+
     def _reset(self, frame: Frame, moment: _Moment, panel: Any) -> None:
         """Update gates, and hidden states times reset gates, for the product of the candidate."""
-        lanes, apply = self.multiply.lanes, ACTIVATIONS[self.activations[0]]
+        lanes = self.multiply.lanes
         totals = self._product(frame, moment, panel, (0, 1), moment.before, 0)
         for r, row in enumerate(totals):
             for v in range(self._vectors):
                 at = bind(r * self._padded + panel * self._width + v * lanes)
-                update, reset = (apply(load(row[g * self._vectors + v], 0, lanes), lanes) for g in (0, 1))
+                update, reset = (self._functions(0, load(row[g * self._vectors + v], 0, lanes)) for g in (0, 1))
                 store(frame["scratch"], update, 3 * self._state + at, lanes)
                 before = load(frame["scratch"], moment.before + at, lanes)
                 store(frame["scratch"], reset * before, 2 * self._state + at, lanes)
@@ -350,36 +241,36 @@ class Recurrent(Kernel):
                 sums = [load(row[i], 0, lanes) for i in range(v, len(row), self._vectors)]
                 at = bind(r * self._padded + panel * self._width + v * lanes)
                 if self.cell == "lstm":
-                    value = self._lstm(frame, sums, at)
+                    value = self._lstm(frame, moment, panel, (r, v), sums, at)
                 elif self.cell == "gru":
                     inward = self._input(frame, moment, panel, r, 2, v) if self.late else None
                     value = self._gru(frame, sums, bind(moment.before + at), at, inward)
                 else:
-                    value = ACTIVATIONS[self.activations[0]](bind(sums[0]), lanes)
+                    value = self._functions(0, sums[0])
                 self._write(frame, moment, panel, r, v, value)
 
-    def _lstm(self, frame: Frame, sums: Sequence[Any], at: Any) -> Any:
-        """Gates in ONNX's order: input, output, forget, cell."""
-        lanes, place = self.multiply.lanes, bind(2 * self._state + at)
-        gate, candidate, result = (ACTIVATIONS[name] for name in self.activations)
-        i, o, f = (gate(bind(total), lanes) for total in sums[:3])
-        cell = f * load(frame["scratch"], place, lanes) + i * candidate(bind(sums[3]), lanes)
-        cell = bind(cell)
-        store(frame["scratch"], cell, place, lanes)
-        return o * result(cell, lanes)
+    def _lstm(
+        self, frame: Frame, moment: _Moment, panel: Any, place: tuple[int, int], sums: Sequence[Any], at: Any
+    ) -> Any:
+        lanes, scratch, (row, vector) = self.multiply.lanes, frame["scratch"], place
+        first = moment.block.direction * (3 * self._padded) + panel * self._width + vector * lanes
+        peepholes = [
+            bind(load(frame["peepholes"], first + i * self._padded, lanes)) for i in range(3 if self.peepholes else 0)
+        ]
+        before = bind(load(scratch, 2 * self._state + at, lanes))
+        value, cell = lstm(self._functions, sums, before, peepholes, coupled=self.coupled)
+        store(scratch, self._if_there(moment, row, cell, before), 2 * self._state + at, lanes)
+        return value
 
     def _gru(self, frame: Frame, sums: Sequence[Any], before: Any, at: Any, inward: Any) -> Any:
         """Gates in ONNX's order: update, reset, hidden."""
         lanes = self.multiply.lanes
-        gate, candidate = (ACTIVATIONS[name] for name in self.activations)
         if self.late:
-            update, reset = (gate(bind(total), lanes) for total in sums[:2])
-            new = candidate(bind(inward + reset * sums[2]), lanes)
+            update, reset = (self._functions(0, total) for total in sums[:2])
+            candidate = inward + reset * sums[2]
         else:
-            update = load(frame["scratch"], 3 * self._state + at, lanes)
-            new = candidate(bind(sums[0]), lanes)
-        # (1 - update) * new + update * before
-        return new + update * (load(frame["scratch"], before, lanes) - new)
+            update, candidate = load(frame["scratch"], 3 * self._state + at, lanes), sums[0]
+        return gru(self._functions, update, candidate, load(frame["scratch"], before, lanes))
 
 
 @dataclass(frozen=True)
@@ -393,9 +284,18 @@ class _Block:
 
 @dataclass(frozen=True)
 class _Moment:
-    """A step of some sequences: which, and where in scratch memory the hidden states before and after it are."""
+    """A step of some sequences, and where in scratch memory the hidden states before and after it are.
+
+    Attributes:
+        block: The sequences.
+        steps: Number of the step for each.
+        there: Whether each has this step; empty: all have.
+        before: Hidden states.
+        after: Hidden states.
+    """
 
     block: _Block
-    step: Any
+    steps: Sequence[Any]
+    there: Sequence[Any]
     before: Any
     after: Any

@@ -24,7 +24,7 @@ from graphopt_backends.kernels.emit import (
 )
 from graphopt_backends.kernels.multiply import Multiply
 
-__all__ = ["SET_BYTES", "Panel", "Rows", "Tiles", "Walk", "accumulate", "rectangle_of", "tile_of"]
+__all__ = ["SET_BYTES", "Panel", "Rows", "Tiles", "Walk", "accumulate", "rectangle_of", "tile_of", "whole_bands"]
 
 SET_BYTES = 2048
 """Rows that lie a multiple of this apart share the few places that a cache has for them."""
@@ -33,6 +33,7 @@ _LINE_BYTES = 64
 _MOST_ROWS = 16
 _MOST_HIGH = 4
 _MOST_VECTORS = 4
+_MOST_WIDE = 6  # where an instruction takes two rows, and few of them share a vector of weights
 _MOST_STRIPS = 8
 _ENOUGH = 28  # accumulators that hide the latency of every CPU there is
 _FEW_ROWS = 4
@@ -54,8 +55,9 @@ def tile_of(multiply: Multiply, rows: int, vectors: int) -> tuple[int, int]:
         vectors: Vectors that a row has.
     """
     few = rows < _FEW_ROWS
+    most = _MOST_STRIPS if few else _MOST_WIDE if multiply.rows > 1 else _MOST_VECTORS
     best, found = -1.0, (1, 1)
-    for wide in range(1, min(vectors, _MOST_STRIPS if few else _MOST_VECTORS) + 1):
+    for wide in range(1, min(vectors, most) + 1):
         for high in range(1, min(rows, _MOST_ROWS) + 1):
             if multiply.registers(high, wide) > multiply.isa.registers:
                 break
@@ -63,14 +65,16 @@ def tile_of(multiply: Multiply, rows: int, vectors: int) -> tuple[int, int]:
             mean_vectors = vectors / -(-vectors // wide)
             held = mean_rows * mean_vectors
             loads = multiply.loads(mean_rows, mean_vectors)
-            enough = 3.0 if multiply.isa.lane_operands else 1.5
-            worth = held if few else min(held, _ENOUGH) * min(1.0, held / loads / enough)
+            worth = held if few else min(held, _ENOUGH) * min(1.0, held / loads / _enough(multiply))
+            worth *= _filled(multiply, (rows, high))
             if worth > best + 1e-9:
                 best, found = worth, (high, wide)
     return found
 
 
-def rectangle_of(multiply: Multiply, height: int, width: int, vectors: int) -> tuple[int, int, int]:
+def rectangle_of(
+    multiply: Multiply, height: int, width: int, vectors: int, *, bands: bool = False
+) -> tuple[int, int, int]:
     """Rows and columns of pixels, and vectors, of the tile of an image; see `tile_of`.
 
     Args:
@@ -78,12 +82,14 @@ def rectangle_of(multiply: Multiply, height: int, width: int, vectors: int) -> t
         height: Rows of the result.
         width: Columns of the result.
         vectors: Vectors of its channels.
+        bands: Pixels of a row were brought together before, in as many as instructions take.
     """
     best, found = -1.0, (1, 1, 1)
     for wide in range(1, min(vectors, _MOST_VECTORS) + 1):
         for high in range(1, min(height, _MOST_HIGH) + 1):
             for columns in range(1, min(width, _MOST_ROWS // high) + 1):
-                if multiply.registers(high * columns, wide) + _apart(multiply, high * columns) > multiply.isa.registers:
+                rows = high * -(-columns // multiply.rows) * multiply.rows if bands else high * columns
+                if multiply.registers(rows, wide) + _apart(multiply, rows, bands=bands) > multiply.isa.registers:
                     break
                 if high > 1 and columns < width:
                     continue  # a second row pays where one is short
@@ -91,17 +97,25 @@ def rectangle_of(multiply: Multiply, height: int, width: int, vectors: int) -> t
                 mean_vectors = vectors / -(-vectors // wide)
                 held = mean_rows * mean_vectors
                 loads = multiply.loads(mean_rows, mean_vectors)
-                enough = 3.0 if multiply.isa.lane_operands else 1.5
-                worth = min(held, _ENOUGH) * min(1.0, held / loads / enough) - 0.1 * (high - 1)
-                worth *= _filled(multiply, (height, high), (width, columns))
+                worth = min(held, _ENOUGH) * min(1.0, held / loads / _enough(multiply)) - 0.1 * (high - 1)
+                worth *= _filled(multiply, *([] if bands else [(height, high)]), (width, columns))
                 if worth > best + 1e-9:
                     best, found = worth, (high, columns, wide)
     return found
 
 
-def _apart(multiply: Multiply, rows: int) -> int:
-    """Registers that rows take besides, if they were not brought together before."""
-    return rows + 3 if multiply.rows > 1 else 0
+def _enough(multiply: Multiply) -> float:
+    """Multiplications for each load that keep a CPU busy; a load on ARM is often one of two vectors."""
+    if multiply.rows > 1:
+        return 4.5
+    return 3.0 if multiply.isa.lane_operands else 1.5
+
+
+def _apart(multiply: Multiply, rows: int, *, bands: bool) -> int:
+    """Registers that rows of pixels take besides: two groups of each, and what brings them together if that is left."""
+    if multiply.rows == 1:
+        return 0
+    return rows // multiply.rows - 1 if bands else rows + rows // multiply.rows + 2
 
 
 def _filled(multiply: Multiply, *axes: tuple[int, int]) -> float:
@@ -161,13 +175,19 @@ class Tiles:
 class Rows:
     """Activations of a tile: `offsets` elements behind `start`, each row begins.
 
-    Bands are rows that were brought together as instructions take them: a group of each in turn.
+    Where rows were brought together as instructions take them, each offset is that of as many rows as one takes.
+
+    Attributes:
+        buffer: Where they are.
+        start: The first element.
+        offsets: From there to each row.
+        together: Rows that lie together, a group of each in turn; 0: every row for itself.
     """
 
     buffer: Any
     start: Any
     offsets: Sequence[Any]
-    bands: bool = False
+    together: int = 0
 
     def far(self) -> Rows:
         """With 64-bit indices: LLVM then adds what is constant to an address where it loads, and needs no more."""
@@ -223,17 +243,23 @@ def accumulate(
         walks: Nested loops, the last of which goes along consecutive elements.
     """
     if multiply.rows > 1:
-        if len(totals) % multiply.rows:
-            lanes, zeros = multiply.lanes, [local(multiply.lanes, multiply.sum) for _ in totals[0]]
-            for total in zeros:
-                store(total, constant(0, multiply.sum, lanes), 0, lanes)
-            totals = [*totals, zeros]
+        totals = whole_bands(multiply, totals)
         _exchange_halves(multiply, totals)
     if multiply.isa.lane_operands:
         rows, panel = rows.far(), panel.far()
     _walk(multiply, totals, rows, panel, walks)
     if multiply.rows > 1:
         _exchange_halves(multiply, totals)
+
+
+def whole_bands(multiply: Multiply, totals: Sequence[Sequence[Any]]) -> Sequence[Sequence[Any]]:
+    """Accumulators of as many rows as instructions take; further ones belong to rows that are not there."""
+    missing = -len(totals) % multiply.rows
+    lanes = multiply.lanes
+    zeros = [[local(lanes, multiply.sum) for _ in totals[0]] for _ in range(missing)]
+    for total in (total for row in zeros for total in row):
+        store(total, constant(0, multiply.sum, lanes), 0, lanes)
+    return [*totals, *zeros]
 
 
 def _exchange_halves(multiply: Multiply, totals: Sequence[Sequence[Any]]) -> None:
@@ -252,7 +278,7 @@ def _walk(multiply: Multiply, totals: Sequence[Sequence[Any]], rows: Rows, panel
     if len(walks) > 1:
         turns, stride, weight_rows = walks[0]
         with loop(turns) as i:
-            further = replace(rows, start=rows.start + i * stride)
+            further = replace(rows, start=rows.start + i * (stride * max(1, rows.together)))
             _walk(multiply, totals, further, panel.below(i * weight_rows), walks[1:])
         return
     group = multiply.group
@@ -284,15 +310,21 @@ def _walk(multiply: Multiply, totals: Sequence[Sequence[Any]], rows: Rows, panel
         return [at[i : i + multiply.rows] for i in range(0, len(at), multiply.rows)]
 
     def fetched(k: Any, groups: int) -> list[Callable[[], list[Any]]]:
-        if rows.bands:
-            at = [rows.start + offset + k * multiply.rows for offset in rows.offsets]
-            return [partial(multiply.load_band, rows.buffer, place, groups) for place in at]
         return [partial(multiply.load_activation, rows.buffer, place, groups) for place in places(k)]
+
+    def one(k: Any) -> None:
+        """One group, which is loaded for itself."""
+        if rows.together:
+            at = [rows.start + offset + k * rows.together for offset in rows.offsets]
+            add([partial(multiply.load_band, rows.buffer, place) for place in at], k)
+        else:
+            add([partial(_only, fetch) for fetch in fetched(k, 1)], k)
 
     def some(k: Any) -> None:
         """As many groups as are loaded together."""
-        if multiply.steps == 1:
-            add([partial(_only, fetch) for fetch in fetched(k, 1)], k)
+        if multiply.steps == 1 or rows.together:
+            for i in range(multiply.steps):
+                one(k + i * group)
             return
         loaded = [fetch() for fetch in fetched(k, multiply.steps)]
         for i in range(multiply.steps):
@@ -306,7 +338,7 @@ def _walk(multiply: Multiply, totals: Sequence[Sequence[Any]], rows: Rows, panel
                 some(k + first)
     k = whole * step
     while length - k >= group:
-        add([partial(_only, fetch) for fetch in fetched(k, 1)], k)
+        one(k)
         k += group
     if k < length:
         add([partial(multiply.load_rest, rows.buffer, place, length - k) for place in places(k)], k)

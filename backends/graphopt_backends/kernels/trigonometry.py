@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from graphopt_backends.kernels.emit import bind, cast, constant, tirx
+from graphopt_backends.kernels.emit import bind, cast, constant, sealed, tirx
 from graphopt_backends.kernels.functions import exp, log, polynomial
 
 __all__ = ["acos", "acosh", "asin", "asinh", "atan", "atanh", "cos", "cosh", "sin", "sinh", "tan"]
@@ -44,7 +44,7 @@ def _wave(x: Any, quarter: int, lanes: int) -> Any:
     """Sine of `x` and some quarters of a turn."""
     wide = cast(x, "float64", lanes)
     turns = bind(tirx.nearbyint(wide * constant(2 / math.pi, "float64", lanes)))
-    rest = bind(cast(wide - turns * constant(math.pi / 2, "float64", lanes), "float32", lanes))
+    rest = sealed(cast(wide - turns * constant(math.pi / 2, "float64", lanes), "float32", lanes), lanes)
     number = bind(cast(turns, "int32", lanes) + constant(quarter, "int32", lanes))
     square = bind(rest * rest)
     of_sine = bind(polynomial(_SIN, square, lanes) * square * rest + rest)
@@ -57,12 +57,12 @@ def _wave(x: Any, quarter: int, lanes: int) -> Any:
 
 def atan(x: Any, lanes: int) -> Any:
     """Arcus tangent, in radians."""
-    x = bind(x)
-    size = bind(tirx.abs(x))
+    x = sealed(x, lanes)
+    size = sealed(tirx.abs(x), lanes)
     far, middle = size > _number(math.tan(3 * math.pi / 8), lanes), size > _number(math.tan(math.pi / 8), lanes)
     one = _number(1.0, lanes)
-    near = tirx.Select(middle, (size - one) / (size + one), size)
-    moved = tirx.Select(far, _number(-1.0, lanes) / size, near)
+    near = tirx.Select(middle, bind((size - one) / (size + one)), size)
+    moved = sealed(tirx.Select(far, bind(_number(-1.0, lanes) / size), near), lanes)
     start = tirx.Select(middle, _number(math.pi / 4, lanes), _number(0.0, lanes))
     start = tirx.Select(far, _number(math.pi / 2, lanes), start)
     square = bind(moved * moved)
@@ -107,7 +107,7 @@ def _half_exponentials(x: Any, lanes: int) -> tuple[Any, Any]:
 
 def asinh(x: Any, lanes: int) -> Any:
     """Inverse hyperbolic sine: atanh(x / sqrt(x^2 + 1)) near 0, a logarithm elsewhere."""
-    one, size = _number(1.0, lanes), bind(tirx.abs(x))
+    one, size = _number(1.0, lanes), sealed(tirx.abs(x), lanes)
     root = bind(tirx.sqrt(x * x + one))
     far = log(size + root, lanes)
     huge = log(size, lanes) + _number(math.log(2), lanes)  # the square is no float32
@@ -126,7 +126,7 @@ def acosh(x: Any, lanes: int) -> Any:
 
 def atanh(x: Any, lanes: int) -> Any:
     """Inverse hyperbolic tangent."""
-    x = bind(x)
+    x = sealed(x, lanes)
     one, square = _number(1.0, lanes), bind(x * x)
     near = polynomial(_ATANH, square, lanes) * square * x + x
     far = _number(0.5, lanes) * log((one + x) / (one - x), lanes)

@@ -14,7 +14,10 @@ import onnx_ir as ir
 from graphopt_backends._fold import is_constant
 from graphopt_backends.kernels.expression import Expression, as_type, call, parameter
 
-__all__ = ["Grid", "Integers", "as_bytes", "dequantized", "grid_of", "integers_of", "is_weight", "real", "weight_of"]
+__all__ = [
+    "Bytes", "Grid", "Integers", "as_bytes", "bytes_of", "dequantized", "grid_of", "integers_of", "is_weight", "real",
+    "weight_of",
+]  # fmt: skip
 
 _BYTES = (ir.DataType.UINT8, ir.DataType.INT8)
 
@@ -110,6 +113,41 @@ def integers_of(node: ir.Node, channel_axis: int) -> Integers | None:
         if bias is None:
             return None
     return Integers(read[0], read[1].zero_point, values, scale, bias)
+
+
+@dataclass(frozen=True)
+class Bytes:
+    """A product of two activations that are bytes.
+
+    Attributes:
+        sides: Both of them.
+        zeros: Their zero points.
+        scale: Of the sums; None: the sums themselves are the result.
+    """
+
+    sides: tuple[ir.Value, ir.Value]
+    zeros: tuple[int, int]
+    scale: float | None
+
+
+def bytes_of(node: ir.Node) -> Bytes | None:
+    """The form of a MatMul or MatMulInteger whose operands are both computed, of bytes on one grid each."""
+    left, right = node.inputs[0], node.inputs[1]
+    if left is None or right is None:
+        return None
+    if node.op_type == "MatMulInteger":
+        zeros = [node.inputs[i] if len(node.inputs) > i else None for i in (2, 3)]
+        given = [value for value in zeros if value is not None]
+        if is_constant(right) or not all(is_constant(value) and _numbers(value).size == 1 for value in given):
+            return None
+        a, b = (0 if value is None else int(_numbers(value)[0]) for value in zeros)
+        return Bytes((left, right), (a, b), None)
+    first, second = dequantized(left), dequantized(right)
+    if node.op_type != "MatMul" or first is None or second is None:
+        return None
+    grid, other = first[1], second[1]
+    scale = float(np.float32(grid.scale) * np.float32(other.scale))
+    return Bytes((first[0], second[0]), (grid.zero_point, other.zero_point), scale)
 
 
 def _explicit(node: ir.Node, source: ir.Value, weight: ir.Value) -> Integers:

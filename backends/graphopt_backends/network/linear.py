@@ -10,7 +10,6 @@ import numpy as np
 import onnx_ir as ir
 
 from graphopt_backends._fold import is_constant, static_shape
-from graphopt_backends.kernels.batched import Batched
 from graphopt_backends.kernels.conv import Window
 from graphopt_backends.kernels.depthwise import Depthwise
 from graphopt_backends.kernels.epilogue import Epilogue
@@ -25,15 +24,16 @@ from graphopt_backends.kernels.expression import (
 )  # fmt: skip
 from graphopt_backends.kernels.gemm import Gemm
 from graphopt_backends.kernels.multiply import stored_as
+from graphopt_backends.network.batched import multiply_batches
 from graphopt_backends.network.half import narrowed
-from graphopt_backends.network.integers import is_weight
+from graphopt_backends.network.integers import bytes_of, is_weight
 from graphopt_backends.network.network import Network, shape_of
 from graphopt_backends.network.products import convolution, on_tiles, product
 from graphopt_backends.network.regions import Region
-from graphopt_backends.network.sums import Operands, Sums, Term, is_depthwise, matrices_of, operands_of
+from graphopt_backends.network.sums import Operands, Sums, Term, is_depthwise, operands_of, taken_factor
 from graphopt_backends.network.views import View
 
-__all__ = ["CONVERTERS", "accepts", "flat_rows", "float_epilogue", "is_supported", "order_of_reader"]
+__all__ = ["CONVERTERS", "accepts", "flat_rows", "float_epilogue", "is_supported"]
 
 
 def is_supported(node: ir.Node) -> bool:
@@ -77,7 +77,7 @@ def _gemm_check(node: ir.Node) -> bool:
 
 
 def _matmul_check(node: ir.Node) -> bool:
-    return all(value is not None and len(shape_of(value)) >= 2 for value in node.inputs)
+    return all(value is not None and len(shape_of(value)) >= 2 for value in node.inputs[:2])
 
 
 def _has_packed_weight(node: ir.Node) -> bool:
@@ -87,12 +87,14 @@ def _has_packed_weight(node: ir.Node) -> bool:
 
 
 def _integer_check(node: ir.Node) -> bool:
-    """Weights and their zero points are constants, grids of activations one for all."""
+    """Weights and their zero points are constants, grids of activations one for all; or all zero points are."""
     weight, zero = node.inputs[1], node.inputs[2] if len(node.inputs) > 2 else None
     constants = [weight, *node.inputs[3:]]
     single = zero is None or int(np.prod(shape_of(zero))) == 1
     ranks = (3, 4) if node.op_type == "ConvInteger" else (2,)
     plain = node.attributes.get_string("auto_pad", "NOTSET") in ("NOTSET", "VALID")
+    if node.op_type == "MatMulInteger" and bytes_of(node) is not None:
+        return _matmul_check(node)
     if not single or not plain or not all(value is None or is_constant(value) for value in constants):
         return False
     return len(shape_of(_value(node, 1))) in ranks
@@ -193,7 +195,7 @@ def _convolve(network: Network, node: ir.Node, region: Region | None) -> None:
 def _multiply(network: Network, node: ir.Node, region: Region | None) -> None:
     assert region is not None
     if not _has_packed_weight(node):
-        _multiply_batches(network, node, region)
+        multiply_batches(network, node, region)
         return
     flipped = node.op_type == "Gemm" and bool(node.attributes.get_int("transB", 0))
     on = operands_of(network, node, 0 if flipped else 1)
@@ -239,45 +241,6 @@ def flat_rows(network: Network, source: View, depth: int, node: ir.Node) -> tupl
         flat = network.copied(source, node=node).reshaped((rows, depth))
         assert flat is not None
     return flat, flat.strides[0] if rows > 1 else depth
-
-
-def _multiply_batches(network: Network, node: ir.Node, region: Region) -> None:
-    """Two activations, or many constant matrices."""
-    result = network.new(region.result, order_of_reader(region.result))
-    batch = result.shape[:-2]
-    left, (right, stored) = network.input(node, 0), matrices_of(network, _value(node, 1))
-    if left.shape[-1] > 1 and left.strides[-1] != 1:
-        left = network.copied(left, node=node)
-    if result.strides[-1] != 1 and result.shape[-1] > 1:
-        result = network.new(region.result)
-    operands, strides, steps = list[View](), list[tuple[int, int]](), list[tuple[int, ...]]()
-    for value in region.operands:
-        view = network.view(value).broadcast(result.shape)
-        if view.shape[-1] > 1 and view.strides[-1] not in (0, 1):
-            view = network.copied(network.view(value)).broadcast(result.shape)
-        operands.append(view)
-        strides.append((view.strides[-2], view.strides[-1]))
-        steps.append(view.strides[:-2])
-    left, right = left.broadcast((*batch, *left.shape[-2:])), right.broadcast((*batch, *right.shape[-2:]))
-    expression, held = network.bound(simplified(region.expression), len(operands) + 1)
-    operands += held
-    strides += [(0, 0)] * len(held)
-    steps += [(0,) * len(batch)] * len(held)
-    kernel = Batched(
-        network.isa, batch, result.shape[-2], result.shape[-1], left.shape[-1], left.strides[:-1], right.strides,
-        result.strides[:-1], Epilogue(expression, tuple(strides)), tuple(steps), stored,
-    )  # fmt: skip
-    network.call(kernel, [left, right, *operands, result], *region.nodes)
-
-
-def order_of_reader(value: ir.Value) -> tuple[int, ...] | None:
-    """The order of axes that the only reader brings about, so that it need not."""
-    users = list(value.uses())
-    if len(users) != 1 or users[0][0].op_type != "Transpose" or value.is_graph_output():
-        return None
-    axes = users[0][0].attributes.get_ints("perm")
-    rank = len(shape_of(value))
-    return tuple(axes) if axes is not None and axes[-1] == rank - 1 else None
 
 
 def _value(node: ir.Node, index: int) -> ir.Value:
@@ -329,7 +292,7 @@ def _epilogue(
         if on.scale is None:
             expression = substituted(expression, {operand(0, "int32"): as_type(sums, "int32")})
         else:
-            own, scale = _taken_factor(expression, on.scale)
+            own, scale = taken_factor(expression, on.scale)
             step = parameter(float(scale[0])) if scale.size == 1 else operand(len(views) + 1)
             if scale.size > 1:
                 views.append(network.constant(scale))
@@ -344,23 +307,6 @@ def float_epilogue(
 ) -> tuple[Epilogue, list[View]]:
     """The epilogue of a region whose sums are floats, and its operands; see `_epilogue`."""
     return _epilogue(network, region, result, axis, bias, Operands(result, np.empty(0), None))
-
-
-def _taken_factor(expression: Expression, scale: np.ndarray) -> tuple[Expression, np.ndarray]:
-    """Let the scales of the columns take the one factor that all sums are multiplied with first, if there is one."""
-    whole = simplified(substituted(expression, {operand(0): call("mul", operand(0), parameter(1.0))}))
-    factors = _factors(whole)
-    if len(factors) != 1:
-        return expression, scale
-    factor = factors.pop()
-    return substituted(whole, {factor: operand(0)}), (scale * np.float32(factor.args[1].value)).astype(np.float32)
-
-
-def _factors(expression: Expression) -> set[Expression]:
-    """Products of the sums and a constant."""
-    if expression.op == "mul" and expression.args[0] == operand(0) and expression.args[1].op == "parameter":
-        return {expression}
-    return {factor for arg in expression.args for factor in _factors(arg)}
 
 
 def _call(

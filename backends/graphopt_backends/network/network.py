@@ -107,7 +107,9 @@ class Network:
         self.calls.append(Call(kernel, tuple(views), tuple(str(node.name) for node in nodes)))
 
     def loops(self, expression: Expression, sources: Sequence[View], result: View, *nodes: ir.Node) -> None:
-        """Add a call of arithmetic; sources are repeated to the shape of the result."""
+        """Add a call of arithmetic; sources are repeated to the shape of the result, which may have no elements."""
+        if not result.size:
+            return
         expression, held = self.bound(simplified(expression), len(sources))
         sources = [*sources, *held]
         wide = [source.broadcast(result.shape) for source in sources]
@@ -127,7 +129,9 @@ class Network:
         return result
 
     def copy(self, source: View, result: View, node: ir.Node | None = None) -> None:
-        """Copy elements, repeated to the shape of the result."""
+        """Copy elements, if there are any, repeated to the shape of the result."""
+        if not result.size:
+            return
         nodes, source = [node] if node is not None else [], source.broadcast(result.shape)
         turned = transpose_of(self.isa, source.dtype, result.shape, source.strides, result.strides)
         if turned is not None:

@@ -3,7 +3,6 @@
 from                                                            to
 x / sqrt(mean(x^2) + e) * w                                     RMSNormalization
 (x - mean(x)) / sqrt(mean((x - mean(x))^2) + e) * w + b         LayerNormalization
-SkipLayerNormalization                                          Add, LayerNormalization
 InstanceNormalization, GroupNormalization                       ReduceMean, Sub, Mul, ... : kernels in any layout
 """
 
@@ -175,32 +174,6 @@ def _replace(graph: ir.Graph, place: ir.Node, made: ir.Node, value: ir.Value) ->
     graph.remove(place, safe=True)
 
 
-def _skip(graph: ir.Graph, node: ir.Node) -> bool:
-    """SkipLayerNormalization: the sum of two values and perhaps a bias, normalized; the sum may be read too."""
-    shape = static_shape(node.inputs[0])
-    if shape is None or static_shape(node.inputs[1]) != shape or any(o.uses() for o in node.outputs[1:3]):
-        return False
-    parts = [*node.inputs[:2], *node.inputs[4:5]]
-    gain, shift = node.inputs[2], node.inputs[3] if len(node.inputs) > 3 else None
-    total = parts[0]
-    for i, part in enumerate(parts[1:]):
-        if part is not None:
-            added = ir.Node("", "Add", [total, part], name=f"{node.name}/add_{i}")
-            added.outputs[0].name = f"{node.name}/sum_{i}"
-            added.outputs[0].type, added.outputs[0].shape = node.outputs[0].type, node.outputs[0].shape
-            graph.insert_before(node, added)
-            total = added.outputs[0]
-    assert total is not None
-    if len(node.outputs) > 3 and (node.outputs[3].uses() or node.outputs[3].is_graph_output()):
-        total.name = node.outputs[3].name
-        node.outputs[3].replace_all_uses_with(total, replace_graph_outputs=True)
-    inputs = [total, gain] if shift is None else [total, gain, shift]
-    attributes = [ir.AttrInt64("axis", -1), ir.AttrFloat32("epsilon", node.attributes.get_float("epsilon", 1e-12))]
-    name = "LayerNormalization" if node.op_type == "SkipLayerNormalization" else "RMSNormalization"
-    _replace(graph, node, ir.Node("", name, inputs, attributes, name=node.name), node.outputs[0])
-    return True
-
-
 def _of_images(graph: ir.Graph, node: ir.Node) -> bool:
     """Instance and group normalization: means over all pixels, of each channel or each group of channels."""
     source, gain, shift = node.inputs
@@ -256,7 +229,5 @@ class _Maker:
 _RULES: Mapping[str, Callable[[ir.Graph, ir.Node], bool]] = {
     "GroupNormalization": _of_images,
     "InstanceNormalization": _of_images,
-    "SkipLayerNormalization": _skip,
-    "SkipSimplifiedLayerNormalization": _skip,
     "Sqrt": _chain,
 }

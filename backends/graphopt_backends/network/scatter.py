@@ -152,7 +152,9 @@ def _gather_elements(network: Network, node: ir.Node, _: Region | None) -> None:
 def _scattered(
     network: Network, node: ir.Node, updates: View, result: View, numbers: np.ndarray | View, run: int
 ) -> None:
-    """Write runs into a copy of the first input."""
+    """Write runs, if there are any, into a copy of the first input."""
+    if not updates.size:
+        return
     combine = _combine(node)
     view = _view_of(result, numbers, run, updates.shape) if combine == "none" else None
     if view is not None and (0 not in _steps(view)):

@@ -9,13 +9,14 @@ import numpy as np
 import onnx_ir as ir
 
 from graphopt.targets import Isa
+from graphopt_backends.kernels.expression import Expression, call, operand, parameter, simplified, substituted
 from graphopt_backends.kernels.multiply import Kind, Multiply, Stored, integer_kind, stored_as
 from graphopt_backends.network.half import narrowed
 from graphopt_backends.network.integers import as_bytes, integers_of, is_weight, weight_of
 from graphopt_backends.network.network import Network
 from graphopt_backends.network.views import View
 
-__all__ = ["Operands", "Sums", "Term", "is_depthwise", "matrices_of", "operands_of"]
+__all__ = ["Operands", "Sums", "Term", "is_depthwise", "matrices_of", "operands_of", "taken_factor"]
 
 
 @dataclass(frozen=True)
@@ -121,6 +122,23 @@ class Sums:
         if self.on.excess is not None:
             found.append((totals(), network.constant(self.on.excess.astype(np.int32).reshape(shape))))
         return found
+
+
+def taken_factor(expression: Expression, scale: np.ndarray) -> tuple[Expression, np.ndarray]:
+    """Let the scales of the columns take the one factor that all sums are multiplied with first, if there is one."""
+    whole = simplified(substituted(expression, {operand(0): call("mul", operand(0), parameter(1.0))}))
+    factors = _factors(whole)
+    if len(factors) != 1:
+        return expression, scale
+    factor = factors.pop()
+    return substituted(whole, {factor: operand(0)}), (scale * np.float32(factor.args[1].value)).astype(np.float32)
+
+
+def _factors(expression: Expression) -> set[Expression]:
+    """Products of the sums and a constant."""
+    if expression.op == "mul" and expression.args[0] == operand(0) and expression.args[1].op == "parameter":
+        return {expression}
+    return {factor for arg in expression.args for factor in _factors(arg)}
 
 
 def _input(node: ir.Node, index: int) -> ir.Value:

@@ -1,6 +1,6 @@
 /* Runs the compiled model once on zeros. Build and start, in this folder:
  *
- *   @COMPILER@ -std=c11 -O2 example.c model.so -o example -Wl,-rpath,'$ORIGIN' && ./example
+ *   @COMMAND@ && ./example
  */
 #include <stdio.h>
 #include <stdlib.h>

@@ -4,9 +4,13 @@
  *   graphopt_run(model, inputs, outputs);      // arrays of pointers, in the order of graphopt_describe()
  *   graphopt_close(model);
  *
- * The library that exports these functions is the model: link against it, or load it with dlopen. It needs the C
- * library and threads, nothing else. Values lie in row-major order; memory for inputs and outputs is the caller's and
- * need not be aligned beyond its elements. One model runs once at a time; several models may run at the same time.
+ * The library that exports these functions is the model: link against it, or load it with dlopen, as a program with
+ * several models does. It needs the C library and threads, nothing else. Values lie in row-major order; memory for
+ * inputs and outputs is the caller's and need not be aligned beyond its elements.
+ *
+ * All functions may be called from any thread. An open model runs once at a time: others who call it wait. Models that
+ * were opened on their own run side by side, those of the same library too. After a fork the child may go on with what
+ * its parent had opened. Close all models of a library before dlclose, and none that is running.
  */
 #ifndef GRAPHOPT_H_
 #define GRAPHOPT_H_
@@ -61,7 +65,7 @@ typedef struct graphopt_model graphopt_model;
 /* What the model takes and gives. */
 GRAPHOPT_EXPORT const graphopt_description* graphopt_describe(void);
 
-/* Makes the model ready to run on a number of threads, the caller's own among them.
+/* Makes the model ready to run on a number of threads, 256 at most, the caller's own among them.
  *
  * weights: path of the file model.weights, which is mapped and not read; NULL where weights are in the library.
  * message: room for a line that says why, if the result is NULL: the CPU lacks an instruction, a file is not there.
@@ -70,6 +74,13 @@ GRAPHOPT_EXPORT graphopt_model* graphopt_open(const char* weights, int threads, 
 
 /* Runs the model once. */
 GRAPHOPT_EXPORT void graphopt_run(graphopt_model* model, const void* const* inputs, void* const* outputs);
+
+/* Runs the model on as many batches as `count` says, one after the other: the first axis of each input and output is
+ * then `count` times as long as graphopt_describe() says. Returns 1; or 0, and runs nothing, where the compiler has not
+ * proven that samples of this model stay apart, or where they do not lie along the first axis of all inputs and outputs; a count of 0 asks.
+ */
+GRAPHOPT_EXPORT int graphopt_run_batch(
+    graphopt_model* model, const void* const* inputs, void* const* outputs, uint64_t count);
 
 /* Runs the model once and adds the nanoseconds of each step to times[step_count]. */
 GRAPHOPT_EXPORT void graphopt_profile(

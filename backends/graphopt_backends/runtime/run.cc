@@ -52,9 +52,12 @@ void run_all(const graphopt::Arguments& given) {
     std::vector<const void*> sources;
     std::vector<void*> targets;
     for (int k = 0; k < made.input_count; ++k) {
-      if (all[i + k].bytes != made.inputs[k].bytes)
-        throw std::runtime_error(std::string("input ") + made.inputs[k].name + " has another size");
-      sources.push_back(all[i + k].data.get());
+      const graphopt::Tensor& given = all[i + k];
+      const graphopt_tensor& wanted = made.inputs[k];
+      if (given.bytes != wanted.bytes || given.dtype != wanted.dtype)
+        throw std::runtime_error(std::string("input ") + wanted.name + " takes " + std::to_string(wanted.bytes) +
+                                 " bytes of " + wanted.dtype + ", not " + std::to_string(given.bytes) + " of " + given.dtype);
+      sources.push_back(given.data.get());
     }
     for (const graphopt::Tensor& output : outputs) targets.push_back(output.data.get());
     run(model, sources.data(), targets.data());

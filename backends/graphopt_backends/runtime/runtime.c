@@ -22,9 +22,9 @@
 #include <time.h>
 #include <unistd.h>
 
+#include "compiled.h"
 #include "cpu.h"
 #include "graphopt.h"
-#include "loops.h"
 
 enum { PAGE = 4096, HUGE_PAGE = 2 << 20, SPINS = 20000, PATIENCE = 2000, MOST_THREADS = 256 };
 
@@ -38,35 +38,30 @@ typedef struct {
 } worker;
 
 struct graphopt_model {
+  graphopt_model* next; /* of all open ones */
   const uint8_t* weights;
   size_t mapped; /* bytes to unmap; 0: the weights are in the library */
   void* workspace;
-  size_t workspace_bytes;
   int threads;
+  int started; /* workers that run in this process */
   worker* workers;
   int home; /* core that no worker is bound to */
   /* Runs are numbered; numbers wrap, and are compared by their difference. */
   atomic_uint* taken;    /* by step and part: the last run that somebody took it for */
   atomic_uint* finished; /* by step: parts that were done, in all runs */
-  uint64_t* times;
-  uint64_t last;
-  unsigned born; /* forks of this process when the threads were started */
+  pthread_mutex_t running;
   /* the run: */
-  _Atomic(const void* const*) inputs;
-  _Atomic(void* const*) outputs;
+  int timed;
+  _Atomic(uint64_t)* ends; /* by step: when its last part was done, if it is timed */
+  /* A thread that comes late still reads the pointers, of an old run or of a new one, and uses none. */
+  _Atomic(const void*)* inputs;
+  _Atomic(void*)* outputs;
   atomic_int sleeping;
   atomic_int leave;
-  pthread_mutex_t mutex;
+  pthread_mutex_t mutex; /* of those that sleep */
   pthread_cond_t wake;
   _Alignas(64) atomic_uint runs; /* counts up when there is work */
 };
-
-/* Made by the compiler, for each model: calls the entry function with pointers in its order. */
-void graphopt_enter(
-    const void* const* inputs, void* const* outputs, const void* weights, void* workspace, void* self, int32_t task,
-    int32_t tasks);
-extern const graphopt_description graphopt_this;
-extern const uint8_t* const graphopt_embedded_weights;
 
 const graphopt_description* graphopt_describe(void) { return &graphopt_this; }
 
@@ -76,7 +71,6 @@ static uint64_t now(void) {
   return (uint64_t)t.tv_sec * 1000000000u + (uint64_t)t.tv_nsec;
 }
 
-/* True if this thread is to compute a part of a step. */
 int32_t graphopt_take(void* state, int32_t step, int32_t part) {
   worker* self = state;
   if (self->model->threads == 1) return 1;
@@ -86,38 +80,33 @@ int32_t graphopt_take(void* state, int32_t step, int32_t part) {
          atomic_compare_exchange_strong_explicit(last, &run, self->run, memory_order_acq_rel, memory_order_relaxed);
 }
 
-/* A part of a step is done. */
-void graphopt_done(void* state, int32_t step) {
-  worker* self = state;
-  if (self->model->threads > 1) atomic_fetch_add_explicit(&self->model->finished[step], 1, memory_order_acq_rel);
-}
-
 static void stop_the_clock(graphopt_model* model, int32_t step) {
-  uint64_t time = now();
-  model->times[step] += time - model->last;
-  model->last = time;
+  uint64_t time = now(), known = atomic_load(&model->ends[step]);
+  while (known < time && !atomic_compare_exchange_weak(&model->ends[step], &known, time)) continue;
 }
 
-/* Between two steps that one thread takes together. */
 void graphopt_between(void* state, int32_t step) {
   worker* self = state;
-  if (self->model->times) stop_the_clock(self->model, step);
+  if (self->model->timed) stop_the_clock(self->model, step);
 }
 
-/* Waits until all parts of a step are done: the next one needs what others did. */
+void graphopt_done(void* state, int32_t step) {
+  graphopt_model* model = ((worker*)state)->model;
+  if (model->timed) stop_the_clock(model, step);
+  if (model->threads > 1) atomic_fetch_add_explicit(&model->finished[step], 1, memory_order_acq_rel);
+}
+
 void graphopt_behind(void* state, int32_t step, int32_t parts) {
   worker* self = state;
   graphopt_model* model = self->model;
-  if (model->threads > 1) {
-    unsigned wanted = self->run * (unsigned)parts;
-    for (int spins = 0; (int)(atomic_load_explicit(&model->finished[step], memory_order_acquire) - wanted) < 0; ++spins) {
-      if (spins < PATIENCE)
-        cpu_relax();
-      else
-        sched_yield(); /* there are fewer cores than threads */
-    }
+  if (model->threads == 1) return;
+  unsigned wanted = self->run * (unsigned)parts;
+  for (int spins = 0; (int)(atomic_load_explicit(&model->finished[step], memory_order_acquire) - wanted) < 0; ++spins) {
+    if (spins < PATIENCE)
+      cpu_relax();
+    else
+      sched_yield(); /* there are fewer cores than threads */
   }
-  if (model->times && self->task == 0) stop_the_clock(model, step);
 }
 
 static void enter(worker* self) {
@@ -163,17 +152,8 @@ static void bind_worker(worker* self, int core) {
   self->core = sched_setaffinity(atomic_load(&self->number), sizeof set, &set) == 0 ? core : -1;
 }
 
-static unsigned forks;
-static void count_fork(void) { ++forks; }
-static void watch_forks(void) { pthread_atfork(NULL, NULL, count_fork); }
-
-/* Starts the workers, each on a core of its own where there are enough. */
+/* Starts the workers, each on a core of its own where there are enough; 0 if one of them cannot be started. */
 static int start(graphopt_model* model) {
-  static pthread_once_t once = PTHREAD_ONCE_INIT;
-  pthread_once(&once, watch_forks);
-  model->born = forks;
-  atomic_store(&model->sleeping, 0);
-  if (pthread_mutex_init(&model->mutex, NULL) || pthread_cond_init(&model->wake, NULL)) return 0;
   int cores[MOST_THREADS];
   int count = cpu_cores(cores, MOST_THREADS), next = 0;
   int bound = count >= model->threads;
@@ -195,6 +175,7 @@ static int start(graphopt_model* model) {
     self->run = atomic_load(&model->runs);
     atomic_store(&self->number, 0);
     if (pthread_create(&self->thread, NULL, work, self)) return 0;
+    model->started = i;
     if (bound) {
       bind_worker(self, cores[next]);
       do ++next;
@@ -208,13 +189,60 @@ static int start(graphopt_model* model) {
 static void make_room(graphopt_model* model) {
   int core = sched_getcpu();
   if (core == model->home) return;
-  for (int i = 1; i < model->threads; ++i) {
+  for (int i = 1; i <= model->started; ++i) {
     if (model->workers[i].core == core) {
       bind_worker(&model->workers[i], model->home);
       model->home = core;
       return;
     }
   }
+}
+
+static void stop(graphopt_model* model) {
+  atomic_store(&model->leave, 1);
+  call_workers(model);
+  for (int i = 1; i <= model->started; ++i) pthread_join(model->workers[i].thread, NULL);
+}
+
+/* No run is going on, and no worker there. */
+static int rest(graphopt_model* model) {
+  size_t steps = (size_t)graphopt_this.step_count + 1;
+  model->started = 0;
+  atomic_store(&model->runs, 0);
+  atomic_store(&model->sleeping, 0);
+  memset(model->taken, 0, steps * (size_t)model->threads * sizeof *model->taken);
+  memset(model->finished, 0, steps * sizeof *model->finished);
+  return !pthread_mutex_init(&model->running, NULL) && !pthread_mutex_init(&model->mutex, NULL) &&
+         !pthread_cond_init(&model->wake, NULL);
+}
+
+/* Open models: in a child process none of their threads is there, and nobody ends what they were doing. */
+static pthread_mutex_t list = PTHREAD_MUTEX_INITIALIZER;
+static graphopt_model* open_models;
+
+static void before_fork(void) { pthread_mutex_lock(&list); }
+static void in_parent(void) { pthread_mutex_unlock(&list); }
+static void in_child(void) {
+  for (graphopt_model* model = open_models; model; model = model->next) rest(model);
+  pthread_mutex_unlock(&list);
+}
+static void watch_forks(void) { pthread_atfork(before_fork, in_parent, in_child); }
+
+static void enlist(graphopt_model* model) {
+  static pthread_once_t once = PTHREAD_ONCE_INIT;
+  pthread_once(&once, watch_forks);
+  pthread_mutex_lock(&list);
+  model->next = open_models;
+  open_models = model;
+  pthread_mutex_unlock(&list);
+}
+
+static void strike(graphopt_model* model) {
+  pthread_mutex_lock(&list);
+  graphopt_model** at = &open_models;
+  while (*at != model) at = &(*at)->next;
+  *at = model->next;
+  pthread_mutex_unlock(&list);
 }
 
 static void* page_aligned(size_t size) {
@@ -257,6 +285,35 @@ static const char* map_weights(graphopt_model* model, const char* path) {
   return NULL;
 }
 
+static void release(graphopt_model* model) {
+  if (model->mapped) munmap((void*)(model->weights - PAGE), model->mapped);
+  free(model->inputs);
+  free(model->outputs);
+  free(model->ends);
+  free(model->taken);
+  free(model->finished);
+  free(model->workers);
+  free(model->workspace);
+  free(model);
+}
+
+/* Memory of a model; returns what went wrong, or NULL. */
+static const char* furnish(graphopt_model* model) {
+  size_t threads = (size_t)model->threads, steps = (size_t)graphopt_this.step_count + 1;
+  model->workspace = page_aligned((size_t)(graphopt_this.workspace_bytes + threads * graphopt_this.thread_bytes));
+  model->workers = calloc(threads, sizeof *model->workers);
+  model->taken = calloc(steps * threads, sizeof *model->taken);
+  model->finished = calloc(steps, sizeof *model->finished);
+  model->ends = calloc(steps, sizeof *model->ends);
+  model->inputs = calloc((size_t)graphopt_this.input_count + 1, sizeof *model->inputs);
+  model->outputs = calloc((size_t)graphopt_this.output_count + 1, sizeof *model->outputs);
+  if (!model->workspace || !model->workers || !model->taken || !model->finished || !model->ends || !model->inputs ||
+      !model->outputs)
+    return "out of memory";
+  for (size_t i = 0; i < threads; ++i) model->workers[i].model = model;
+  return NULL;
+}
+
 graphopt_model* graphopt_open(const char* weights, int threads, char* message, size_t room) {
   char lacks[256];
   if (!cpu_has(graphopt_this.features, lacks, sizeof lacks)) {
@@ -275,31 +332,26 @@ graphopt_model* graphopt_open(const char* weights, int threads, char* message, s
     model->weights = graphopt_embedded_weights;
   else
     fault = map_weights(model, weights);
-  if (!fault) {
-    model->workspace_bytes =
-        (size_t)(graphopt_this.workspace_bytes + (uint64_t)model->threads * graphopt_this.thread_bytes);
-    model->workspace = page_aligned(model->workspace_bytes);
-    size_t threads = (size_t)model->threads, steps = (size_t)graphopt_this.step_count + 1;
-    model->workers = calloc(threads, sizeof *model->workers);
-    model->taken = calloc(steps * threads, sizeof *model->taken);
-    model->finished = calloc(steps, sizeof *model->finished);
-    if (!model->workspace || !model->workers || !model->taken || !model->finished) fault = "out of memory";
-    for (size_t i = 0; !fault && i < threads; ++i) model->workers[i].model = model;
-  }
+  if (!fault) fault = furnish(model);
   if (!fault && !cpu_prepare(graphopt_this.features)) fault = "the system refuses the CPU's matrix registers";
-  if (!fault && model->threads > 1 && !start(model)) fault = "cannot start threads";
-  if (!fault) return model;
-  snprintf(message, room, "%s", fault);
-  model->born = forks - 1; /* no threads to wait for */
-  graphopt_close(model);
-  return NULL;
+  if (!fault && (!rest(model) || !start(model))) {
+    stop(model);
+    fault = "cannot start threads";
+  }
+  if (fault) {
+    snprintf(message, room, "%s", fault);
+    release(model);
+    return NULL;
+  }
+  enlist(model);
+  return model;
 }
 
-void graphopt_run(graphopt_model* model, const void* const* inputs, void* const* outputs) {
-  model->inputs = inputs;
-  model->outputs = outputs;
+static void run(graphopt_model* model, const void* const* inputs, void* const* outputs) {
+  for (int i = 0; i < graphopt_this.input_count; ++i) atomic_store_explicit(&model->inputs[i], inputs[i], memory_order_relaxed);
+  for (int i = 0; i < graphopt_this.output_count; ++i) atomic_store_explicit(&model->outputs[i], outputs[i], memory_order_relaxed);
   if (model->threads > 1) {
-    if (model->born != forks) start(model); /* a child process has no threads but its first */
+    if (!model->started) start(model); /* in a child process; without workers the caller does it all */
     make_room(model);
     call_workers(model);
     model->workers[0].run = atomic_load(&model->runs);
@@ -307,17 +359,47 @@ void graphopt_run(graphopt_model* model, const void* const* inputs, void* const*
   enter(&model->workers[0]);
 }
 
+void graphopt_run(graphopt_model* model, const void* const* inputs, void* const* outputs) {
+  pthread_mutex_lock(&model->running);
+  run(model, inputs, outputs);
+  pthread_mutex_unlock(&model->running);
+}
+
+int graphopt_run_batch(graphopt_model* model, const void* const* inputs, void* const* outputs, uint64_t count) {
+  if (!graphopt_samples_apart) return 0;
+  const graphopt_description* made = &graphopt_this;
+  const void* sources[made->input_count + 1];
+  void* results[made->output_count + 1];
+  pthread_mutex_lock(&model->running);
+  for (uint64_t i = 0; i < count; ++i) {
+    for (int k = 0; k < made->input_count; ++k) sources[k] = (const uint8_t*)inputs[k] + i * made->inputs[k].bytes;
+    for (int k = 0; k < made->output_count; ++k) results[k] = (uint8_t*)outputs[k] + i * made->outputs[k].bytes;
+    run(model, sources, results);
+  }
+  pthread_mutex_unlock(&model->running);
+  return 1;
+}
+
 void graphopt_profile(graphopt_model* model, const void* const* inputs, void* const* outputs, uint64_t* times) {
-  model->times = times;
-  model->last = now();
-  graphopt_run(model, inputs, outputs);
-  model->times = NULL;
+  pthread_mutex_lock(&model->running);
+  model->timed = 1;
+  uint64_t last = now();
+  run(model, inputs, outputs);
+  model->timed = 0;
+  for (int i = 0; i < graphopt_this.step_count; ++i) {
+    uint64_t end = atomic_load(&model->ends[i]);
+    times[i] += end - last;
+    last = end;
+  }
+  pthread_mutex_unlock(&model->running);
 }
 
 double graphopt_peak(const char* arithmetic) {
   enum { BYTES = 4096, TURNS = 20000, TRIALS = 50 };
   static const uint8_t operands[BYTES] __attribute__((aligned(64)));
   uint8_t sums[BYTES] __attribute__((aligned(64)));
+  char lacks[64];
+  if (!cpu_has(graphopt_this.features, lacks, sizeof lacks) || !cpu_prepare(graphopt_this.features)) return 0;
   for (const graphopt_loop* loop = graphopt_loops; loop->arithmetic; ++loop) {
     if (strcmp(loop->arithmetic, arithmetic) != 0) continue;
     uint64_t least = UINT64_MAX;
@@ -334,15 +416,7 @@ double graphopt_peak(const char* arithmetic) {
 
 void graphopt_close(graphopt_model* model) {
   if (!model) return;
-  if (model->threads > 1 && model->born == forks) {
-    atomic_store(&model->leave, 1);
-    call_workers(model);
-    for (int i = 1; i < model->threads; ++i) pthread_join(model->workers[i].thread, NULL);
-  }
-  if (model->mapped) munmap((void*)(model->weights - PAGE), model->mapped);
-  free(model->taken);
-  free(model->finished);
-  free(model->workers);
-  free(model->workspace);
-  free(model);
+  strike(model);
+  stop(model);
+  release(model);
 }

@@ -70,22 +70,19 @@ inline std::vector<Tensor> read_tensors(const std::string& path) {
 
   std::vector<Tensor> tensors;
   for (size_t at = round_up(first.size() + 1); at < size;) {
-    std::string header = line(at), tag, dtype, dims, dim;
-    std::istringstream words(header);
-    size_t bytes = 0;
-    words >> tag >> dtype >> dims >> bytes >> std::ws;
-    Tensor tensor;
-    std::getline(words, tensor.name);
-    tensor.name.erase(tensor.name.find_last_not_of(' ') + 1);
-    tensor.dtype = dtype;
-    std::istringstream sizes(dims == "-" ? "" : dims);
-    while (std::getline(sizes, dim, ',')) tensor.shape.push_back(std::stoll(dim));
+    std::string header = line(at), tag, dims, dim;
     at += header.size() + 1;
-    tensor.bytes = bytes;
-    if (tag != "tensor" || at + bytes > size) throw std::runtime_error(path + " is damaged");
+    std::istringstream words(header);
+    Tensor tensor;
+    words >> tag >> tensor.dtype >> dims >> tensor.bytes;
+    if (!words || tag != "tensor" || tensor.bytes > size - at) throw std::runtime_error(path + " is damaged");
+    std::getline(words >> std::ws, tensor.name);
+    tensor.name.erase(tensor.name.find_last_not_of(' ') + 1);
+    std::istringstream sizes(dims == "-" ? "" : dims);
+    while (std::getline(sizes, dim, ',')) tensor.shape.push_back(std::strtoll(dim.c_str(), nullptr, 10));
     tensor.data = std::shared_ptr<void>(all, all.get() + at);
+    at = round_up(at + tensor.bytes);
     tensors.push_back(std::move(tensor));
-    at = round_up(at + bytes);
   }
   return tensors;
 }

@@ -236,3 +236,51 @@ def test_a_reshape_that_needs_a_copy_is_no_view() -> None:
     view = View(Buffer("float32", 6), (2, 3), (3, 1)).permuted((1, 0))
     assert view.reshaped((6,)) is None
     assert view.reshaped((3, 1, 2)) is not None
+
+
+@pytest.mark.parametrize("isa", ISAS, ids=lambda isa: isa.name)
+def test_tensors_without_elements_are_known(isa: Isa) -> None:
+    _check(
+        """
+        g (float[3,4] x, float[0,4] none) => (float[0,4] y, float[3,4] z, float[4] s, float[0,2] w, float[3,2] v) {
+            y = Slice(x, one, one, first)
+            a = Relu(y)
+            z = Concat<axis=0>(a, x, none)
+            s = ReduceSum<keepdims=0>(none, first)
+            w = MatMul(none, matrix)
+            b = Slice(x, one, one, second)
+            v = MatMul(b, nothing)
+        }""",
+        isa, None, one=np.array([1]), first=np.array([0]), second=np.array([1]), matrix=_drawn(4, 2),
+        nothing=_drawn(0, 2),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("isa", ISAS, ids=lambda isa: isa.name)
+def test_products_of_vectors_and_of_computed_matrices(isa: Isa) -> None:
+    _check(
+        """
+        g (float[2,3,5] x, float[5] r, float[4,5] m, float[4,7] n) => (float[2,3] a, float[4] b, float[] c,
+            float[7,5] d, float[4,6] e) {
+            a = MatMul(x, r)
+            b = MatMul(m, r)
+            c = MatMul(r, r)
+            d = Gemm<transA=1, alpha=0.5, beta=2.0>(n, m, r)
+            e = Gemm(m, w, column)
+        }""",
+        isa, None, w=_drawn(5, 6), column=_drawn(4, 1),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("isa", ISAS, ids=lambda isa: isa.name)
+def test_pixels_become_channels_and_roots_of_powers_are_pooled(isa: Isa) -> None:
+    _check(
+        """
+        g (float[2,12,4,6] x) => (float[2,3,8,12] a, float[2,3,8,12] b, float[2,48,2,3] c, float[2,12,3,4] d) {
+            a = DepthToSpace<blocksize=2, mode="DCR">(x)
+            b = DepthToSpace<blocksize=2, mode="CRD">(x)
+            c = SpaceToDepth<blocksize=2>(x)
+            d = LpPool<kernel_shape=[3,2], strides=[2,2], pads=[1,1,1,1], p=3>(x)
+        }""",
+        isa,
+    )  # fmt: skip

@@ -189,6 +189,50 @@ def test_element_by_element_operators_of_integers_are_loops() -> None:
     assert set(_compare(model, (3, 50), step=0.08, few=0.03)) == {"Loops"}
 
 
+_SCORES = """
+g (float[2,3,9,16] x) => (float[2,3,9,16] y) {
+    q = QuantizeLinear(x, sa, za)
+    r = DequantizeLinear(q, sa, za)
+    t = Transpose<perm=[0,1,3,2]>(r)
+    s = MatMul(r, t)
+    sq = QuantizeLinear(s, sb, zb)
+    sr = DequantizeLinear(sq, sb, zb)
+    p = Softmax<axis=-1>(sr)
+    pq = QuantizeLinear(p, sc, zc)
+    pr = DequantizeLinear(pq, sc, zc)
+    m = MatMul(pr, r)
+    mq = QuantizeLinear(m, sa, za)
+    y = DequantizeLinear(mq, sa, za)
+}"""
+
+
+@pytest.mark.parametrize("isa", runnable(), ids=lambda isa: isa.name)
+@pytest.mark.parametrize(("dtype", "zero"), [("uint8", 120), ("int8", -3)])
+def test_attention_on_integers_multiplies_them(isa: Isa, dtype: str, zero: int) -> None:
+    model = model_of(
+        _SCORES, sa=np.float32(0.03), za=np.asarray(zero, dtype), sb=np.float32(0.2), zb=np.asarray(zero, dtype),
+        sc=np.float32(1 / 255), zc=np.asarray(0 if dtype == "uint8" else -128, dtype),
+    )  # fmt: skip
+    ran = _compare(model, (2, 3, 9, 16), step=0.03, isa=isa, few=0.03)
+    assert ran.count("ByteProducts") == 2
+
+
+_INTEGERS = """
+g (float[2,9,13] x) => (int32[2,9,9] y) {
+    q = QuantizeLinear(x, s, a)
+    t = Transpose<perm=[0,2,1]>(q)
+    y = MatMulInteger(q, t, a, b)
+}"""
+
+
+@pytest.mark.parametrize("isa", runnable(), ids=lambda isa: isa.name)
+@pytest.mark.parametrize(("dtype", "zeros"), [("uint8", (120, 7)), ("int8", (0, 0))])
+def test_products_of_computed_integers_are_exact(isa: Isa, dtype: str, zeros: tuple[int, int]) -> None:
+    a, b = (np.asarray(zero, dtype) for zero in zeros)
+    model = model_of(_INTEGERS, s=np.float32(0.02), a=a, b=b)
+    assert "ByteProducts" in _compare(model, (2, 9, 13), step=0.0, isa=isa, few=0.0)
+
+
 _SIGNS = """
 g (float[1,6,8,8] x) => (float[1,4,4,4] y) {
     xq = QuantizeLinear(x, s, z)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import itertools
 
 import numpy as np
@@ -15,7 +16,8 @@ from graphopt.model_io import ShapeBinding
 from graphopt.reference import Reference
 from graphopt.targets import Isa
 from graphopt_backends._lower import lower
-from graphopt_backends.network.convert import unsupported
+from graphopt_backends.network.convert import convert, unsupported
+from graphopt_backends.network.weights import Weights
 
 ISAS = runnable()
 pytestmark = pytest.mark.skipif(not ISAS, reason="this CPU runs none of the kernels")
@@ -28,7 +30,7 @@ _KINDS = [
         _GATES, ("forward", "reverse", "bidirectional"), (0, 1), (False, True), (False, True)
     )
     if operator == "GRU" or not late
-][::3]  # every third: all pairs of what differs
+][::5]  # a part of them, in which each option meets each other
 
 
 def _model(
@@ -61,12 +63,15 @@ def _model(
     return ir.from_proto(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9))
 
 
-def _check(model: ir.Model, isa: Isa, seed: int = 0) -> None:
+def _check(model: ir.Model, isa: Isa, seed: int = 0, lengths: np.ndarray | None = None) -> None:
     random = np.random.default_rng(seed)
     feed = {
         str(v.name): random.standard_normal([int(size) for size in v.shape or ()]).astype(np.float32)
         for v in model.graph.inputs
+        if v.name != "lengths"
     }
+    if lengths is not None:
+        feed["lengths"] = lengths.astype(np.int32)
     expected = Reference(model.clone(), threads=1).run(feed)
     got, ran = run_network(model, isa, feed)
     assert ran[:2] == ["Gemm", "Recurrent"]
@@ -94,13 +99,74 @@ def test_activations_and_lengths_that_are_those_of_the_batch(isa: Isa) -> None:
 
 
 @pytest.mark.parametrize(
+    ("direction", "options"), [("forward", {"clip": 0.7}), ("bidirectional", {"input_forget": 1})], ids=str
+)
+def test_gates_see_the_cell_have_limits_and_are_coupled(direction: str, options: dict[str, object]) -> None:
+    sizes = (9, 6, 7, 19)
+    model = _model("LSTM", sizes, 3, state=False, extra="p", direction=direction, hidden_size=19, **options)
+    for seed in range(4):
+        _check(model, ISAS[len(options) % len(ISAS)], seed)
+
+
+@pytest.mark.parametrize(("operator", "late"), [("GRU", 0), ("GRU", 1)])
+def test_sums_of_gates_have_limits(operator: str, late: int) -> None:
+    attributes = {"linear_before_reset": late} if operator == "GRU" else {}
+    model = _model(operator, (6, 3, 5, 9), hidden_size=9, clip=0.4, **attributes)
+    for seed in range(4):
+        _check(model, ISAS[-1], seed)
+
+
+_FUNCTIONS = [
+    ("GRU", ["HardSigmoid", "Softsign"], [0.3], [0.4]),
+    ("LSTM", ["hardsigmoid", "ScaledTanh", "Elu"], [0.25, 1.2, 0.7], [0.5, 0.6]),
+    ("RNN", ["LeakyRelu"], [0.1], []),
+    ("RNN", ["Affine"], [0.4], [0.1]),
+]
+
+
+@pytest.mark.parametrize(("operator", "names", "alphas", "betas"), _FUNCTIONS, ids=lambda x: "-".join(map(str, x)))
+def test_gates_have_any_function_that_onnx_names(
+    operator: str, names: list[str], alphas: list[float], betas: list[float]
+) -> None:
+    numbers = {"activation_alpha": alphas, **({"activation_beta": betas} if betas else {})}
+    model = _model(operator, (5, 2, 4, 6), hidden_size=6, activations=names, **numbers)
+    for seed in range(4):
+        _check(model, ISAS[seed % len(ISAS)], seed)
+
+
+@pytest.mark.parametrize(("operator", "direction"), [("LSTM", "bidirectional"), ("GRU", "reverse"), ("RNN", "forward")])
+def test_sequences_have_lengths_of_their_own(operator: str, direction: str) -> None:
+    model = _model(operator, (7, 6, 5, 18), extra="lengths", direction=direction, hidden_size=18)
+    lengths = model.graph.initializers.pop("lengths")
+    lengths.const_value = None
+    model.graph.inputs.append(lengths)
+    for seed in range(4):
+        random = np.random.default_rng(seed)
+        _check(model, ISAS[len(direction) % len(ISAS)], seed, lengths=random.permutation([0, 1, 3, 5, 6, 7]))
+
+
+@pytest.mark.parametrize(("operator", "kind"), [("LSTM", "float16"), ("GRU", "bfloat16")])
+def test_weights_that_sixteen_bits_hold_are_stored_so(operator: str, kind: str) -> None:
+    model = _model(operator, (6, 3, 40, 35), hidden_size=35)
+    for name in ("w", "r"):
+        value = model.graph.initializers[name]
+        assert value.const_value is not None
+        rounded = value.const_value.numpy().astype(ir.DataType[kind.upper()].numpy()).astype(np.float32)
+        value.const_value = ir.tensor(rounded, name=name)
+    lowered = lower(model, ShapeBinding(), "x86").model
+    weights = Weights(io.BytesIO())
+    calls = convert(lowered, ISAS[-1], weights).calls
+    assert [call.views[1].dtype for call in calls[:2]] == [kind] * 2
+    for seed in range(4):
+        _check(model, ISAS[seed % len(ISAS)], seed)
+
+
+@pytest.mark.parametrize(
     "model",
     [
-        _model("LSTM", (2, 1, 3, 4), state=False, extra="p", hidden_size=4),
-        _model("LSTM", (2, 1, 3, 4), hidden_size=4, clip=1.0),
-        _model("GRU", (2, 1, 3, 4), hidden_size=4, activations=["HardSigmoid", "Tanh"]),
+        _model("RNN", (2, 1, 3, 4), hidden_size=4, activations=["Relu", "Tanh"], direction="bidirectional"),
     ],
-    ids=["peepholes", "limits", "activation"],
+    ids=["functions of directions"],
 )
 def test_what_no_kernel_computes_is_left_to_others(model: ir.Model) -> None:
     lowered = lower(model, ShapeBinding(), "x86").model
