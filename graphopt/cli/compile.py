@@ -56,6 +56,7 @@ dims_option = click.option(
 @click.option("--keep-opset", is_flag=True, help="Refuse rather than raise the opset.")
 @click.option("--ort-extension", multiple=True, metavar="LIB", help="Library with custom operators.")
 @click.option("--cc", metavar="COMMAND", help="C++ compiler that links for the target.  [env: GRAPHOPT_CC]")
+@click.option("--pack", is_flag=True, help="Also write model.gopt, the model as one small file; see: graphopt unpack.")
 @click.option("--seed", type=click.IntRange(min=0), help="Seed of all random streams.  [default: 0]")
 @click.option("--threads", type=click.IntRange(min=0), default=0, help="Threads; 0: all cores, 8 at most.")
 @click.option("--no-plugin", multiple=True, metavar="NAME", help="Leave an installed plugin out.")
@@ -108,6 +109,7 @@ def compile_command(model: Path, **given: Any) -> int:
         cache=cache_folder(),
         force=given["force"],
         disable=given["no_plugin"],
+        pack=given["pack"],
     )
     if given["dry_run"]:
         _show_plan(plan(request), as_json=given["as_json"])

@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 from graphopt.cli.compile import cache_folder, dims_option, parse_dims, parse_shapes, shape_option
+from graphopt.cli.packing import pack_command, unpack_command
 from graphopt.errors import ExitCode, OptionError, UsageError, nearest
 
 __all__ = ["VERBS"]
@@ -208,5 +209,7 @@ VERBS = {
         extract_command,
         inspect_command,
         list_command,
+        pack_command,
+        unpack_command,
     )
 }

@@ -27,6 +27,7 @@ from graphopt.errors import BackendError, ExitCode
 from graphopt.instruments import instruments_for
 from graphopt.measured import Measured
 from graphopt.model_io import external_files, weight_bytes
+from graphopt.pack import pack
 from graphopt.pass_base import Context, Progress
 from graphopt.recipe import seconds
 from graphopt.report.data import BackendReport, Data, FileEntry, Limit, ModelSummary, Report, StepReport
@@ -81,8 +82,8 @@ def optimize(model: str | Path, passes: Any = None, target: str | None = None, *
         target: What to make it for, such as `"arm"`; `"ort"`, portable ONNX, by default.
         **options: As the command's options: `out`, `recipe`, `calibration`, `evaluation`, `metric_name`, `limits`,
             `shapes`, `dims`, `check`, `verify`, `measure`, `seed`, `threads`, `keep_opset`, `extensions`, `force`,
-            `overwrite`, `fallback`, `emit`, `cc`, `cache`, `disable`; and `progress`, a function that wraps loops.
-            Data may be a path, `module:function`, or arrays by input name.
+            `overwrite`, `fallback`, `emit`, `cc`, `cache`, `disable`, `pack`; and `progress`, a function that
+            wraps loops. Data may be a path, `module:function`, or arrays by input name.
 
     Returns:
         The bundle with its report. A missed limit is no error: see `exit_code`.
@@ -117,6 +118,8 @@ def run(request: Request, model: ir.Model, progress: Progress | None = None) -> 
     with Checker(request, model.clone(), weight_bytes(model)) as checker, new_folder(request.out) as folder:
         candidate, missed = _choose(state, checker, folder)
         built = None if backend is None else _compile(backend, candidate, state, checker, folder, options)
+        if request.pack:
+            pack(folder / "model.onnx", folder / "model.gopt")
         report = _report(state, candidate, missed, built, folder)
         code = ExitCode.OK if report.verdict == "ok" else ExitCode.LIMIT_MISSED
         _write(report, folder, key, code)

@@ -56,6 +56,7 @@ class Request:
     extensions: tuple[str, ...] = ()
     cache: Path = Path()
     force: bool = False
+    pack: bool = False
 
     @property
     def pipeline(self) -> str:
@@ -92,6 +93,7 @@ def cache_key(request: Request) -> str | None:
         "check": [request.check, request.verify],
         "clock": [request.guard, None if request.decisions is None else asdict(request.decisions)],
         "build": [request.emit, request.cc, request.fallback, request.keep_opset, request.seed, request.threads],
+        "pack": request.pack,
         "versions": versions(request.registry),
         "sources": [_source_digest(plugin.module) for plugin in request.registry.plugins],
         "host": _source_digest("graphopt"),
@@ -120,6 +122,7 @@ def command_line(request: Request, data: Mapping[str, str]) -> str:
     if request.seed:
         words += ["--seed", str(request.seed)]
     words += ["--keep-opset"] if request.keep_opset else []
+    words += ["--pack"] if request.pack else []
     words += ["--fallback", request.fallback] if request.fallback else []
     return " ".join(words)
 

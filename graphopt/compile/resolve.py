@@ -16,6 +16,7 @@ from graphopt.compile.decisions import read_decisions
 from graphopt.compile.request import CheckMode, Request
 from graphopt.errors import UsageError
 from graphopt.model_io import InputSpec, ShapeBinding, check_binding, input_specs, load_model, model_digest
+from graphopt.pack import check_coder
 from graphopt.pass_base import Pass
 from graphopt.pipeline_text import format_pipeline
 from graphopt.plugins import Registry, load_plugins
@@ -56,6 +57,7 @@ def resolve(
     extensions: Sequence[str] = (),
     cache: str | Path | None = None,
     force: bool = False,
+    pack: bool = False,
     disable: Sequence[str] = (),
     registry: Registry | None = None,
 ) -> tuple[Request, ir.Model]:
@@ -65,6 +67,8 @@ def resolve(
         GraphoptError: Something is unknown, missing or does not fit.
     """
     registry = registry or load_plugins(disable=disable)
+    if pack:
+        check_coder()
     if recipe is not None and passes is not None:
         raise UsageError("--recipe", "cannot stand beside --passes", "put the passes into the recipe")
     given = load_recipe(recipe, registry) if recipe is not None else None
@@ -117,6 +121,7 @@ def resolve(
         extensions=tuple(extensions),
         cache=Path(cache) if cache else Path.home() / ".cache" / "graphopt",
         force=force,
+        pack=pack,
     ), loaded
 
 
