@@ -18,7 +18,7 @@ from graphopt_passes.quant.adjust.layout import channel_axis, layout_of
 from graphopt_passes.quant.adjust.prepared import prepare_bias, prepared_weight
 from graphopt_passes.quant.sites import Site, bias_place, keyed_nodes, tensor_of
 
-__all__ = ["correct_biases", "shift_bias"]
+__all__ = ["correct_biases", "shift_bias", "why_no_bias"]
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -60,7 +60,7 @@ def correct_biases(
     labels: dict[str, str] = {}
     for site in sites:
         node = nodes[site.key]
-        label, reason = names.label(node), _no_place(node, site)
+        label, reason = names.label(node), why_no_bias(node, site)
         if not reason and label not in layers.reads:
             reason = layers.left_out.get(label, "what it reads is unknown")
         if reason:
@@ -93,7 +93,7 @@ def shift_bias(constants: _Constants, node: ir.Node, shift: Array) -> None:
         constants.discard(old)
 
 
-def _no_place(node: ir.Node, site: Site) -> str:
+def why_no_bias(node: ir.Node, site: Site) -> str:
     """Why the bias of a layer cannot be changed; empty if it can."""
     if layout_of(node, site.weights[0].shape) is None:
         return f"{site.operator} has no bias for each output channel"

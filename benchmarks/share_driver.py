@@ -1,0 +1,43 @@
+"""onnxsim's k-means, inside its own environment: python share_driver.py JOB.json.
+
+The job is `{"way": "shipped" | "clusters", "model": ..., "out": ..., "entries": ..., "weights": [...]}`. As shipped,
+`quantize_weight_only_kmeans` knows 4 bits and matrices only, and writes float weights again. For other sizes and layers
+its own routine for a list of numbers clusters the tensors that are named.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import onnx
+from onnx import numpy_helper
+from onnxsim import quantize_weight_only_kmeans
+from onnxsim.kmeans_quantization import _kmeans_1d
+
+_ROUNDS, _SEED = 20, 0  # what the shipped function is fixed to
+
+
+def main(path: str) -> None:
+    """Do a job, and print the seconds that it took."""
+    job = json.loads(Path(path).read_text("utf8"))
+    model, start = onnx.load(job["model"]), time.perf_counter()
+    if job["way"] == "shipped":
+        model = quantize_weight_only_kmeans(model)
+    else:
+        for tensor in model.graph.initializer:
+            if tensor.name in job["weights"]:
+                array = numpy_helper.to_array(tensor)
+                values, codes = _kmeans_1d(array.reshape(-1), job["entries"], _ROUNDS, _SEED)
+                clustered = values.astype(np.float32)[codes].reshape(array.shape)
+                tensor.CopyFrom(numpy_helper.from_array(clustered, tensor.name))
+    seconds = time.perf_counter() - start
+    onnx.save(model, job["out"])
+    print(json.dumps({"seconds": seconds}))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

@@ -1,0 +1,5 @@
+"""Weights as codes of small codebooks."""
+
+from graphopt_passes.share.sharing import Share
+
+__all__ = ["Share"]

@@ -1,0 +1,213 @@
+"""Choose the codebooks of a tensor and the code of each weight, by data where there is any."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import numpy as np
+
+from graphopt.analyses import LayerMoments
+from graphopt_passes.quant._maths import decibel
+from graphopt_passes.quant.blockwise._rounding import damped
+from graphopt_passes.quant.blockwise.layout import Layout
+from graphopt_passes.share._kmeans import fit_tables, nearest
+from graphopt_passes.share._rounding import Part, compensate, refine
+from graphopt_passes.share._vectors import fit_vectors, nearest_vectors
+from graphopt_passes.share.cut import Cut
+
+__all__ = ["Algorithm", "Method", "Shared", "fits", "int8_scales", "share_weight"]
+
+Array = np.ndarray[Any, np.dtype[Any]]
+Algorithm = Literal["auto", "nearest", "weighted", "compensated"]
+
+_ZEROS = 0.001  # share of zeros that did not come by chance
+_INT8_TOP = 127
+_START_STEPS = 1e7  # for entries that are fitted again
+_BLOCK = 1 << 20
+
+
+@dataclass(frozen=True)
+class Method:
+    """How codebooks are found.
+
+    Attributes:
+        entries: Size of each.
+        algorithm: nearest: k-means, all weights alike. weighted: errors count by the second moment of the input.
+            compensated: inputs make up for each other's errors, see `_rounding`. auto: the last with data.
+        damping: Share of the mean diagonal of moments that is added to them.
+        int8: Entries are multiples of a 127th of the largest of each codebook.
+    """
+
+    entries: int
+    algorithm: Algorithm = "auto"
+    damping: float = 0.05
+    int8: bool = False
+
+
+@dataclass(frozen=True, eq=False)
+class Shared:
+    """A weight with codebooks.
+
+    Attributes:
+        codes: uint8, in the order of `Cut.split`, `[groups, codes of each]`.
+        tables: `[groups, entries]`, or `[entries, width]` of vectors; float32.
+        how: What found them, for reports.
+        weight_sqnr: Signal to noise of the weight in dB.
+        layer_sqnr: Signal to noise of the layer's output under the moments of its input in dB; None without those.
+    """
+
+    codes: Array
+    tables: Array
+    how: str
+    weight_sqnr: float
+    layer_sqnr: float | None = None
+
+    def real(self, cut: Cut) -> Array:
+        """The tensor that they stand for."""
+        if cut.width > 1:
+            return self.tables[self.codes[0]].reshape(cut.shape)
+        if cut.groups == 1:
+            return self.tables[0][self.codes].reshape(cut.shape)
+        return cut.join(self.tables[np.arange(cut.groups)[:, None], self.codes])
+
+
+def fits(moments: LayerMoments | None, layout: Layout) -> bool:
+    """Whether moments are those of the matrix's inputs, and say something finite."""
+    if moments is None or not moments.finite or moments.rows == 0 or not moments.squares.any():
+        return False
+    parts, inputs = moments.squares.shape
+    return inputs == layout.inputs and layout.outputs % parts == 0
+
+
+def share_weight(weight: Array, cut: Cut, layout: Layout, method: Method, moments: LayerMoments | None) -> Shared:
+    """Give one weight codebooks.
+
+    Args:
+        weight: The weight in its own shape; may be memory-mapped.
+        cut: Which weights share a codebook.
+        layout: How it is a matrix.
+        method: How codebooks are found.
+        moments: Moments of what the layer reads, in the order of the matrix; None: unknown.
+    """
+    known = moments if method.algorithm != "nearest" and fits(moments, layout) else None
+    zero = bool(np.count_nonzero(weight) <= (1 - _ZEROS) * weight.size)
+    pairs = known is not None and known.xx is not None and method.algorithm in ("auto", "compensated")
+    if cut.width > 1:
+        shared = _by_vectors(weight, cut, layout, method, known, zero=zero)
+    elif known is not None and pairs:
+        shared = _by_moments(weight, cut, layout, method, known, zero=zero)
+    else:
+        shared = _by_numbers(weight, cut, layout, method, known, zero=zero)
+    real = shared.real(cut)
+    layer = _layer_sqnr(weight, real, layout, moments) if fits(moments, layout) else None
+    return replace(shared, weight_sqnr=_weight_sqnr(weight, real), layer_sqnr=layer)
+
+
+def _by_numbers(
+    weight: Array, cut: Cut, layout: Layout, method: Method, moments: LayerMoments | None, *, zero: bool
+) -> Shared:
+    """Exact k-means, and the nearest entries."""
+    numbers = cut.split(weight)
+    weights = None if moments is None else cut.split(_spread(_squares(moments), layout))
+    found = fit_tables(numbers, weights, method.entries, zero=zero)
+    tables = _snapped(found.values, method)
+    how = "exact k-means" if found.exact else "k-means"
+    return Shared(nearest(numbers, tables), tables, how + (" weighted by data" if moments else ""), 0.0)
+
+
+def _by_vectors(
+    weight: Array, cut: Cut, layout: Layout, method: Method, moments: LayerMoments | None, *, zero: bool
+) -> Shared:
+    vectors = np.ascontiguousarray(weight).reshape(-1, cut.width)
+    weights = None
+    if moments is not None:
+        weights = np.ascontiguousarray(_spread(_squares(moments), layout)).reshape(-1, cut.width)
+    table = fit_vectors(vectors, weights, method.entries, zero=zero)
+    if method.int8:
+        table = _snapped(table.reshape(1, -1), method).reshape(table.shape)
+    how = "k-means of vectors" + (" weighted by data" if moments else "")
+    return Shared(nearest_vectors(vectors, weights, table)[None], table, how, 0.0)
+
+
+def _by_moments(
+    weight: Array, cut: Cut, layout: Layout, method: Method, moments: LayerMoments, *, zero: bool
+) -> Shared:
+    """Codes that make up for each other's errors, and entries refitted to them."""
+    parts = _parts(weight, cut, layout, method, moments, zero=zero)
+    importance = np.stack([part.importance for part in parts])
+    weights = cut.split(_spread(importance, layout))
+    found = fit_tables(cut.split(weight), weights, method.entries, zero=zero, steps=_START_STEPS)
+    tables = _snapped(found.values, method)
+    codes, fitted = refine(parts, [compensate(part, tables) for part in parts], tables)
+    tables = _snapped(fitted, method)
+    if method.int8:
+        codes, tables = refine(parts, codes, tables, fit=False)
+    ordered = layout.tensor(np.concatenate(codes, axis=1)).reshape(cut.shape)
+    return Shared(cut.split(ordered), tables, "compensated on data", 0.0)
+
+
+def _parts(weight: Array, cut: Cut, layout: Layout, method: Method, moments: LayerMoments, *, zero: bool) -> list[Part]:
+    matrix, owner = layout.matrix(weight), cut.owner(layout)
+    if moments.xx is None:
+        raise ValueError("moments without products")
+    width = layout.outputs // len(moments.xx)
+    found: list[Part] = []
+    for i, xx in enumerate(moments.xx):
+        columns = slice(i * width, (i + 1) * width)
+        part = np.ascontiguousarray(matrix[:, columns], np.float32)
+        h = damped(xx / max(1, moments.rows), method.damping)
+        found.append(Part.of(part, h, owner[columns], part == 0 if zero else None))
+    return found
+
+
+def _squares(moments: LayerMoments) -> Array:
+    """`[parts, inputs]` mean squares."""
+    return moments.squares / max(1, moments.rows)
+
+
+def _spread(importance: Array, layout: Layout) -> Array:
+    """`[parts, inputs]` as a tensor of the weight's shape, float32."""
+    parts = len(importance)
+    matrix = np.repeat(importance.T.astype(np.float32), layout.outputs // parts, axis=1)
+    return layout.tensor(matrix).reshape(layout.shape)
+
+
+def _snapped(tables: Array, method: Method) -> Array:
+    """Tables as they are stored: float32, and with `int8` steps of the scale in float32."""
+    tables = tables.astype(np.float32)
+    if not method.int8:
+        return tables
+    scales = int8_scales(tables)
+    return (np.rint(tables / scales[:, None]) * scales[:, None]).astype(np.float32)
+
+
+def int8_scales(tables: Array) -> Array:
+    """Steps of codebooks in int8, float32 `[groups]`."""
+    reach = np.abs(tables).max(axis=1).astype(np.float32)
+    return np.where(reach > 0, np.maximum(reach / np.float32(_INT8_TOP), np.float32(2.0**-100)), np.float32(1))
+
+
+def _weight_sqnr(weight: Array, real: Array) -> float:
+    signal = noise = 0.0
+    before, after = weight.reshape(-1), real.reshape(-1)
+    for start in range(0, len(before), _BLOCK):
+        x = before[start : start + _BLOCK].astype(np.float64)
+        signal += float(x @ x)
+        x -= after[start : start + _BLOCK]
+        noise += float(x @ x)
+    return decibel(signal, noise)
+
+
+def _layer_sqnr(weight: Array, real: Array, layout: Layout, moments: LayerMoments | None) -> float | None:
+    if moments is None or moments.xx is None:
+        return None
+    before, after, signal, noise = layout.matrix(weight), layout.matrix(real), 0.0, 0.0
+    width = layout.outputs // len(moments.xx)
+    for i, xx in enumerate(moments.xx):
+        columns, h = slice(i * width, (i + 1) * width), xx.astype(np.float32) / np.float32(max(1, moments.rows))
+        x = np.asarray(before[:, columns], np.float32)
+        signal += float(np.vdot(x, h @ x))
+        x = x - after[:, columns]
+        noise += float(np.vdot(x, h @ x))
+    return decibel(signal, max(0.0, noise))
