@@ -24,6 +24,7 @@ import numpy as np
 import onnx_ir as ir
 
 from graphopt.analyses.linear_inputs import LINEAR_LAYERS, LinearInput
+from graphopt.analyses.padding import PADDING, heeded_rows
 from graphopt.analyses.streaming import needed_samples, stream
 from graphopt.pass_base import Analysis, Context
 
@@ -106,6 +107,7 @@ class MomentsAnalysis(Analysis[Moments]):
         windows: False: each position of the activation is a row, whatever the kernel; inputs are channels then.
         widest: Layers with longer rows keep only their diagonal; None: no limit.
         most_bytes: What the products of all layers may take together.
+        heeded: Leave out positions that no output depends on, see `PADDING`.
     """
 
     name: ClassVar[str] = "moments"
@@ -115,6 +117,7 @@ class MomentsAnalysis(Analysis[Moments]):
     windows: bool = True
     widest: int | None = None
     most_bytes: int = 512 << 20
+    heeded: bool = False
 
     def compute(self, model: ir.Model, ctx: Context) -> Moments:
         """Stream the calibration data.
@@ -130,10 +133,13 @@ class MomentsAnalysis(Analysis[Moments]):
         for one in sums.values():
             by_source.setdefault(one.layer.source, []).append(one)
         samples = sum(1 for _ in data.feeds(self.samples))
-        for seen in stream(model, list(by_source), ctx, "measuring moments", self.samples):
+        masked, mask = ctx.fact(PADDING) if self.heeded else None, None
+        names = [*by_source, *([masked] if masked else [])]
+        for seen in stream(model, names, ctx, "measuring moments", self.samples):
+            mask = seen.values.get(masked or "", mask)  # inputs come before what is computed from them
             for name, array in seen.values.items():
-                for one in by_source[name]:
-                    one.add(array, seen.samples / samples)
+                for one in by_source.get(name, ()):
+                    one.add(array, seen.samples / samples, mask)
         moments = {layer: one.moments() for layer, one in sums.items()}
         return Moments({name: moments[layer] for name, layer in wanted.items()}, ctx.fact(LINEAR_LAYERS).left_out)
 
@@ -185,9 +191,13 @@ class _Sums:
         self.xx = np.zeros((*shape, layer.inputs)) if full else None
         self.waiting, self.most = list[Array](), max(1, min(layer.inputs // 2, _CHUNK // (shape[0] * shape[1])))
 
-    def add(self, activation: Array, share: float) -> None:
-        """Count rows of a batch that holds this share of all samples."""
-        chosen = spread_out(self.layer.count(activation), math.ceil(self._enough() * share))
+    def add(self, activation: Array, share: float, mask: Array | None = None) -> None:
+        """Count rows of a batch that holds this share of all samples; where there is a mask, what it keeps."""
+        count = self.layer.count(activation)
+        last = self.layer.window is None and self.layer.axis == -1
+        kept = heeded_rows(count, activation, mask) if last else None
+        chosen = spread_out(count if kept is None else len(kept), math.ceil(self._enough() * share))
+        chosen = chosen if kept is None else kept[chosen]
         for rows in np.array_split(chosen, len(chosen) * self.layer.groups * self.layer.inputs // _CHUNK + 1):
             self.waiting.append(self.layer.rows(activation, rows))
             if sum(x.shape[1] for x in self.waiting) >= self.most:

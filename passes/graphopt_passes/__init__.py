@@ -13,10 +13,12 @@ __all__ = ["graphopt_criteria", "graphopt_passes"]
 def graphopt_passes() -> list[type[Pass]]:
     """Return the built-in passes."""
     from graphopt_passes.fold import Fold
+    from graphopt_passes.lowrank import LowRank
     from graphopt_passes.prune import Prune
     from graphopt_passes.quant import Quant
+    from graphopt_passes.share import Share
 
-    return [Fold, Prune, Quant]
+    return [Fold, LowRank, Prune, Quant, Share]
 
 
 @hookimpl

@@ -17,6 +17,7 @@ import onnx_ir as ir
 
 from graphopt.analyses import CONSTANTS
 from graphopt.analyses.names import Names, subgraphs
+from graphopt.analyses.padding import heeded_rows
 from graphopt.calibration import Dataset
 from graphopt.pass_base import Change, Context
 from graphopt.reference import Feed
@@ -28,7 +29,7 @@ from graphopt_passes.prune.refit.restate import Restated, restate
 from graphopt_passes.prune.refit.sites import AxisName, Site, name_of, site_of
 from graphopt_passes.prune.refit.stepwise import Stepwise, reads
 
-__all__ = ["Refit", "refit"]
+__all__ = ["Refit", "batches_of", "refit", "rows_of"]
 
 _SAMPLES, _MOST_SAMPLES = 256, 2000
 _SAMPLE_BYTES = 64 << 20
@@ -72,7 +73,7 @@ def refit(whole: ir.Model, model: ir.Model, lost: Mapping[AxisName, np.ndarray],
     Raises:
         ModelError: ONNX Runtime cannot run one of the models.
     """
-    feeds = list(_batches(data))
+    feeds = list(batches_of(data))
     old, new = Stepwise(whole, feeds, ctx), Stepwise(model, feeds, ctx)
     changes, errors = list[Change](), list[tuple[float, float]]()
     names = ctx.fact(CONSTANTS).names
@@ -104,7 +105,7 @@ def refit(whole: ir.Model, model: ir.Model, lost: Mapping[AxisName, np.ndarray],
     return Refit(tuple(changes), before, after)
 
 
-def _batches(data: Dataset) -> Iterator[Feed]:
+def batches_of(data: Dataset) -> Iterator[Feed]:
     """At least ten batches where there are samples enough, so that some can be held out.
 
     Of small samples more are read than of large ones.
@@ -140,30 +141,50 @@ def _affected(run: Stepwise, lost: Mapping[AxisName, np.ndarray], names: Names) 
 
 def _correction(site: Site, old: Stepwise, new: Stepwise, rng: np.random.Generator) -> Correction | str:
     """The correction of a layer, or why there is none."""
+    rows = rows_of(site, old, new, rng)
+    if isinstance(rows, str):
+        return rows
+    held_out = rows.of(rows.held_out)
+    if held_out.error(held_out.now) < _SAME:
+        return _UNCHANGED
+    return fit(rows, offset=site.layer.offset) or "no better on held-out samples"
+
+
+def rows_of(site: Site, old: Stepwise, new: Stepwise, rng: np.random.Generator, mask: str | None = None) -> Rows | str:
+    """Rows that tell what a layer should make of what it reads now, or why there are none.
+
+    Args:
+        site: The layer.
+        old: The whole model.
+        new: The model that the layer is in.
+        rng: Chooses among many rows.
+        mask: Name of the input that says which positions count, see `PADDING`; None: all do.
+    """
     layer = site.layer
     if layer.groups * layer.inputs**2 > WIDEST**2:
         return f"the second moments of its input are {layer.groups} x {layer.inputs} x {layer.inputs} numbers"
     with np.errstate(all="ignore"):  # what is not finite is looked for
-        rows = _rows(site, old, new, rng)
+        rows = _rows(site, old, new, rng, mask)
     if not rows.held_out.any() or rows.held_out.all():
         return "too few samples to hold some out"
     if not (np.isfinite(rows.x).all() and np.isfinite(rows.wanted).all() and np.isfinite(rows.now).all()):
         return "what goes through it is not finite"
-    held_out = rows.of(rows.held_out)
-    if held_out.error(held_out.now) < _SAME:
-        return _UNCHANGED
-    return fit(rows, offset=layer.offset) or "no better on held-out samples"
+    return rows
 
 
-def _rows(site: Site, old: Stepwise, new: Stepwise, rng: np.random.Generator) -> Rows:
+def _rows(site: Site, old: Stepwise, new: Stepwise, rng: np.random.Generator, mask: str | None) -> Rows:
     """As many rows of a layer as are worth reading."""
     layer, batches = site.layer, len(old.feeds)
     matrix, shift = layer.matrix().astype(np.float32), layer.shift.reshape(layer.groups, 1, -1).astype(np.float32)
     most = rows_worth_reading(layer.groups, layer.inputs, layer.outputs) // batches + 1
     parts, plain = {False: list[list[np.ndarray]](), True: list[list[np.ndarray]]()}, False
     for batch, sample in enumerate(site.samples(old, new)):
-        count = layer.positions(sample.output)
+        count, kept = layer.positions(sample.output), None
+        if mask is not None and layer.channel_axis == -1:
+            kept = heeded_rows(count, sample.output, old.feeds[batch][mask])
+        count = count if kept is None else len(kept)
         chosen = np.sort(rng.choice(count, most, replace=False)) if count > most else np.arange(count)
+        chosen = chosen if kept is None else kept[chosen]
         held_out = _held_out(len(chosen), batch, batches)
         plain = plain or not sample.alike
         for late, some in _pieces(chosen, held_out, _CHUNK // (layer.groups * layer.inputs)):

@@ -1,0 +1,289 @@
+"""Low-rank factorization: one layer becomes a chain of thin ones that cost less."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
+from glob import escape
+from typing import ClassVar, Literal
+
+import onnx_ir as ir
+
+from graphopt.analyses import COST, Cost
+from graphopt.errors import OptionError, nearest
+from graphopt.model_io import EMBED_LIMIT, weight_bytes
+from graphopt.options import opt
+from graphopt.pass_base import Change, Context, Pass, PassResult
+from graphopt_passes.lowrank._factors import Problem
+from graphopt_passes.lowrank.judge import Judge, Loss
+from graphopt_passes.lowrank.ranks import Rounding, Setting, Table, by_budget, by_energy, by_ratio, table_of
+from graphopt_passes.lowrank.rewrite import Rewriter
+from graphopt_passes.lowrank.schemes import Chain, Form, chain_of, prepared
+from graphopt_passes.lowrank.seen import Scale, problems
+from graphopt_passes.lowrank.sequential import Fitted, fit_in_sequence
+from graphopt_passes.lowrank.sites import Site, find_sites
+
+__all__ = ["LowRank"]
+
+_NEAR = 0.02
+_FORMS: tuple[Form, ...] = ("product", "output", "input", "spatial", "tucker")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LowRank(Pass):
+    """Replace layers by chains of thinner ones that make nearly the same output at less cost.
+
+    A matrix becomes two; a convolution becomes k x k to few channels and 1 x 1, 1 x 1 and k x k, k x 1 and 1 x k, or
+    1 x 1, k x k and 1 x 1, whichever loses least for what it saves. With calibration data, errors are those of the
+    layers' outputs, ranks are chosen for all layers together, and each layer is solved anew, with its bias, for the
+    output that it had in the original model; without, weights alone decide.
+
+    A layer is left alone where a chain saves nothing, and where its output would lose more than `max_layer_error`.
+    If the outputs of the model, on calibration samples, lose more than `max_error` or `max_nats`, factoring does not
+    pay and nothing changes: weights of small models are often of nearly full rank.
+
+    Refused, and reported: grouped and transposed convolutions, recurrent layers, weights that others read, that are
+    computed, stand on the left or behind DequantizeLinear, and layers inside subgraphs.
+    """
+
+    name: ClassVar[str] = "lowrank"
+    lossy: ClassVar[bool] = True
+    without_data: ClassVar[str] = "lowrank goes by singular values of weights alone and solves no layer anew"
+
+    ratio: float = opt(0.3, help="fraction removed, of what `of` names, of all layers that can be factored", ge=0, lt=1)
+    of: Literal["macs", "params"] = opt("macs", help="what `ratio` is a fraction of")
+    energy: float = opt(0.0, help="instead of `ratio`: what every layer's output keeps of its energy", ge=0, lt=1)
+    scope: Literal["auto", "uniform", "global", "sensitivity"] = opt(
+        "auto",
+        help="uniform: the same fraction of every layer; global: more where layers lose less; sensitivity: more where "
+        "outputs of the model lose less; auto: sensitivity with calibration data, else uniform",
+    )
+    scale: Literal["auto", "moments", "asvd", "plain"] = opt(
+        "auto",
+        help="how inputs weigh: moments (X'X), asvd (their magnitude), plain (all alike); auto: moments with "
+        "calibration data, else plain",
+    )
+    update: bool = opt(True, help="solve layers anew, one after another, for the outputs of the original model")
+    form: Literal["auto", "output", "input", "spatial", "tucker"] = opt(
+        "auto", help="what a convolution becomes; auto: what loses least"
+    )
+    max_error: float = opt(
+        0.3, help="change nothing if the model's outputs lose more of their energy; 0: never mind, nor max_nats", ge=0
+    )
+    max_nats: float = opt(
+        0.3, help="the same for outputs read as class scores: logarithm of what perplexity may grow by; 0: any", ge=0
+    )
+    max_layer_error: float = opt(0.5, help="leave layers alone whose output would lose more of its energy", gt=0)
+    round_to: int = opt(0, help="ranks are multiples of this; 0: what the target likes", ge=0)
+    tables: bool = opt(False, help="factor tables that rows are looked up in (embeddings): smaller, but arithmetic")
+    only: tuple[str, ...] = opt((), help="layers to factor: names or operators, with wildcards; none: all")
+    skip: tuple[str, ...] = opt((), help="layers to leave alone: names or operators, with wildcards")
+
+    def requires(self, model: ir.Model, ctx: Context) -> None:
+        """Check the options that depend on the data and on the model.
+
+        Raises:
+            OptionError: An option needs calibration data, or a wildcard fits no layer.
+        """
+        if self.scale in ("moments", "asvd") and ctx.calibration is None:
+            raise OptionError("lowrank.scale", f"{self.scale} needs samples", "give --calibration, or use plain")
+        if self.scope == "sensitivity" and ctx.calibration is None:
+            raise OptionError("lowrank.scope", "sensitivity needs samples", "give --calibration, or use uniform")
+        found = find_sites(ctx, tables=self.tables)
+        known = {site.name: site.node.op_type for site in found.sites} | {c.site: "" for c in found.refused}
+        for option, globs in (("only", self.only), ("skip", self.skip)):
+            for glob in globs:
+                if not any(fnmatchcase(text, glob) for text in (*known, *known.values())):
+                    fact = f"{glob!r} fits no layer with a weight"
+                    raise OptionError(f"lowrank.{option}", fact, nearest(glob, {*known, *known.values()} - {""}))
+
+    def run(self, model: ir.Model, ctx: Context) -> PassResult:
+        """Choose a rank for each layer and factor it; in a copy, which takes the model's place if it pays."""
+        work = model.clone()
+        inner, before = replace(ctx, model=work, _facts={}), ctx.fact(COST)
+        found = find_sites(inner, tables=self.tables)
+        reasons = {site.name: reason for site in found.sites if (reason := self._left_out(site))}
+        sites = [site for site in found.sites if site.name not in reasons]
+        judge = self._judge(model, sites, ctx)
+        tables, weights = self._tables(work, sites, judge, inner)
+        settings, notes = self._settings(tables, weights, reasons, inner)
+        chosen = [(site, settings[site.name]) for site in sites if site.name in settings]
+        fitted = self._factor(work, chosen, inner)
+        loss = judge.loss(work) if judge is not None and chosen else Loss()
+        why = self._too_much(loss, len(chosen))
+        if why:
+            reasons |= {site.name: f"does not pay: {why}" for site, _ in chosen}
+            settings, notes = {}, (f"factoring does not pay: {why}",)
+        elif chosen:
+            model.graph = work.graph
+            ctx.drop_facts()
+        changes = [_change(site, settings, fitted, reasons) for site in found.sites]
+        metrics = _metrics(before, ctx.fact(COST), tables, settings)
+        if judge is not None and chosen:
+            metrics |= {"outputs_lost": round(loss.energy, 6), "outputs_nats": round(loss.nats, 6)}
+        return PassResult(bool(settings), (*changes, *found.refused), metrics=metrics, notes=notes)
+
+    def revertible(self, model: ir.Model, sites: Sequence[str]) -> tuple[str, ...]:
+        """All of them: layers are factored one by one."""
+        return tuple(sites)
+
+    def without(self, sites: Sequence[str]) -> LowRank:
+        """The same step, leaving these layers alone."""
+        return replace(self, skip=(*self.skip, *(escape(site) for site in sites)))
+
+    def _too_much(self, loss: Loss, layers: int) -> str:
+        """Why the outputs lose more than they may; empty where they do not."""
+        with_all = f"with all {layers} layers factored the model's outputs"
+        if not self.max_error:
+            return ""
+        if loss.energy > self.max_error:
+            return f"{with_all} lose {loss.energy:.0%} of their energy, more than max_error={self.max_error:g}"
+        if self.max_nats and loss.nats > self.max_nats:
+            return (
+                f"{with_all}, read as class scores, are {loss.nats:.2f} nats off, more than max_nats={self.max_nats:g}"
+            )
+        return ""
+
+    def _left_out(self, site: Site) -> str:
+        """Why the user wants a layer to stay; empty where it may go."""
+        texts = site.name, site.node.op_type
+        if self.only and not any(fnmatchcase(text, glob) for glob in self.only for text in texts):
+            return "not in lowrank.only"
+        if any(fnmatchcase(text, glob) for glob in self.skip for text in texts):
+            return "lowrank.skip names it"
+        if self.of == "macs" and site.table:
+            return "a table costs no arithmetic that could be saved; use of=params"
+        if self.of == "macs" and not site.geometry.counted:
+            return "no shape is known to count multiply-accumulates with; give --shape, or of=params"
+        return ""
+
+    def _scale(self, ctx: Context) -> Scale:
+        if self.scale == "auto":
+            return "plain" if ctx.calibration is None else "moments"
+        return self.scale
+
+    def _updates(self, ctx: Context) -> bool:
+        return self.update and self._scale(ctx) == "moments"
+
+    def _scope(self, ctx: Context) -> str:
+        if self.scope == "auto":
+            return "uniform" if self._scale(ctx) == "plain" else "sensitivity"
+        return self.scope
+
+    def _judge(self, model: ir.Model, sites: Sequence[Site], ctx: Context) -> Judge | None:
+        """What measures the outputs; None without data, or where the model is too large to run twice."""
+        if ctx.calibration is None or not sites or weight_bytes(model) > EMBED_LIMIT:
+            return None
+        return Judge(model, ctx.calibration, ctx)
+
+    def _tables(
+        self, work: ir.Model, sites: Sequence[Site], judge: Judge | None, ctx: Context
+    ) -> tuple[dict[str, Table], dict[str, float]]:
+        """What each rank of each layer saves and costs, and what an error of each layer costs the outputs."""
+        rounding = Rounding(self.round_to, ctx.target.round_to)
+        forms = _FORMS if self.form == "auto" else ("product", self.form)
+        measured = problems(work, sites, self._scale(ctx), ctx, centred=self._updates(ctx))
+        tables, weights = dict[str, Table](), dict[str, float]()
+        for site, problem in ctx.progress(measured, "measuring ranks"):
+            chains = (*forms, "output") if site.geometry.window == 1 else forms
+            table = table_of(site.geometry, problem, self.of, rounding, chains, tables=site.table)
+            tables[site.name], weights[site.name] = table, 1.0
+            (typical,) = by_ratio([table], self.ratio)
+            if judge is not None and typical is not None and self._scope(ctx) == "sensitivity" and not site.table:
+                dense = _chain(site, typical, problem).dense
+                lost = judge.lost_by(site.name, dense, problem.shift(dense))
+                weights[site.name] = lost / max(typical.error, 1e-12)
+        return {site.name: tables[site.name] for site in sites}, weights
+
+    def _settings(
+        self, tables: Mapping[str, Table], weights: Mapping[str, float], reasons: dict[str, str], ctx: Context
+    ) -> tuple[dict[str, Setting], tuple[str, ...]]:
+        """The setting of each layer that is factored, and what to note; reasons for the others are added."""
+        good = {name: table.within(self.max_layer_error) for name, table in tables.items()}
+        lists, whole = list(good.values()), sum(table.whole for table in good.values())
+        choice: list[Setting | None] = [None] * len(lists)
+        if self.energy:
+            choice = by_energy(lists, self.energy)
+        elif self.ratio and self._scope(ctx) == "uniform":
+            choice = by_ratio(lists, self.ratio)
+        elif self.ratio:
+            choice = by_budget(lists, self.ratio * whole, [weights[name] for name in good])
+        settings = {name: setting for name, setting in zip(good, choice, strict=True) if setting is not None}
+        for name, table in tables.items():
+            if name not in settings:
+                reasons[name] = self._why_left(table, good[name], self._scope(ctx))
+        saved = sum(setting.saved for setting in settings.values())
+        if self.energy or self.ratio * whole - saved <= _NEAR * whole:
+            return settings, ()
+        return settings, (f"{saved / whole:.2f} of the {self.of} instead of {self.ratio:g} could go",)
+
+    def _why_left(self, table: Table, good: Table, scope: str) -> str:
+        if not table.settings:
+            return "a chain of any rank costs as much as the layer"
+        if not good.settings:
+            least = table.settings[0].error
+            return f"of nearly full rank: factored to save anything, its output loses {least:.0%} of its energy"
+        if self.energy:
+            return "no rank that saves anything keeps so much energy"
+        if scope == "uniform" and self.ratio:
+            return "no rank that loses little saves so much"
+        return "the ratio is met without it"
+
+    def _factor(self, work: ir.Model, chosen: Sequence[tuple[Site, Setting]], ctx: Context) -> Mapping[str, Fitted]:
+        """Factor the chosen layers and put the chains in their places."""
+        settings, rewriter = {site.name: setting for site, setting in chosen}, Rewriter(work)
+        found = dict[str, Fitted]()
+
+        def alone(site: Site, setting: Setting) -> Chain:
+            ((_, problem),) = problems(work, [site], self._scale(ctx), ctx, centred=False)
+            return _chain(site, setting, problem)
+
+        layers = [(site, setting) for site, setting in chosen if not site.table]
+        if self._updates(ctx) and ctx.calibration is not None and layers:
+            found |= fit_in_sequence(work, layers, ctx.calibration, ctx, alone)
+        left = [site for site, _ in chosen if site.name not in found]
+        for site, problem in problems(work, left, self._scale(ctx), ctx, centred=False):
+            found[site.name] = Fitted(_chain(site, settings[site.name], problem))
+            rewriter.replace(site, found[site.name].chain)
+        for site, _ in layers:
+            if site not in left:
+                rewriter.replace(site, found[site.name].chain)
+        return found
+
+
+def _chain(site: Site, setting: Setting, problem: Problem) -> Chain:
+    ready = prepared(setting.form, site.geometry, problem)
+    return chain_of(setting.form, site.geometry, ready, setting.ranks)
+
+
+def _metrics(
+    before: Cost, after: Cost, tables: Mapping[str, Table], settings: Mapping[str, Setting]
+) -> dict[str, int | float | str | bool]:
+    """What has gone of the whole model, and of the layers that could be factored."""
+    saved, whole = sum(s.saved for s in settings.values()), sum(table.whole for table in tables.values())
+    return {
+        "macs_removed": round(1 - after.macs / max(1, before.macs), 4),
+        "params_removed": round(1 - after.params / max(1, before.params), 4),
+        "achieved": round(saved / whole, 4) if whole else 0.0,
+        "factored": len(settings),
+    }
+
+
+def _change(
+    site: Site, settings: Mapping[str, Setting], fitted: Mapping[str, Fitted], reasons: Mapping[str, str]
+) -> Change:
+    setting = settings.get(site.name)
+    if setting is None:
+        return Change.skipped(site.name, reasons[site.name])
+    result = fitted[site.name]
+    ranks = "rank " + " and ".join(map(str, setting.ranks))
+    details: dict[str, int | float | str | bool] = {
+        "form": setting.form,
+        "rank": setting.ranks[0],
+        "energy_lost": round(setting.error, 6),
+    }
+    if result.error is not None:
+        details["output_error"] = round(result.error, 6)
+    action = f"factored ({setting.form}, {ranks}): its output loses {setting.error:.1%} of its energy"
+    return Change(site.name, action + (f"; not solved anew: {result.why}" if result.why else ""), details=details)

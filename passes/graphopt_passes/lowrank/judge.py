@@ -1,0 +1,137 @@
+"""What the model's outputs lose, measured on a few samples without labels."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+
+from graphopt.analyses import CONSTANTS
+from graphopt.analyses.padding import PADDING, heeded_rows
+from graphopt.calibration import Dataset
+from graphopt.pass_base import Context
+from graphopt.reference import Feed, Reference
+from graphopt_passes.prune.refit.linear_layers import LinearLayer
+
+__all__ = ["Judge", "Loss"]
+
+Array = np.ndarray[Any, np.dtype[Any]]
+
+_SAMPLES = 16
+
+
+@dataclass(frozen=True)
+class Loss:
+    """How far outputs are from the original's.
+
+    Attributes:
+        energy: Energy of the error in parts of that of the outputs' spread, the mean over all outputs.
+        nats: Divergence of the classes that rows of an output would stand for if they were scores before a softmax, the
+            mean over its rows, the most of all outputs. A language model's perplexity grows by its exponential; of
+            outputs that are no scores it is small, as long as their greatest elements stay where they are.
+    """
+
+    energy: float = 0.0
+    nats: float = 0.0
+
+
+class Judge:
+    """Compares outputs of changed models with the original's.
+
+    Args:
+        model: The original; it must not change while it is asked about single layers.
+        data: Samples, of which 16 are used, evenly spread.
+        ctx: How ONNX Runtime runs.
+
+    Raises:
+        ModelError: ONNX Runtime cannot run the model.
+    """
+
+    def __init__(self, model: ir.Model, data: Dataset, ctx: Context) -> None:
+        self._model, self._ctx = model, ctx
+        self._mask = ctx.fact(PADDING)
+        self._feeds = _spread(data)
+        self._wanted = self._outputs(model)
+
+    def loss(self, model: ir.Model) -> Loss:
+        """What a changed model loses."""
+        found = self._outputs(model)
+        pairs = [(array, found[name]) for name, array in self._wanted.items()]
+        if not pairs:
+            return Loss()
+        energies, nats = [_lost(*pair) for pair in pairs], [_divergence(*pair) for pair in pairs]
+        return Loss(float(np.mean(energies)), max(nats))
+
+    def lost_by(self, name: str, dense: Array, shift: Array) -> float:
+        """What the outputs lose if one layer alone has another weight and bias.
+
+        Args:
+            name: Name of the layer.
+            dense: `[inputs, outputs]`, as `LinearLayer.matrix` gives it.
+            shift: `[outputs]`: what the bias gains; zero where the layer cannot have one.
+        """
+        work = self._model.clone()
+        inner = replace(self._ctx, model=work, _facts={})
+        constants = inner.fact(CONSTANTS)
+        node = next(node for node, label in constants.names.labels.items() if label == name)
+        layer = LinearLayer.of(node, constants)
+        assert isinstance(layer, LinearLayer)
+        layer.add(work.graph, (dense - layer.matrix()[0])[None], shift[None])
+        return self.loss(work).energy
+
+    def _outputs(self, model: ir.Model) -> Mapping[str, Array]:
+        """What counts of the floating-point outputs, all samples together."""
+        session = Reference(model, threads=self._ctx.threads, extensions=self._ctx.extensions)
+        parts: dict[str, list[Array]] = {}
+        for feed in self._feeds:
+            for name, array in session.run(feed).items():
+                if array.dtype.kind == "f":
+                    mask = None if self._mask is None else feed[self._mask]
+                    parts.setdefault(name, []).append(_heeded(array, mask))
+        return {name: _joined(arrays) for name, arrays in parts.items()}
+
+
+def _spread(data: Dataset) -> Sequence[Feed]:
+    count = sum(1 for _ in data.feeds())
+    chosen = {i * count // _SAMPLES for i in range(_SAMPLES)}
+    return [feed for i, feed in enumerate(data.feeds()) if i in chosen]
+
+
+def _heeded(array: Array, mask: Array | None) -> Array:
+    """`[rows, channels]`, or all numbers in a row where there are no rows."""
+    if array.ndim < 2:
+        return array.reshape(1, -1).astype(np.float64)
+    table = array.reshape(-1, array.shape[-1]).astype(np.float64)
+    kept = heeded_rows(len(table), array, mask)
+    return table if kept is None else table[kept]
+
+
+def _joined(tables: Sequence[Array]) -> Array:
+    """All rows; where their lengths differ from sample to sample, all numbers are one column."""
+    alike = len({table.shape[1] for table in tables}) == 1
+    return np.concatenate(tables if alike else [table.reshape(-1, 1) for table in tables])
+
+
+def _lost(wanted: Array, found: Array) -> float:
+    spread = float(np.square(wanted - wanted.mean(axis=0)).sum())
+    whole = spread if spread > 0 else float(np.square(wanted).sum())
+    with np.errstate(all="ignore"):  # what is not finite is looked for
+        lost = float(np.square(found - wanted).sum())
+    lost = lost if np.isfinite(lost) else np.inf
+    return lost / whole if whole > 0 else float(lost > 0)
+
+
+def _divergence(wanted: Array, found: Array) -> float:
+    """Mean Kullback-Leibler divergence of rows of class scores, in nats."""
+    if not np.isfinite(found).all():
+        return np.inf
+    before, after = _log_softmax(wanted), _log_softmax(found)
+    return float((np.exp(before) * (before - after)).sum(axis=1).mean())
+
+
+def _log_softmax(scores: Array) -> Array:
+    scores = scores - scores.max(axis=1, keepdims=True)
+    return scores - np.log(np.exp(scores).sum(axis=1, keepdims=True))
