@@ -1,7 +1,7 @@
 """Evaluate what does not depend on the inputs: shapes of values, chains of constants, branches never taken.
 
 Weights stay as they are: nothing that would make a constant larger than what it is made of is evaluated, and the
-DequantizeLinear of a linear operator keeps its integers.
+DequantizeLinear of a linear operator keeps its integers. Codes of a codebook are looked up where no kernel does it.
 """
 
 from __future__ import annotations
@@ -31,6 +31,8 @@ _NEVER = frozenset(
     }
 )  # fmt: skip
 _LINEAR = frozenset({"Conv", "ConvTranspose", "Gemm", "MatMul"})
+_LOOKUPS = frozenset({"Gather", "GatherElements"})
+_KERNEL_ENTRIES = 16
 _log = logging.getLogger(__name__)
 
 
@@ -238,6 +240,8 @@ def _foldable(node: ir.Node, known: set[str]) -> bool:
     inputs = [value for value in node.inputs if value is not None]
     if not all(is_constant(value) or (value.name or "") in known for value in inputs):
         return False
+    if _looks_up(node):
+        return True
     if any(value.const_value is not None and value.const_value.dtype.bitwidth < 8 for value in inputs):
         return False
     read = sum(value.const_value.nbytes for value in inputs if value.const_value is not None)
@@ -249,6 +253,16 @@ def _foldable(node: ir.Node, known: set[str]) -> bool:
         else:
             written += math.ceil(math.prod(shape) * output.dtype.itemsize)
     return written <= max(read, _FREE_BYTES)
+
+
+def _looks_up(node: ir.Node) -> bool:
+    """True for a lookup in a table, and for codes on their way there; kernels of products look up by themselves."""
+    uses = [use for output in node.outputs for use in output.uses()]
+    if node.op_type == "Cast":
+        return all(place == 1 and _looks_up(user) for user, place in uses)
+    products = any(user.op_type in ("Gemm", "MatMul") for user, _ in uses)
+    table = static_shape(node.inputs[0]) if node.op_type in _LOOKUPS else None
+    return table is not None and not (products and math.prod(table) <= _KERNEL_ENTRIES)
 
 
 def _small_parameter(node: ir.Node) -> bool:

@@ -155,3 +155,17 @@ def test_model_itself_does_not_change() -> None:
     before = ir.to_proto(model).SerializeToString(deterministic=True)
     lower(model, ShapeBinding(), "x86")
     assert ir.to_proto(model).SerializeToString(deterministic=True) == before
+
+
+def test_weights_of_four_bit_codes_are_looked_up_whatever_their_size() -> None:
+    codes = np.random.default_rng(0).integers(0, 16, (64, 64, 3, 3)).astype(np.uint8)
+    held = helper.make_tensor("codes", TensorProto.UINT4, codes.shape, codes.reshape(-1))
+    nodes = [
+        helper.make_node("Cast", ["codes"], ["index"], to=TensorProto.INT32),
+        helper.make_node("Gather", ["table", "index"], ["w"]),
+        helper.make_node("Conv", ["x", "w"], ["y"]),
+    ]
+    model = _model(
+        nodes, [_value("x", [1, 64, 5, 5])], [_value("y", [1, 64, 3, 3])], {"codes": held, "table": _draw(16)}, opset=21
+    )
+    assert _operators(_same(model)) == ["Conv"]
