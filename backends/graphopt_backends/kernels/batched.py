@@ -30,7 +30,7 @@ from graphopt_backends.kernels.kernel import Kernel
 from graphopt_backends.kernels.multiply import Multiply, Stored
 from graphopt_backends.kernels.tile import Panel, Rows, accumulate, tile_of
 
-__all__ = ["Batched", "begin_of", "transposed"]
+__all__ = ["Batched", "Place", "begin_of", "transposed"]
 
 
 @dataclass(frozen=True)
@@ -119,7 +119,7 @@ class Batched(Kernel):
             panel = bind(tirx.truncmod(unit, self._panels))
             sides = (self.left, self.right, self.result, *self.operands)
             left, right, result, *bases = (bind(begin_of(self.batch, number, strides)) for strides in sides)
-            place = _Place(left, right, result, bases)
+            place = Place(left, right, result, bases)
             whole, rest = divmod(self.columns, self._width)
             if not rest or not whole:
                 self._panel(frame, place, panel, rest or self._width)
@@ -130,7 +130,7 @@ class Batched(Kernel):
                     lambda: self._panel(frame, place, panel, rest),
                 )
 
-    def _panel(self, frame: Frame, place: _Place, panel: Any, columns: int) -> None:
+    def _panel(self, frame: Frame, place: Place, panel: Any, columns: int) -> None:
         vectors, column = -(-columns // self.multiply.lanes), bind(panel * self._width)
         if self._packs:
             self._pack(frame, bind(place.right + column * self.right[-1]), columns)
@@ -193,8 +193,15 @@ class Batched(Kernel):
 
 
 @dataclass(frozen=True)
-class _Place:
-    """Where the matrices of one product begin."""
+class Place:
+    """Where the matrices of one product begin.
+
+    Attributes:
+        left: A.
+        right: B.
+        result: C.
+        bases: Each operand of the epilogue.
+    """
 
     left: Any
     right: Any

@@ -7,22 +7,19 @@ Columns are summed while they are packed; the sums of rows are one more column, 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
 import numpy as np
 
-from graphopt.targets import Isa
-from graphopt_backends.kernels.batched import begin_of, transposed
+from graphopt_backends.kernels.batched import Batched, Place, transposed
 from graphopt_backends.kernels.emit import (
     Frame,
     Pointer,
     bind,
     constant,
-    either,
     load,
     load_first,
     local,
@@ -30,13 +27,11 @@ from graphopt_backends.kernels.emit import (
     primitive,
     reach,
     reinterpret,
-    share,
     splits,
     store,
     tirx,
 )
-from graphopt_backends.kernels.epilogue import Epilogue, Result, finish
-from graphopt_backends.kernels.kernel import Kernel
+from graphopt_backends.kernels.epilogue import Result, finish
 from graphopt_backends.kernels.multiply import Multiply
 from graphopt_backends.kernels.tile import Panel, Rows, accumulate, tile_of
 
@@ -47,36 +42,18 @@ _FLIP = 128
 
 
 @dataclass(frozen=True)
-class ByteProducts(Kernel):
-    """C[b] = epilogue((A[b] - a)(B[b] - b)), on views.
+class ByteProducts(Batched):
+    """C[b] = epilogue((A[b] - a)(B[b] - b)), on views; see `Batched`.
+
+    The strides of B may be those that `reads` accepts.
 
     Attributes:
-        isa: The CPU.
-        batch: Sizes of the axes before the matrices.
-        rows: Rows of A and C.
-        columns: Columns of B and C.
-        depth: Columns of A, rows of B.
-        left: Strides of A: each axis of the batch, then rows; its columns follow one another.
-        right: Strides of B: each axis of the batch, then rows, then columns; see `reads`.
-        result: Strides of C: each axis of the batch, then rows; its columns follow one another.
         dtypes: Element types of A and B: int8 or uint8.
         zeros: Zero points of A and B.
-        epilogue: What happens to the sums.
-        operands: Strides of each operand of the epilogue along the axes of the batch.
     """
 
-    isa: Isa
-    batch: tuple[int, ...]
-    rows: int
-    columns: int
-    depth: int
-    left: tuple[int, ...]
-    right: tuple[int, ...]
-    result: tuple[int, ...]
-    dtypes: tuple[str, str]
-    zeros: tuple[int, int]
-    epilogue: Epilogue
-    operands: tuple[tuple[int, ...], ...] = ()
+    dtypes: tuple[str, str] = field(kw_only=True)
+    zeros: tuple[int, int] = field(kw_only=True)
 
     @cached_property
     def multiply(self) -> Multiply:
@@ -109,14 +86,6 @@ class ByteProducts(Kernel):
         return high, wide
 
     @property
-    def _width(self) -> int:
-        return self.tile[1] * self.multiply.lanes
-
-    @property
-    def _panels(self) -> int:
-        return -(-self.columns // self._width)
-
-    @property
     def _groups(self) -> int:
         return -(-self.depth // self.multiply.group)
 
@@ -124,11 +93,6 @@ class ByteProducts(Kernel):
     def scratch(self) -> int:
         """Bytes of memory that every task needs for itself: a packed panel."""
         return self._groups * self.multiply.group * (self.tile[1] + self._extra) * self.multiply.lanes
-
-    @property
-    def operations(self) -> int:
-        """Multiplications and additions."""
-        return 2 * math.prod(self.batch) * self.rows * self.columns * self.depth
 
     def primitive(self, name: str) -> Any:
         """The function: (left, right, operands..., result, scratch, task, tasks)."""
@@ -141,26 +105,11 @@ class ByteProducts(Kernel):
         ]
         return primitive(name, pointers, self._body)
 
-    def _body(self, frame: Frame) -> None:
-        with share(frame, math.prod(self.batch) * self._panels) as (unit, _):
-            number, panel = bind(tirx.truncdiv(unit, self._panels)), bind(tirx.truncmod(unit, self._panels))
-            sides = (self.left, self.right, self.result, *self.operands)
-            places = [bind(begin_of(self.batch, number, strides)) for strides in sides]
-            whole, rest = divmod(self.columns, self._width)
-            if not rest or not whole:
-                self._panel(frame, places, panel, rest or self._width)
-            else:
-                either(
-                    panel < whole,
-                    lambda: self._panel(frame, places, panel, self._width),
-                    lambda: self._panel(frame, places, panel, rest),
-                )
-
-    def _panel(self, frame: Frame, places: Sequence[Any], panel: Any, columns: int) -> None:
-        lanes, (left, right, result, *bases) = self.multiply.lanes, places
+    def _panel(self, frame: Frame, place: Place, panel: Any, columns: int) -> None:
+        lanes = self.multiply.lanes
         vectors, column = -(-columns // lanes), bind(panel * self._width)
         starts = [local(lanes, "int32") for _ in range(vectors)]
-        self._pack(frame, bind(right + column * self.right[-1]), columns, starts)
+        self._pack_summed(frame, bind(place.right + column * self.right[-1]), columns, starts)
         self._begin(starts)
         weight = Panel(frame["scratch"], 0, (vectors + self._extra) * lanes)
         for start, count, high in splits(self.rows, self.tile[0]):
@@ -172,10 +121,10 @@ class ByteProducts(Kernel):
                         first = load(starts[v], 0, lanes) if v < vectors else constant(0, "int32", lanes)
                         store(part, first, 0, lanes)
                 offsets = [r * self.left[-1] for r in range(high)]
-                rows = Rows(frame["left"], left + row * self.left[-1], offsets)
+                rows = Rows(frame["left"], place.left + row * self.left[-1], offsets)
                 accumulate(self.multiply, totals, rows, weight, [(self.depth, 1, 1)])
-                at = [result + (row + r) * self.result[-1] + column for r in range(high)]
-                target = Result(at, [row + r for r in range(high)], column, columns, bases)
+                at = [place.result + (row + r) * self.result[-1] + column for r in range(high)]
+                target = Result(at, [row + r for r in range(high)], column, columns, place.bases)
                 finish(frame, self.multiply, self.epilogue, [self._without_rows(t, vectors) for t in totals], target)
 
     def _begin(self, starts: Sequence[Any]) -> None:
@@ -194,7 +143,7 @@ class ByteProducts(Kernel):
                 store(part, load(part, 0, lanes) - taken, 0, lanes)
         return total[:vectors]
 
-    def _pack(self, frame: Frame, start: Any, columns: int, sums: Sequence[Any]) -> None:
+    def _pack_summed(self, frame: Frame, start: Any, columns: int, sums: Sequence[Any]) -> None:
         """Copy a panel [groups, width, word], and add up its columns."""
         for part in sums:
             store(part, constant(0, "int32", self.multiply.lanes), 0, self.multiply.lanes)
@@ -220,7 +169,7 @@ class ByteProducts(Kernel):
             some(whole * step, rest)
 
     def _pack_bytes(self, frame: Frame, start: Any, columns: int, sums: Sequence[Any]) -> None:
-        """See `_pack`, where an instruction takes one byte of a column."""
+        """See `_pack_summed`, where an instruction takes one byte of a column."""
         lanes, dtype = self.multiply.lanes, self.dtypes[1]
         with loop(self.depth) as k:
             at = bind(k * ((len(sums) + self._extra) * lanes))

@@ -61,11 +61,11 @@ def multiply_batches(network: Network, node: ir.Node, region: Region) -> None:
     epilogue, sizes = Epilogue(expression, tuple(strides)), (result.shape[-2], result.shape[-1], left.shape[-1])
 
     def kernel(right: View) -> Any:
+        views = (left.strides[:-1], right.strides, result.strides[:-1])
+        given = (network.isa, batch, *sizes, *views, epilogue, tuple(steps))
         if on is None:
-            return Batched(network.isa, batch, *sizes, left.strides[:-1], right.strides, result.strides[:-1], epilogue,
-                           tuple(steps), stored)  # fmt: skip
-        return ByteProducts(network.isa, batch, *sizes, left.strides[:-1], right.strides, result.strides[:-1],
-                            (left.dtype, right.dtype), on.zeros, epilogue, tuple(steps))  # fmt: skip
+            return Batched(*given, stored)
+        return ByteProducts(*given, dtypes=(left.dtype, right.dtype), zeros=on.zeros)
 
     if on is not None and not kernel(right).reads(right.strides):
         right = network.copied(right, node=node)

@@ -31,8 +31,8 @@ def _cases(isa: Isa) -> list[Case]:
         y = random.integers(*_LIMITS[right], (2, columns, depth) if turned else (2, depth, columns)).astype(right)
         strides = (columns * depth, 1, depth) if turned else (columns * depth, columns, 1)
         kernel = ByteProducts(
-            isa, (2,), rows, columns, depth, (rows * depth, depth), strides, (rows * columns, columns), (left, right),
-            (a, b), Epilogue(operand(0, "int32")),
+            isa, (2,), rows, columns, depth, (rows * depth, depth), strides, (rows * columns, columns),
+            Epilogue(operand(0, "int32")), dtypes=(left, right), zeros=(a, b),
         )  # fmt: skip
         wide = [x.astype(np.int64) - a, (y.swapaxes(1, 2) if turned else y).astype(np.int64) - b]
         if kernel.reads(strides):
@@ -53,7 +53,7 @@ def test_sums_are_exact(device: str, tmp_path: Path) -> None:
 def test_rows_of_a_panel_are_read_by_words_only() -> None:
     isa = next(iter(ISAS.values()))
     kernel = ByteProducts(
-        isa, (), 2, 3, 4, (4,), (3, 1), (3,), ("uint8", "int8"), (0, 0), Epilogue(operand(0, "int32"))
+        isa, (), 2, 3, 4, (4,), (3, 1), (3,), Epilogue(operand(0, "int32")), dtypes=("uint8", "int8"), zeros=(0, 0)
     )  # fmt: skip
     assert kernel.reads((3, 1))
     assert kernel.reads((1, 4)) == (kernel.multiply.group == 4)
