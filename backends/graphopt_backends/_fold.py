@@ -1,14 +1,14 @@
 """Evaluate what does not depend on the inputs: shapes of values, chains of constants, branches never taken.
 
 Weights stay as they are: nothing that would make a constant larger than what it is made of is evaluated, and the
-DequantizeLinear of a linear operator keeps its integers. Codes of a codebook are looked up where no kernel does it.
+DequantizeLinear of a linear operator keeps its integers. `look_up` is for codes that no kernel looks up.
 """
 
 from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import numpy as np
@@ -19,7 +19,7 @@ from graphopt.errors import ModelError
 from graphopt.reference import Reference
 from graphopt_backends._shapes import is_known, put_shapes
 
-__all__ = ["add_constant", "fold", "infer_shapes", "inlined", "is_constant", "static_shape"]
+__all__ = ["add_constant", "fold", "infer_shapes", "inlined", "is_constant", "look_up", "static_shape"]
 
 _ROUNDS = 32
 _FREE_BYTES, _BYTE = 1 << 16, 8
@@ -32,7 +32,6 @@ _NEVER = frozenset(
 )  # fmt: skip
 _LINEAR = frozenset({"Conv", "ConvTranspose", "Gemm", "MatMul"})
 _LOOKUPS = frozenset({"Gather", "GatherElements"})
-_KERNEL_ENTRIES = 16
 _log = logging.getLogger(__name__)
 
 
@@ -42,7 +41,7 @@ def fold(model: ir.Model) -> None:
         infer_shapes(model)
         changed = _fold_shapes(model)
         changed = _fold_empty(model.graph) or changed
-        changed = _fold_constants(model) or changed
+        changed = _fold_constants(model, _foldable) or changed
         changed = _take_branches(model) or changed
         if not changed:
             break
@@ -193,13 +192,23 @@ def _passes_on_a_constant(node: ir.Node) -> bool:
     return node.op_type == "Identity" and is_constant(node.inputs[0])
 
 
-def _fold_constants(model: ir.Model) -> bool:
-    """Evaluate, in one run of ONNX Runtime, every node of the main graph whose inputs are all constant."""
+def look_up(model: ir.Model, keeps: Callable[[ir.Node], bool]) -> bool:
+    """Evaluate lookups of constant codes in constant tables, however large their results are.
+
+    Args:
+        model: Changed in place; shapes are known.
+        keeps: True for nodes whose form is wanted as it is.
+    """
+    return _fold_constants(model, lambda node, known: _looks_up(node) and not keeps(node) and _is_known(node, known))
+
+
+def _fold_constants(model: ir.Model, foldable: Callable[[ir.Node, set[str]], bool]) -> bool:
+    """Evaluate, in one run of ONNX Runtime, every node of the main graph that can be, by those before it."""
     graph = model.graph
     ready: list[ir.Node] = []
     known: set[str] = set()
     for node in graph:
-        if _foldable(node, known):
+        if foldable(node, known):
             ready.append(node)
             known.update(o.name for o in node.outputs if o.name)
     if not ready:
@@ -230,6 +239,11 @@ def _fold_one_by_one(model: ir.Model, nodes: list[ir.Node]) -> bool:
     return changed
 
 
+def _is_known(node: ir.Node, known: set[str]) -> bool:
+    """All inputs are constants, or have one of these names."""
+    return all(value is None or is_constant(value) or (value.name or "") in known for value in node.inputs)
+
+
 def _foldable(node: ir.Node, known: set[str]) -> bool:
     if node.domain not in ("", "ai.onnx") or node.op_type in _NEVER:
         return False
@@ -237,11 +251,9 @@ def _foldable(node: ir.Node, known: set[str]) -> bool:
         return False
     if any(a.type in (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS) for a in node.attributes.values()):
         return False
-    inputs = [value for value in node.inputs if value is not None]
-    if not all(is_constant(value) or (value.name or "") in known for value in inputs):
+    if not _is_known(node, known):
         return False
-    if _looks_up(node):
-        return True
+    inputs = [value for value in node.inputs if value is not None]
     if any(value.const_value is not None and value.const_value.dtype.bitwidth < 8 for value in inputs):
         return False
     read = sum(value.const_value.nbytes for value in inputs if value.const_value is not None)
@@ -256,13 +268,13 @@ def _foldable(node: ir.Node, known: set[str]) -> bool:
 
 
 def _looks_up(node: ir.Node) -> bool:
-    """True for a lookup in a table, and for codes on their way there; kernels of products look up by themselves."""
+    """True for a lookup, and for codes on their way to one."""
+    if node.domain not in ("", "ai.onnx"):
+        return False
+    if node.op_type != "Cast":
+        return node.op_type in _LOOKUPS
     uses = [use for output in node.outputs for use in output.uses()]
-    if node.op_type == "Cast":
-        return all(place == 1 and _looks_up(user) for user, place in uses)
-    products = any(user.op_type in ("Gemm", "MatMul") for user, _ in uses)
-    table = static_shape(node.inputs[0]) if node.op_type in _LOOKUPS else None
-    return table is not None and not (products and math.prod(table) <= _KERNEL_ENTRIES)
+    return bool(uses) and all(place == 1 and user.op_type in _LOOKUPS for user, place in uses)
 
 
 def _small_parameter(node: ir.Node) -> bool:

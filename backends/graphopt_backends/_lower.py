@@ -13,7 +13,7 @@ from onnx_ir.passes import common as ir_passes
 from graphopt.errors import UsageError
 from graphopt.model_io import InputSpec, ShapeBinding, input_specs
 from graphopt.opset import raise_opset
-from graphopt_backends._fold import fold, infer_shapes, static_shape
+from graphopt_backends._fold import fold, infer_shapes, look_up, static_shape
 from graphopt_backends._rewrite import Keeps, rewrite
 from graphopt_backends.batch.follow import Batch, batch_axes, follow_batch
 from graphopt_backends.network.half import widen
@@ -66,7 +66,7 @@ def lower(model: ir.Model, binding: ShapeBinding, target: str, keeps: Keeps = la
     unfolded = copy.clone() if axes else None
     fold(copy)
     shapes = {str(o.name): shape for node in copy.graph for o in node.outputs if (shape := static_shape(o)) is not None}
-    if widen(copy):
+    if widen(copy) | look_up(copy, keeps):
         fold(copy)
     while rewrite(copy, keeps):
         fold(copy)
