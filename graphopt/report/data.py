@@ -121,8 +121,14 @@ class StepReport:
 
     @property
     def skipped(self) -> tuple[Change, ...]:
-        """Sites that were left alone, each with its reason."""
+        """What was not done, each with its reason; a site may have been changed in another way."""
         return tuple(change for change in self.changes if not change.done)
+
+    @property
+    def left_alone(self) -> tuple[Change, ...]:
+        """What was not done at sites to which nothing else was done."""
+        changed = {change.site for change in self.done}
+        return tuple(change for change in self.skipped if change.site not in changed)
 
 
 @dataclass(frozen=True)

@@ -249,7 +249,7 @@ def reasons(report: Report) -> tuple[Reason, ...]:
     found: list[Reason] = []
     for step in report.steps:
         groups: dict[str, list[Change]] = {}
-        for change in step.skipped:
+        for change in step.left_alone:
             groups.setdefault(_NUMBER.sub("…", _reason(change)), []).append(change)
         ordered = sorted(groups.items(), key=lambda item: (-len(item[1]), item[0]))
         for alike, changes in ordered:

@@ -95,7 +95,7 @@ def steps(report: Report) -> Markup:
         return section("Steps", "No pass was asked for: the model ships as it came.")
     head = ("step", "sites changed", "left alone", "weights", "MACs", "nodes")
     rows = [
-        (tag("code", step.step), count(len(step.done)), count(len(step.skipped)), *_totals(step))
+        (tag("code", step.step), count(len(step.done)), count(len(step.left_alone)), *_totals(step))
         for step in report.steps
     ]
     lead = "What each pass did, site by site, and why it left the others alone. Open a step to read it."
@@ -115,8 +115,8 @@ def _step(step: StepReport) -> Markup:
         _badge("lossy" if step.lossy else "lossless", "accent" if step.lossy else "good"),
         _badge("changed the model" if step.modified else "no change", "accent" if step.modified else ""),
     ]
-    if step.skipped:
-        badges.append(_badge(f"{len(step.skipped)} left alone", "warn"))
+    if step.left_alone:
+        badges.append(_badge(f"{len(step.left_alone)} left alone", "warn"))
     facts = _facts(step.metrics) if step.metrics else EMPTY
     rows = [_change(change) for change in (*step.done, *step.skipped)]
     body = table(("site", "what happened", "figures"), rows) if rows else tag("p", "It looked at no site.", cls="soft")

@@ -130,7 +130,8 @@ def test_limits_say_what_was_wanted_what_was_reached_and_whether_it_is_enough() 
 
 
 def test_reasons_are_grouped_by_step_with_the_most_frequent_first() -> None:
-    changes = (Change.skipped("a", "x"), Change.skipped("b", "y"), Change.skipped("c", "y"), Change("d", "done"))
+    changed = (Change("d", "done"), Change.skipped("d", "not this as well"))
+    changes = (Change.skipped("a", "x"), Change.skipped("b", "y"), Change.skipped("c", "y"), *changed)
     report_steps = (StepReport("p", "p", True, True, changes), StepReport("q", "q", True, True, changes[:1]))
 
     class Holder:

@@ -139,7 +139,7 @@ class _Work:
         strengths = STRENGTHS if self.aims.smooth and self.measured else (0.5,)
         factors, strength, gain = best_factors(problem, strengths)
         if gain < _GAIN:
-            reason = f"another scale would let int8 fit {readers} by {10 * math.log10(gain):.1f} dB better only"
+            reason = f"another would gain {10 * math.log10(gain):.1f} dB only"
             return Change.skipped(place, f"its channels keep their scale: {reason}")
         self._apply(component, factors)
         details: dict[str, int | float | str | bool] = {
