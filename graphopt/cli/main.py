@@ -88,6 +88,8 @@ def _run(argv: list[str]) -> int:
     try:
         result: Any = _command.main(argv, prog_name="graphopt", standalone_mode=False)
     except GraphoptError as e:
+        if _was_interrupted(e):
+            return _interrupted()
         if any(word in argv for word in ("-v", "-vv", "--verbose")) and e.__cause__ is not None:
             traceback.print_exception(e.__cause__)
         return _say(str(e), e.exit_code)
@@ -97,7 +99,7 @@ def _run(argv: list[str]) -> int:
     except click.ClickException as e:
         return _say(" ".join(e.format_message().split()).removesuffix("."), ExitCode.USAGE)
     except (KeyboardInterrupt, click.Abort):
-        return _say("interrupted; nothing was written", ExitCode.INTERRUPTED)
+        return _interrupted()
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return ExitCode.OK
@@ -107,8 +109,17 @@ def _run(argv: list[str]) -> int:
             return _say(f"{place}: {(e.strerror or '').lower()}; free some space or set TMPDIR", ExitCode.CANNOT_WRITE)
         return _bug(e)
     except Exception as e:
-        return _bug(e)
+        return _interrupted() if _was_interrupted(e) else _bug(e)
     return result if isinstance(result, int) else ExitCode.OK
+
+
+def _was_interrupted(e: BaseException | None) -> bool:
+    """True where Ctrl-C came while a library was being imported, which some of them report as an ImportError."""
+    return e is not None and (isinstance(e, KeyboardInterrupt) or _was_interrupted(e.__cause__ or e.__context__))
+
+
+def _interrupted() -> int:
+    return _say("interrupted; nothing was written", ExitCode.INTERRUPTED)
 
 
 def _say(text: str, code: ExitCode) -> int:

@@ -184,3 +184,14 @@ def test_an_interrupt_leaves_nothing_half_written(model: str, tmp_path: Path, nu
     assert err.decode().splitlines()[-1] == "graphopt: interrupted; nothing was written"
     assert "Traceback" not in err.decode()
     assert sorted(p.name for p in tmp_path.iterdir() if p.name != "__pycache__") == ["slow_data.py", "started"]
+
+
+def test_an_interrupt_that_a_library_reports_as_an_import_error_is_one(
+    model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fails(*_: object, **__: object) -> None:
+        raise ImportError("initialization failed") from KeyboardInterrupt()
+
+    monkeypatch.setattr("graphopt_passes.fold.Fold.run", fails)
+    assert _run([model, "--passes", "fold", "-o", str(tmp_path / "out"), "-q"]) == 130
+    assert capsys.readouterr().err.splitlines()[-1] == "graphopt: interrupted; nothing was written"
