@@ -17,6 +17,7 @@ from kernel_epilogues import Tail, float_tails, integer_tails
 from graphopt.targets import Isa
 from graphopt_backends.kernels.batched import Batched
 from graphopt_backends.kernels.blockwise import Blockwise
+from graphopt_backends.kernels.codebook import Codebook
 from graphopt_backends.kernels.conv import Conv, Window
 from graphopt_backends.kernels.depthwise import Depthwise
 from graphopt_backends.kernels.epilogue import Epilogue
@@ -29,6 +30,7 @@ from graphopt_backends.kernels.pool import Pool
 from graphopt_backends.kernels.reduce import Reduce
 from graphopt_backends.kernels.resample import Resample
 from graphopt_backends.kernels.rows import Normalize, Softmax
+from graphopt_backends.kernels.tables import SIZES
 
 __all__ = ["FAMILIES", "convolved"]
 
@@ -225,6 +227,25 @@ def _blockwise(draw: DrawFn, isa: Isa) -> Case:
     return Case(activations, kernel, arrays, expected, result_pitch, 0.0 if activations == "int8" else 2e-5)
 
 
+@st.composite
+def _codebook(draw: DrawFn, isa: Isa) -> Case:
+    """Weights looked up in tables, one for some neighbouring columns."""
+    rows, columns = draw(st.integers(1, 40)), draw(st.integers(1, 70))
+    depth = draw(st.one_of(st.integers(1, 400), st.sampled_from([256, 768])))
+    entries, span, seed = draw(st.sampled_from(SIZES)), draw(st.integers(1, columns)), draw(SEEDS)
+    rng, number = np.random.default_rng(seed), -(-columns // span)
+    codes = rng.integers(0, entries, (depth, columns)).astype(np.uint8)
+    a, tables = floats(seed, rows, depth), floats(seed + 1, number, entries)
+    tail = draw(float_tails(rows, columns, seed))
+    source_pitch, result_pitch = drawn_pitch(draw, depth), drawn_pitch(draw, columns)
+    kernel = Codebook(isa, rows, columns, depth, entries, span, tail.epilogue, source_pitch, result_pitch)
+    assume(kernel.is_known)
+    bias = [] if tail.bias is None else [kernel.pack_column(tail.bias)]
+    arrays = [apart(a, source_pitch or depth), kernel.pack(codes), kernel.pack_tables(tables), *bias, *tail.arrays]
+    expected = tail.of(widened(a) @ tables[np.arange(columns) // span, codes])
+    return Case(f"{entries} entries", kernel, arrays, expected, result_pitch, 2e-5)
+
+
 # ---------------------------------------------------------------- images and rows
 
 
@@ -373,8 +394,8 @@ def _lookup(draw: DrawFn, isa: Isa) -> Case:
 
 
 FAMILIES: Mapping[str, Callable[[Isa], SearchStrategy[Case]]] = {
-    "gemm": _gemm, "conv": _conv, "depthwise": _depthwise, "batched": _batched, "blockwise": _blockwise, "pool": _pool,
-    "resample": _resample, "softmax": _softmax, "normalize": _normalize, "reduce": _reduce, "loops": _loops,
-    "lookup": _lookup,
+    "gemm": _gemm, "conv": _conv, "depthwise": _depthwise, "batched": _batched, "blockwise": _blockwise,
+    "codebook": _codebook, "pool": _pool, "resample": _resample, "softmax": _softmax, "normalize": _normalize,
+    "reduce": _reduce, "loops": _loops, "lookup": _lookup,
 }  # fmt: skip
 """Cases of each family for a CPU."""

@@ -268,13 +268,25 @@ def _foldable(node: ir.Node, known: set[str]) -> bool:
 
 
 def _looks_up(node: ir.Node) -> bool:
-    """True for a lookup, and for codes on their way to one."""
+    """True for a lookup, and for codes and dequantized tables on their way to one."""
     if node.domain not in ("", "ai.onnx"):
         return False
-    if node.op_type != "Cast":
-        return node.op_type in _LOOKUPS
     uses = [use for output in node.outputs for use in output.uses()]
-    return bool(uses) and all(place == 1 and user.op_type in _LOOKUPS for user, place in uses)
+    if node.op_type == "Cast":
+        return bool(uses) and all(place == 1 and user.op_type in _LOOKUPS for user, place in uses)
+    if node.op_type == "DequantizeLinear":
+        return bool(uses) and all(place == 0 and _has_constant_codes(user) for user, place in uses)
+    return node.op_type in _LOOKUPS
+
+
+def _has_constant_codes(node: ir.Node) -> bool:
+    """True for a lookup by codes, and not by what the graph is given."""
+    if node.op_type not in _LOOKUPS or node.inputs[1] is None:
+        return False
+    maker = node.inputs[1].producer()
+    return is_constant(node.inputs[1]) or (
+        maker is not None and maker.op_type == "Cast" and is_constant(maker.inputs[0])
+    )
 
 
 def _small_parameter(node: ir.Node) -> bool:

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from passes.share.share_models import share
+from text_models import build
 
 from graphopt.backend_base import BuildOptions
 from graphopt.errors import BackendError
@@ -57,6 +59,30 @@ def test_quantized_cnn_under_qemu_gives_the_numbers_of_onnx_runtime(
     same = [np.array_equal(o["y"], reference.run(f)["y"]) for f, o in zip(feeds, outputs, strict=True)]
     assert sum(same) >= 19, f"only {sum(same)} of 20 are equal"
     assert engine.how(target) in ("emulated", "executed")
+
+
+@pytest.mark.parametrize("device", ["arm:cortex-a76", "arm:cortex-a53"])
+def test_shared_weights_stay_codes_and_give_the_numbers_of_onnx_runtime(
+    device, backend, arm_cache: Path, tmp_path: Path
+) -> None:
+    engine, target = backend(device)
+    if engine.how(target) == "compiled only":
+        pytest.skip("compiled only: qemu-aarch64 not found")
+    text = """g (float[3,160] x) => (float[3,200] y) {
+        a = MatMul(x, u)  b = Relu(a)  c = Gemm<transB = 1>(b, v, e)  y = MatMul(c, w) }"""
+    rng = np.random.default_rng(0)
+    shapes = {"u": (160, 240), "v": (320, 240), "e": (320,), "w": (320, 200)}
+    weights = {name: rng.standard_normal(shape).astype(np.float32) for name, shape in shapes.items()}
+    model = build(text, **weights)
+    assert share(model, channels=8, int8=True).modified
+    engine.build(model, target, tmp_path, BuildOptions(cache=arm_cache))
+    floats = 4 * sum(array.size for array in weights.values())
+    assert (tmp_path / "model.so").stat().st_size < floats / 4
+    feeds = [{"x": rng.standard_normal((3, 160)).astype(np.float32)} for _ in range(4)]
+    outputs, reference = engine.run_all(tmp_path, target, feeds, 1), Reference(model, optimize=False)
+    for feed, output in zip(feeds, outputs, strict=True):
+        expected = reference.run(feed)["y"]
+        np.testing.assert_allclose(output["y"], expected, atol=2e-5 * float(np.abs(expected).max()))
 
 
 def test_fallback_runs_its_parts_on_the_host_and_the_rest_under_qemu(

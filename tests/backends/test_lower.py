@@ -169,3 +169,30 @@ def test_weights_of_four_bit_codes_are_looked_up_whatever_their_size() -> None:
         nodes, [_value("x", [1, 64, 5, 5])], [_value("y", [1, 64, 3, 3])], {"codes": held, "table": _draw(16)}, opset=21
     )
     assert _operators(_same(model)) == ["Conv"]
+
+
+def test_a_large_table_of_bytes_that_codes_look_up_is_evaluated() -> None:
+    rng = np.random.default_rng(0)
+    nodes = [
+        helper.make_node("DequantizeLinear", ["steps", "scale"], ["table"], axis=1),
+        helper.make_node("Cast", ["codes"], ["index"], to=TensorProto.INT32),
+        helper.make_node("GatherElements", ["table", "index"], ["w"], axis=0),
+        helper.make_node("MatMul", ["x", "w"], ["y"]),
+    ]
+    constants = {
+        "steps": rng.integers(-127, 128, (256, 96)).astype(np.int8),
+        "scale": np.abs(_draw(96)) / 500,
+        "codes": rng.integers(0, 256, (320, 96)).astype(np.uint8),
+    }
+    model = _model(nodes, [_value("x", [2, 320])], [_value("y", [2, 96])], constants)
+    assert _operators(_same(model)) == ["MatMul"]
+
+
+def test_a_table_of_bytes_that_the_caller_looks_up_stays_bytes() -> None:
+    nodes = [
+        helper.make_node("DequantizeLinear", ["steps", "scale"], ["table"]),
+        helper.make_node("Gather", ["table", "x"], ["y"]),
+    ]
+    constants = {"steps": np.ones((500, 64), np.int8), "scale": np.float32(0.1)}
+    model = _model(nodes, [_value("x", [2], TensorProto.INT64)], [_value("y", [2, 64])], constants)
+    assert "DequantizeLinear" in _operators(_same(model))

@@ -1,8 +1,8 @@
 """Products with weights of 4 bits: blocks of a column share a scale, and are decoded in registers.
 
-A weight is (code - 8) * scale + shift, or table[code] * scale, where scale and shift belong to a block of consecutive
-k of a column. The packed weight is one stream of 32-bit words: for each panel of columns and block along k, the words
-of codes, the scales, and the shifts if there are any. What is done with it depends on the activations:
+A weight is (code - 8) * scale + shift, where scale and shift belong to a block of consecutive k of a column. The packed
+weight is one stream of 32-bit words: for each panel of columns and block along k, the words of codes, the scales, and
+the shifts if there are any. What is done with it depends on the activations:
 
     activations   rows    inner loop
     float         few     sums of a block are made of bare codes, then scaled: memory decides
@@ -80,7 +80,6 @@ class Blockwise(Kernel):
         block: Consecutive k that share a scale, a multiple of 16, 128 at most where activations are int8; the last
             block of a column may have fewer.
         shifted: Blocks have a shift as well.
-        table: What the sixteen codes stand for; empty: code - 8.
         epilogue: What happens to the sums.
         source_pitch: Elements from row to row of A; 0: `depth`.
         result_pitch: Elements from row to row of C; 0: `columns`.
@@ -93,7 +92,6 @@ class Blockwise(Kernel):
     depth: int
     block: int
     shifted: bool = False
-    table: tuple[float, ...] = ()
     epilogue: Epilogue = PLAIN
     source_pitch: int = 0
     result_pitch: int = 0
@@ -116,9 +114,7 @@ class Blockwise(Kernel):
     @property
     def is_known(self) -> bool:
         """This CPU has instructions for it."""
-        if self.activations == "float32":
-            return self._decoder.is_known
-        return not self.table and self.dot.group == 4 and self.block <= MOST_ROUNDED
+        return self.activations == "float32" or (self.dot.group == 4 and self.block <= MOST_ROUNDED)
 
     @cached_property
     def tile(self) -> tuple[int, int]:
@@ -142,7 +138,7 @@ class Blockwise(Kernel):
 
     def _held(self, vectors: int) -> int:
         """Rows of so many vectors whose sums fit the registers next to what is multiplied."""
-        free = self.isa.registers - (8 if self.isa.registers > 16 else 5) - (2 if self.table else 0)
+        free = self.isa.registers - (8 if self.isa.registers > 16 else 5)
         # sums of a block beside those of all blocks; activations where lanes of registers are multiplied
         return max(1, free // (vectors * (1 + self._scales_sums) + self.isa.lane_operands))
 
@@ -189,7 +185,7 @@ class Blockwise(Kernel):
 
     @cached_property
     def _decoder(self) -> Decoder:
-        return Decoder(self.isa, self.table)
+        return Decoder(self.isa)
 
     @property
     def _copies(self) -> bool:

@@ -1,6 +1,6 @@
 """Codes of 4 bits in words of 32: how they are packed, and how a register of them is decoded.
 
-For floats the eight codes of a word stand in order, and are places in a table that a register holds, or signed numbers
+For floats the eight codes of a word stand in order, and are places in a register of sixteen numbers, or signed numbers
 that two shifts cut out. For dot products of bytes, the lower halves of the four bytes of a word are four codes of a
 column, the upper halves the same four of a column in the next vector: see `Halves`.
 """
@@ -102,24 +102,18 @@ class Halves:
 
 @dataclass(frozen=True)
 class Decoder:
-    """Makes floats of codes.
+    """Makes floats of codes, code - 8 of each.
 
     Attributes:
         isa: The CPU.
-        table: What the sixteen codes stand for; empty: code - 8.
     """
 
     isa: Isa
-    table: tuple[float, ...]
-
-    @property
-    def is_known(self) -> bool:
-        """This CPU can do it."""
-        return not self.table or self.isa.vector_bits >= 256
 
     @property
     def _looks_up(self) -> bool:
-        return bool(self.table) or self.isa.vector_bits == 512
+        """One permutation of a register of all sixteen numbers is less than two shifts and a conversion."""
+        return self.isa.vector_bits == 512
 
     def words(self, groups: np.ndarray) -> np.ndarray:
         """Words of codes [panels, depth / 8, width, 8]."""
@@ -138,15 +132,9 @@ class Decoder:
         if not self._looks_up:
             upmost = word << number(28 - 4 * i) if i < CODES - 1 else word
             return cast(upmost >> number(28), "float32", lanes)
-        table = self.table or tuple(float(code - MIDDLE) for code in range(16))
+        table = _vector_of([float(code - MIDDLE) for code in range(16)])
         places = bind(word >> number(4 * i)) if i else word
-        if lanes == 16:
-            return intrinsic("llvm.x86.avx512.permvar.sf.512", "float32", lanes, _vector_of(table), places)
-        lower, upper = (
-            intrinsic("llvm.x86.avx2.permps", "float32", lanes, _vector_of(half), places)
-            for half in (table[:8], table[8:])
-        )
-        return tirx.Select((places & number(8)) != number(0), bind(upper), bind(lower))
+        return intrinsic("llvm.x86.avx512.permvar.sf.512", "float32", lanes, table, places)
 
 
 def _vector_of(values: Sequence[float]) -> Any:

@@ -1,11 +1,10 @@
-"""Products with constants of few bits, whose blocks have scales of their own.
+"""Products with constants of few bits, whose blocks have scales of their own; those of codes go to `codebook`.
 
 | form | scales | zero points |
 |---|---|---|
 | MatMulNBits of `com.microsoft` | one for each block of a column | packed like weights, floats, or none: the middle |
 | MatMul, Gemm of DequantizeLinear with blocks along k | the same | 4 bits, or none: 0 |
 | MatMul, Gemm of DequantizeLinear | one for each column, or one for all | 4 bits, or none: 0 |
-| MatMul of Gather(table of 16 numbers, Cast(uint4)) | none | none |
 
 Activations are rounded to int8 block by block where ONNX Runtime does that too: in a MatMulNBits whose `accuracy_level`
 is 4, and behind a DequantizeLinear. Weights of 8 bits in blocks become floats when the model is compiled.
@@ -21,6 +20,7 @@ import onnx_ir as ir
 from graphopt_backends._fold import is_constant, static_shape
 from graphopt_backends.kernels.blockwise import MIDDLE, Activations, Blockwise
 from graphopt_backends.kernels.gemm import Gemm
+from graphopt_backends.network import codebook
 from graphopt_backends.network.linear import flat_rows, float_epilogue
 from graphopt_backends.network.network import Network, shape_of
 from graphopt_backends.network.regions import Region
@@ -46,7 +46,6 @@ class _Blocks:
         scales: [blocks, columns].
         shifts: What is added to the weights of a block, [blocks, columns]; None: nothing.
         block: Rows of a block.
-        table: What the codes stand for; empty: code - 8.
         bits: Of a code.
     """
 
@@ -54,13 +53,11 @@ class _Blocks:
     scales: np.ndarray
     shifts: np.ndarray | None
     block: int
-    table: tuple[float, ...] = ()
     bits: int = 4
 
     def dense(self) -> np.ndarray:
         """The numbers that it stands for."""
-        values = np.asarray(self.table, np.float32)[self.codes] if self.table else self.codes - np.float32(MIDDLE)
-        found = values * self._spread(self.scales)
+        found = (self.codes - np.float32(MIDDLE)) * self._spread(self.scales)
         return found if self.shifts is None else found + self._spread(self.shifts)
 
     def _spread(self, values: np.ndarray) -> np.ndarray:
@@ -92,16 +89,21 @@ def is_supported(node: ir.Node) -> bool:
     if node.domain not in ("", "ai.onnx") or (node.op_type == "Gemm" and not _gemm_check(node)):
         return False
     maker = _maker(node)
-    return maker is not None and (_dequantize_check(node, maker) or _table_check(node, maker))
+    return maker is not None and (_dequantize_check(node, maker) or codebook.is_supported(node))
 
 
 def keeps(node: ir.Node) -> bool:
-    """True for a node that makes weights of 4 bits for products that are computed here, and for nothing else."""
+    """True for a node that makes weights of few bits for products that are computed here, and for nothing else."""
     users = list(node.outputs[0].uses())
-    if node.op_type == "Cast":
-        return bool(users) and all(user.op_type == "Gather" and i == 1 and keeps(user) for user, i in users)
-    right = all(i == 1 and is_supported(user) for user, i in users)
-    return node.op_type in ("DequantizeLinear", "Gather") and bool(users) and right and not _is_output(node)
+    if node.op_type not in codebook.MAKERS or node.domain not in ("", "ai.onnx") or not users or _is_output(node):
+        return False
+    return all(_makes_with(user, place) if user.op_type in codebook.MAKERS else place == 1 and is_supported(user)
+               for user, place in users)  # fmt: skip
+
+
+def _makes_with(node: ir.Node, place: int) -> bool:
+    """True for a node that makes weights of its input at this place."""
+    return place in codebook.MAKERS[node.op_type] and keeps(node)
 
 
 def _is_output(node: ir.Node) -> bool:
@@ -151,18 +153,6 @@ def _dequantize_check(node: ir.Node, maker: ir.Node) -> bool:
     return int(np.prod(shape_of(scale))) == 1 or axis != along
 
 
-def _table_check(node: ir.Node, maker: ir.Node) -> bool:
-    if maker.op_type != "Gather" or maker.attributes.get_int("axis", 0) or node.op_type != "MatMul":
-        return False
-    table, places = maker.inputs[0], maker.inputs[1]
-    cast = None if places is None else places.producer()
-    codes = cast.inputs[0] if cast is not None and cast.op_type == "Cast" else None
-    return (
-        table is not None and is_constant(table) and table.dtype == ir.DataType.FLOAT and shape_of(table) == (16,)
-        and codes is not None and is_constant(codes) and codes.dtype == ir.DataType.UINT4 and len(shape_of(codes)) == 2
-    )  # fmt: skip
-
-
 def convert(network: Network, node: ir.Node, region: Region) -> None:
     """Compute a product that `is_supported`, and what follows it.
 
@@ -171,6 +161,9 @@ def convert(network: Network, node: ir.Node, region: Region) -> None:
         node: The product.
         region: It and what is done with its result.
     """
+    if node.op_type != "MatMulNBits" and codebook.is_supported(node):
+        codebook.convert(network, node, region, _bias(node))
+        return
     weight, bias, activations = _blocks_of(node), _bias(node), _activations(node)
     if activations == "int8":
         weight = weight.cut(_MOST_ROUNDED)
@@ -180,13 +173,13 @@ def convert(network: Network, node: ir.Node, region: Region) -> None:
     epilogue, operands = float_epilogue(network, region, result, result.rank - 1, bias=bias is not None)
     kernel = Blockwise(
         network.isa, activations, result.size // columns, columns, depth, weight.block,
-        weight.shifts is not None, weight.table, epilogue, pitch,
+        weight.shifts is not None, epilogue, pitch,
     )  # fmt: skip
     if not kernel.is_known:
         kernel = replace(kernel, activations="float32")
-    if kernel.is_known and weight.bits == 4:
+    if weight.bits == 4:
         packed = kernel.pack(weight.codes, weight.scales, weight.shifts)
-    else:  # bytes, or a table that no register holds
+    else:  # bytes
         kernel = Gemm(network.isa, "f32", kernel.rows, columns, depth, epilogue, pitch)
         packed = kernel.pack(weight.dense())
     views = [flat, network.constant(packed)]
@@ -223,8 +216,6 @@ def _blocks_of(node: ir.Node) -> _Blocks:
         return _n_bits(node)
     maker = _maker(node)
     assert maker is not None
-    if maker.op_type == "Gather":
-        return _looked_up(maker)
     found = _dequantized(maker, flipped=_is_flipped(node))
     return found.scaled(node.attributes.get_float("alpha", 1.0)) if node.op_type == "Gemm" else found
 
@@ -279,13 +270,3 @@ def _dequantized(maker: ir.Node, *, flipped: bool) -> _Blocks:
     zeros = np.broadcast_to(zeros.reshape(1, 1) if zeros.size == 1 else zeros, scales.shape)
     shifts = None if (zeros == MIDDLE).all() else _shifts(scales, zeros)
     return _Blocks(codes, scales, shifts, block, bits=4 if dtype in _CODES else 8)
-
-
-def _looked_up(maker: ir.Node) -> _Blocks:
-    """A block of each column, of scale 1."""
-    cast = maker.inputs[1].producer() if maker.inputs[1] is not None else None
-    assert cast is not None
-    codes = _array(cast, 0).astype(np.uint8)
-    depth, columns = codes.shape
-    table = tuple(float(value) for value in _array(maker, 0))
-    return _Blocks(codes, np.ones((1, columns), np.float32), None, -(-depth // _STEP) * _STEP, table)

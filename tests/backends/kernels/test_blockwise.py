@@ -50,10 +50,9 @@ class _Weight:
     shifts: np.ndarray | None
     block: int
 
-    def dense(self, table: np.ndarray | None = None) -> np.ndarray:
+    def dense(self) -> np.ndarray:
         """The numbers that it stands for."""
-        values = self.codes.astype(np.float64) - MIDDLE if table is None else table.astype(np.float64)[self.codes]
-        found = values * self._spread(self.scales)
+        found = (self.codes.astype(np.float64) - MIDDLE) * self._spread(self.scales)
         return found if self.shifts is None else found + self._spread(self.shifts)
 
     def _spread(self, values: np.ndarray) -> np.ndarray:
@@ -138,19 +137,6 @@ def test_activations_are_rounded_block_by_block(
     kernel = Blockwise(isa, "int8", rows, columns, depth, block, shifted=True)
     size = np.abs(rounded) @ np.abs(weight.dense())  # a number right between two steps may go to the other
     assert (np.abs(_result(kernel, a, weight) - expected) <= 1e-3 * size + 1e-6).all()
-
-
-@on_this_cpu
-@few
-@given(isas, row_counts, st.integers(1, 100), st.integers(1, 200), blocks, st.booleans(), st.integers(0, 99))
-def test_codes_may_be_places_in_a_table(
-    isa: Isa, rows: int, columns: int, depth: int, block: int, shifted: bool, seed: int
-) -> None:
-    weight = _drawn(seed, depth, columns, block, shifted=shifted)
-    table = np.random.default_rng(seed).standard_normal(16).astype(np.float32)
-    a = np.random.default_rng(seed + 1).standard_normal((rows, depth)).astype(np.float32)
-    kernel = Blockwise(isa, "float32", rows, columns, depth, block, shifted, tuple(table.tolist()))
-    np.testing.assert_allclose(_result(kernel, a, weight), a @ weight.dense(table), rtol=1e-4, atol=2e-3)
 
 
 @on_this_cpu

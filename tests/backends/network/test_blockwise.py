@@ -167,21 +167,6 @@ def test_products_of_dequantized_weights_equal_onnx_runtime(
     _check(model, isa, (5, depth), tolerance, [kernel])
 
 
-@each_isa
-def test_a_table_looked_up_for_a_product_equals_onnx_runtime(isa: Isa) -> None:
-    rng = np.random.default_rng(3)
-    constants = [
-        _small("q", rng.integers(0, 16, (70, 37)), TensorProto.UINT4),
-        numpy_helper.from_array(rng.standard_normal(16).astype(np.float32), "t"),
-    ]
-    nodes = [
-        helper.make_node("Cast", ["q"], ["i"], "widen", to=TensorProto.INT32),
-        helper.make_node("Gather", ["t", "i"], ["w"], "look_up"),
-        helper.make_node("MatMul", ["x", "w"], ["y"], "product"),
-    ]
-    _check(_model(nodes, (6,), 70, constants), isa, (6, 70), 1e-4, ["Blockwise"])
-
-
 def test_a_weight_that_something_else_reads_too_becomes_bytes() -> None:
     constants = [
         _small("q", np.zeros((32, 4), np.int64), TensorProto.INT4),
