@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,10 +11,10 @@ from graphopt.pack._symbols import (
     Coded,
     coded_bytes,
     coded_symbols,
-    entropy_coded,
     length_prefixed,
     number,
     repeats,
+    with_repeats,
 )
 from graphopt.pack.decoder import Symbols, unpacked
 
@@ -23,7 +23,9 @@ __all__ = ["coded_block"]
 _CODEBOOK = 256
 _SAMPLE = 1 << 12
 _SPARSE = 0.3
-"""Fraction of zeros from which gaps are tried."""
+"""Fraction of zeros from which elements are stored with gaps."""
+_EMPTY = 0.95
+"""The same if there are few values: then gaps are hardly smaller, but read faster."""
 _SIGN_FIRST = frozenset({1, 10, 11, 16})
 """Types whose highest bit is a sign and stands before an exponent."""
 _SIGNED = frozenset({3, 22, 26})
@@ -44,39 +46,36 @@ def coded_block(content: NDArray[np.uint8], dtype: int, bits: int, dims: Sequenc
         dims: Its shape, as `block_dims` sees it.
     """
     if bits <= 8:
-        return _small(content, dtype, bits, dims)
+        return with_repeats(_small(content, dtype, bits, dims), content)
     if bits > 64:
         return coded_bytes(content)
-    best = min(_ways(content.view(f"<u{bits // 8}"), dtype, dims), key=len)
-    return min(best, coded_bytes(content), key=len) if repeats(content, len(best)) else best
+    elements = content.view(f"<u{bits // 8}")
+    codebook, filled = _codebook(elements, dtype), np.count_nonzero(elements)
+    sparse = 0 < filled <= (1 - (_SPARSE if codebook is None else _EMPTY)) * len(elements)
+    ways = [Coded(("raw",), length_prefixed(content.tobytes()))]
+    if sparse:
+        ways.append(with_repeats(_with_gaps(elements, np.flatnonzero(elements), dtype), content))
+    if codebook is not None:
+        ways.append(_with_codebook(*codebook, dims))
+    elif not sparse:
+        ways.append(_planes(elements, dtype, dims))
+    return min(ways, key=len)
 
 
 def _small(content: NDArray[np.uint8], dtype: int, bits: int, dims: Sequence[int]) -> Coded:
     """Elements that are symbols; signed ones in the order of their values."""
     symbols = content if bits == 8 else unpacked(content, bits)
     if dtype in _SIGNED:
-        coded = entropy_coded(symbols ^ np.uint8(1 << bits - 1), dims)
-        best = Coded(("signed", *coded.words), coded.content)
+        coded = coded_symbols(symbols ^ np.uint8(1 << bits - 1), dims, bits)
+        coded = Coded(("signed", *coded.words), coded.content)
     else:
-        best = entropy_coded(symbols, dims)
+        coded = coded_symbols(symbols, dims, bits)
     raw = Coded(("raw",), length_prefixed(content.tobytes()))
-    ways = [best, raw, *([coded_bytes(content)] if repeats(content, len(best)) else [])]
-    return min(ways, key=len)
+    return raw if len(raw) <= len(coded) else coded
 
 
-def _ways(elements: Elements, dtype: int, dims: Sequence[int]) -> Iterator[Coded]:
-    yield _dense(elements, dtype, dims)
-    if 0 < np.count_nonzero(elements) < (1 - _SPARSE) * len(elements):
-        yield _with_gaps(elements, np.flatnonzero(elements), dtype)
-
-
-def _dense(elements: Elements, dtype: int, dims: Sequence[int]) -> Coded:
-    """Through a codebook, if there are few values; else by planes."""
-    found = _codebook(elements, dtype)
-    if found is None:
-        return _planes(elements, dtype, dims)
-    table, symbols = found
-    coded = coded_symbols(symbols, dims)
+def _with_codebook(table: Elements, symbols: Symbols, dims: Sequence[int]) -> Coded:
+    coded = with_repeats(coded_symbols(symbols, dims), symbols)
     return Coded(("codebook", *coded.words), length_prefixed(table.tobytes()) + coded.content)
 
 
@@ -85,16 +84,18 @@ def _with_gaps(elements: Elements, places: NDArray[np.intp], dtype: int) -> Code
     gaps = np.diff(places, prepend=-1) - 1
     steps = np.full(int((gaps // 255 + 1).sum()), 255, np.uint8)
     steps[np.cumsum(gaps // 255 + 1) - 1] = gaps % 255
-    of_gaps = coded_symbols(steps, (1, len(steps), 1, 1))
-    of_others = _dense(elements[places], dtype, (1, len(places), 1, 1))
+    of_gaps = with_repeats(coded_symbols(steps, (1, 1, len(steps), 1)), steps)
+    others, dims = elements[places], (1, 1, len(places), 1)
+    codebook = _codebook(others, dtype)
+    of_others = _planes(others, dtype, dims) if codebook is None else _with_codebook(*codebook, dims)
     content = number(len(steps)) + of_gaps.content + of_others.content
     return Coded(("gaps", *of_gaps.words, *of_others.words), content)
 
 
 def _codebook(elements: Elements, dtype: int) -> tuple[Elements, Symbols] | None:
-    """The different values in order, and which of them each element is; None if there are more than 256."""
-    table = np.unique(elements[:: len(elements) // _SAMPLE + 1])
-    while len(table) <= _CODEBOOK:
+    """The different values in order, and which of them each element is; None if there are too many to be worth it."""
+    table = _distinct(elements[:: len(elements) // _SAMPLE + 1])
+    while len(table) <= min(_CODEBOOK, len(elements) // 3):
         places = _places(table, elements)
         others = elements[table[places] != elements]
         if not len(others):
@@ -102,8 +103,14 @@ def _codebook(elements: Elements, dtype: int) -> tuple[Elements, Symbols] | None
             ranks = np.empty(len(table), np.uint8)
             ranks[order] = np.arange(len(table))
             return table[order], ranks[places]
-        table = np.union1d(table, others[:_SAMPLE])
+        table = _distinct(np.concatenate([table, others[:_SAMPLE]]))
     return None
+
+
+def _distinct(elements: Elements) -> Elements:
+    """The different values in order of their bits; as np.unique, which hashes first and takes longer."""
+    ordered = np.sort(elements)
+    return ordered[np.concatenate([[True], ordered[1:] != ordered[:-1]])]
 
 
 def _places(table: Elements, elements: Elements) -> NDArray[np.integer]:
@@ -118,12 +125,23 @@ def _places(table: Elements, elements: Elements) -> NDArray[np.integer]:
 
 
 def _planes(elements: Elements, dtype: int, dims: Sequence[int]) -> Coded:
-    """The highest byte of all elements, then the next; floats with their sign as the lowest bit."""
-    size = elements.itemsize
-    if dtype in _SIGN_FIRST:
+    """The highest byte of all elements, then the next; floats with their sign as the lowest bit.
+
+    Bytes of floats repeat only where floats do, so that one look at these is enough.
+    """
+    size, content, floats = elements.itemsize, elements.view(np.uint8), dtype in _SIGN_FIRST
+    if floats:
         kind = elements.dtype.type
         elements = elements << kind(1) | elements >> kind(8 * size - 1)
-    planes = elements.view(np.uint8).reshape(-1, size)
-    coded = [coded_symbols(np.ascontiguousarray(planes[:, i]), dims) for i in reversed(range(size))]
-    words = ("rotated" if dtype in _SIGN_FIRST else "planes", *(word for plane in coded for word in plane.words))
-    return Coded(words, b"".join(plane.content for plane in coded))
+    bytes_of = elements.view(np.uint8).reshape(-1, size)
+    planes = [np.ascontiguousarray(bytes_of[:, i]) for i in reversed(range(size))]
+    coded = [coded_symbols(plane, dims) for plane in planes]
+    if floats and not repeats(content, sum(map(len, coded))):
+        return _joined(coded, floats=floats)
+    coded = [with_repeats(of_plane, plane) for of_plane, plane in zip(coded, planes, strict=True)]
+    return with_repeats(_joined(coded, floats=floats), content)
+
+
+def _joined(planes: Sequence[Coded], *, floats: bool) -> Coded:
+    words = ("rotated" if floats else "planes", *(word for plane in planes for word in plane.words))
+    return Coded(words, b"".join(plane.content for plane in planes))

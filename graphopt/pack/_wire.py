@@ -164,6 +164,8 @@ def _fields(content: Bytes, at: int, end: int) -> Iterator[tuple[int, int, int, 
 
 
 def _varint(content: Bytes, at: int, end: int) -> tuple[int, int]:
+    if at < end and content[at] < 128:  # nearly always
+        return content[at], at + 1
     value = 0
     for shift in range(0, 70, 7):
         if at >= end:

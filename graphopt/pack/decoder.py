@@ -188,12 +188,12 @@ class Container:
         """Read the bytes of one tensor as they stand in the file."""
         tensor = self.tensors[name]
         if tensor.blocks:
-            return b"".join(self._blocks(tensor))
+            return self._content(tensor)
         found, at = bytearray(), 0
         for piece, size in self._layout(tensor.file):
             low, high = max(tensor.offset - at, 0), min(tensor.offset + tensor.size - at, size)
             if low < high and isinstance(piece, Tensor):
-                found += b"".join(self._blocks(piece))[low:high]
+                found += self._content(piece)[low:high]
             elif low < high:
                 found += b"".join(self._rest(tensor.file, cast("int", piece) + low, cast("int", piece) + high))
             at += size
@@ -255,14 +255,15 @@ class Container:
         if self.files[number].size > at:
             yield rest, self.files[number].size - at
 
-    def _blocks(self, tensor: Tensor) -> Iterator[bytes]:
-        crc = 0
-        for block in tensor.blocks:
-            content = self._block(block, BITS[tensor.dtype], block_dims(tensor.dims, block.elements), tensor.name)
-            crc = zlib.crc32(content, crc)
-            yield content
-        if crc != tensor.crc:
+    def _content(self, tensor: Tensor) -> bytes:
+        content = b"".join(self._blocks(tensor))
+        if zlib.crc32(content) != tensor.crc:
             raise ContainerError(f"{tensor.name!r} does not come out as it was packed")
+        return content
+
+    def _blocks(self, tensor: Tensor) -> Iterator[bytes]:
+        for block in tensor.blocks:
+            yield self._block(block, BITS[tensor.dtype], block_dims(tensor.dims, block.elements), tensor.name)
 
     def _rest(self, number: int, begin: int, end: int) -> Iterator[bytes]:
         """Decode bytes of what is in no tensor; tensors divide them, so the block read last is kept."""
@@ -512,18 +513,22 @@ def _symbols(word: str, parts: _Parts, dims: Sequence[int]) -> Symbols:
         return np.frombuffer(part, np.uint8)
     if word == "xz":
         return _from_xz(part, count)
-    if word not in ("ans", "waves"):
-        raise ValueError(f"the coding {word!r} is unknown")
-    head = _Parts(part)
+    if word in ("ans", "waves"):
+        return _entropy_coded(_Parts(part, parts.native), dims, in_waves=word == "waves")
+    raise ValueError(f"the coding {word!r} is unknown")
+
+
+def _entropy_coded(head: _Parts, dims: Sequence[int], *, in_waves: bool) -> Symbols:
+    """Decode symbols by their frequencies, with one table or with one for each context."""
     low, top, middle = head.byte(), head.byte(), head.byte()
-    classes = [divmod(head.byte(), 16) for _ in WAVES] if word == "waves" else [(0, 0)]
+    classes = [divmod(head.byte(), 16) for _ in WAVES] if in_waves else [(0, 0)]
     shares = [head.byte() for _ in range(8)]
     words = head.remains()
     if max(map(max, classes)) > FINEST or low + top > 255 or len(words) % 4 or words.endswith(bytes(4)):
         raise ValueError("entropy-coded symbols are damaged")
-    coder = (_Native if parts.native else _Portable)(np.frombuffer(words, "<u4"))
+    coder = (_Native if head.native else _Portable)(np.frombuffer(words, "<u4"))
     tables = _tables(coder, shares, sum(1 << sum(pair) for pair in classes), top + 1)
-    symbols = _waves(coder, tables, classes, dims, middle) if word == "waves" else coder.take(tables, [count])
+    symbols = _waves(coder, tables, classes, dims, middle) if in_waves else coder.take(tables, [prod(dims)])
     coder.finish()
     return symbols + np.uint8(low)
 
@@ -533,11 +538,11 @@ def _waves(
 ) -> Symbols:
     """Decode symbols in three waves; the contexts of each follow from what came before."""
     around, first = Neighbourhood(dims, middle), 0
-    for wave, (places, scales) in zip(WAVES, classes, strict=True):
-        contexts = around.contexts(wave, places, scales)
-        rows = tables[first : first + (1 << places + scales)]
-        around.learn(wave, _by_context(coder, rows, contexts))
-        first += len(rows)
+    for wave, (neighbours, distances) in zip(WAVES, classes, strict=True):
+        of_wave = tables[first : first + (1 << neighbours + distances)]
+        contexts = around.contexts(wave, neighbours, distances)
+        around.learn(wave, _by_context(coder, of_wave, contexts))
+        first += len(of_wave)
     return around.symbols()
 
 
@@ -561,7 +566,8 @@ class Neighbourhood:
 
     def __init__(self, dims: Sequence[int], middle: int) -> None:
         self._dims, self._middle = dims, middle
-        self._known: dict[Place, tuple[Lattice, Lattice]] = {}
+        self._known: dict[Place, Lattice] = {}
+        self._in_kernels: tuple[int, Numbers] = 0, np.zeros(dims[2:], np.int64)
 
     def shape(self, place: Place) -> tuple[int, int, int, int]:
         """Shape of all places with an odd or even row and column."""
@@ -569,65 +575,62 @@ class Neighbourhood:
         return (rows + 1 - place[0]) // 2, (columns + 1 - place[1]) // 2, outputs, inputs
 
     def learn(self, wave: Sequence[Place], symbols: Symbols) -> None:
-        """Take note of the symbols of a wave."""
+        """Take note of the symbols of a wave, and of their distances from the middle."""
         at = 0
         for place in wave:
             shape = self.shape(place)
-            values = symbols[at : at + prod(shape)].reshape(shape).astype(np.int16)
-            self._known[place] = values, np.abs(values - np.int16(self._middle))
-            at += values.size
+            known = np.empty((2, *shape), np.int16)
+            known[0] = symbols[at : at + prod(shape)].reshape(shape)
+            np.abs(known[0] - np.int16(self._middle), out=known[1])
+            at += prod(shape)
+            self._known[place] = known
+            count, distances = self._in_kernels
+            self._in_kernels = count + prod(shape[:2]), distances + known[1].sum((0, 1), dtype=np.int64)
 
     def symbols(self) -> Symbols:
         """All symbols, in the order of the tensor: outputs, inputs, rows, columns."""
         whole = np.empty(self._dims, np.uint8)
-        for (odd_row, odd_column), (values, _) in self._known.items():
-            whole[odd_row::2, odd_column::2] = values
+        for (odd_row, odd_column), known in self._known.items():
+            whole[odd_row::2, odd_column::2] = known[0]
         return whole.transpose(2, 3, 0, 1).reshape(-1)
 
-    def contexts(self, wave: Sequence[Place], places: int, scales: int) -> Symbols:
-        """Number the contexts of a wave: 2 ** `places` classes of neighbours times 2 ** `scales` of distances."""
+    def contexts(self, wave: Sequence[Place], neighbours: int, distances: int) -> Symbols:
+        """Number the contexts of a wave: 2 ** `neighbours` classes of these times 2 ** `distances` of those."""
         count = sum(prod(self.shape(place)) for place in wave)
-        if not places + scales or not self._known or not count:
+        if not neighbours + distances or not self._known or not count:
             return np.zeros(count, np.uint8)
-        found = [self._statistics(place) for place in wave]
-        means, distances = (np.concatenate([pair[i].reshape(-1) for pair in found]) for i in (0, 1))
-        return buckets(means, places) << np.uint8(scales) | buckets(distances, scales)
+        beside, away = np.concatenate([self._means(place).reshape(2, -1) for place in wave], axis=1)
+        return buckets(beside, neighbours) << np.uint8(distances) | buckets(away, distances)
 
-    def _statistics(self, place: Place) -> tuple[Lattice, Lattice]:
-        """Mean of the known neighbours, and how far from the middle its surroundings are."""
-        shape = self.shape(place)
-        means, distances, count = np.zeros(shape, np.int16), np.zeros(shape, np.int16), np.zeros(shape[:2], np.int16)
+    def _means(self, place: Place) -> Lattice:
+        """Mean of the known neighbours, and how far from the middle these and all around are."""
+        rows, columns, *kernels = self.shape(place)
+        means, count = np.zeros((2, rows, columns, *kernels), np.int16), np.zeros((rows, columns, 1, 1), np.int16)
         for axis in (0, 1):
-            other = (place[0] ^ (axis == 0), place[1] ^ (axis == 1))
-            if other in self._known:
-                values, away = self._known[other]
-                for target, source in _facing(shape[axis], values.shape[axis], bool(place[axis])):
-                    here = (slice(None),) * axis + (target,)
-                    there = (slice(None),) * axis + (source,)
-                    means[here] += values[there]
-                    distances[here] += away[there]
-                    count[here] += 1
-        share = (12 // np.maximum(count, 1)).astype(np.int16)[:, :, None, None]
-        return means * share, distances * share + self._around(place)
+            other = self._known.get((place[0] ^ (axis == 0), place[1] ^ (axis == 1)))
+            if other is not None:
+                for here, there in _facing(count.shape[axis], other.shape[axis + 1], bool(place[axis])):
+                    before = (slice(None),) * axis
+                    means[:, *before, here] += other[:, *before, there]
+                    count[*before, here] += 1
+        means *= 12 // np.maximum(count, 1)
+        means[1] += self._around_kernels() if prod(kernels) > 1 else self._along_matrix(place)
+        return means
 
-    def _around(self, place: Place) -> Lattice:
-        """Mean distances from the middle along the axes of the tensor."""
-        return self._in_kernels() if self._dims[2] * self._dims[3] > 1 else self._in_matrix(place)
-
-    def _in_kernels(self) -> Lattice:
-        known = [away for _, away in self._known.values() if away.size]
-        away = sum((lattice.sum((0, 1), dtype=np.int64, keepdims=True) for lattice in known), np.int64(0))
-        count, outputs, inputs = sum(prod(lattice.shape[:2]) for lattice in known), self._dims[2], self._dims[3]
+    def _around_kernels(self) -> Lattice:
+        """Mean distances from the middle in the same kernel, output and input."""
+        count, distances = self._in_kernels
         if not count:
-            return np.zeros((1, 1, 1, 1), np.int16)
-        of_output = away.sum(3, keepdims=True) * 12 // (count * inputs)
-        of_input = away.sum(2, keepdims=True) * 12 // (count * outputs)
-        return (away * 12 // count + of_output + of_input).astype(np.int16)
+            return np.zeros((1, 1), np.int16)
+        of_output = distances.sum(1, keepdims=True) * 12 // (count * distances.shape[1])
+        of_input = distances.sum(0, keepdims=True) * 12 // (count * distances.shape[0])
+        return (distances * 12 // count + of_output + of_input).astype(np.int16)
 
-    def _in_matrix(self, place: Place) -> Lattice:
+    def _along_matrix(self, place: Place) -> Lattice:
+        """Mean distances from the middle in the same row and column, each among those of the place's parity."""
         means = np.zeros((1, 1, 1, 1), np.int16)
         for axis in (0, 1):
-            along = [away for other, (_, away) in self._known.items() if other[axis] == place[axis] and away.size]
+            along = [known[1] for other, known in self._known.items() if other[axis] == place[axis] and known.size]
             if along:
                 total = sum((away.sum(1 - axis, dtype=np.int64, keepdims=True) for away in along), np.int64(0))
                 means = means + (total * 12 // sum(away.shape[1 - axis] for away in along)).astype(np.int16)
@@ -770,19 +773,18 @@ class _Native:
     def __init__(self, words: NDArray[np.uint32]) -> None:
         if native_coding is None:
             raise ContainerError("constriction is not installed")
-        self._coder, self._family = (
-            native_coding.stack.AnsCoder(words.astype(np.uint32)),
-            native_coding.model.Categorical,
-        )
+        self._coder = native_coding.stack.AnsCoder(words.astype(np.uint32))
+        self._family = native_coding.model.Categorical
 
     def take(self, tables: Numbers, counts: Sequence[int]) -> Symbols:
         if tables.shape[1] == 1 or not sum(counts):
             return np.zeros(sum(counts), np.uint8)
-        weights = (tables - 1).astype(np.float32)
-        models = (
-            (self._family(row, perfect=False), count) for row, count in zip(weights, counts, strict=True) if count
-        )
-        return np.concatenate([self._coder.decode(model, count) for model, count in models]).astype(np.uint8)
+        weights, symbols, at = (tables - 1).astype(np.float32), np.empty(sum(counts), np.uint8), 0
+        for row, count in zip(weights, counts, strict=True):
+            if count:
+                symbols[at : at + count] = self._coder.decode(self._family(row, perfect=False), count)
+                at += count
+        return symbols
 
     def finish(self) -> None:
         if not self._coder.is_empty():

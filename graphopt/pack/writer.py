@@ -138,7 +138,10 @@ def pack(model: str | Path, out: str | Path) -> Packed:
     """
     check_coder()
     model, out = Path(model), Path(out)
-    model = model / "model.onnx" if model.is_dir() else model
+    if model.is_dir():
+        if not (model / "model.onnx").is_file():
+            raise ModelError(str(model), "holds no model.onnx", "name an ONNX file, or a folder that graphopt wrote")
+        model = model / "model.onnx"
     with ExitStack() as opened:
         sources = _sources(model, opened)
         try:

@@ -140,6 +140,69 @@ def test_weights_as_typed_fields_in_subgraphs_and_without_names_come_back(tmp_pa
         np.testing.assert_array_equal(opened.array("same#3"), values.astype(np.float32))
 
 
+def test_text_empty_and_sparse_tensors_and_those_without_names_come_back(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    values = numpy_helper.from_array(rng.normal(size=300).astype(np.float32), "")
+    places = numpy_helper.from_array(np.sort(rng.choice(10_000, 300, replace=False)), "")
+    sparse = helper.make_sparse_tensor(values, places, (100, 100))
+    words = [f"token {i}".encode() for i in range(400)]
+    text = TensorProto(name="text", data_type=TensorProto.STRING, dims=(400,), string_data=words)
+    empty = numpy_helper.from_array(np.zeros((0, 5), np.float32), "empty")
+    graph = helper.make_graph([], "", [], [], [text, empty, values, values], sparse_initializer=[sparse])
+    path = tmp_path / "model.onnx"
+    path.write_bytes(helper.make_model(graph).SerializeToString())
+    report, out = packed(path)
+    assert_comes_back(path, out)
+    assert {row.name for row in report.tensors} == {"tensor", "tensor#2", "tensor#3", "tensor#4"}
+    assert array(out, "empty").shape == (0, 5)
+
+
+def test_no_tensor_takes_more_than_its_bytes(tmp_path: Path) -> None:
+    """Small ones, and such with as many values as elements, are where tables cost more than they save."""
+    rng = np.random.default_rng(0)
+    tensors = []
+    for kind in ("<f4", "<f2", "<f8", "<i4", "<u2", "u1"):
+        for size in (520, 700, 1100, 2300):
+            count = size // np.dtype(kind).itemsize
+            for spread in (count, 200, 50):
+                numbers = rng.integers(0, 256, (spread, np.dtype(kind).itemsize)).astype(np.uint8)
+                raw = numbers[rng.integers(spread, size=count)].tobytes()
+                dtype = {"<f4": 1, "<f2": 10, "<f8": 11, "<i4": 6, "<u2": 4, "u1": 2}[kind]
+                tensors.append(TensorProto(name=f"{kind}{size}_{spread}", data_type=dtype, dims=(count,), raw_data=raw))
+    path = tmp_path / "model.onnx"
+    path.write_bytes(helper.make_model(helper.make_graph([], "g", [], [], tensors)).SerializeToString())
+    report, out = packed(path)
+    assert len(report.tensors) == 72
+    assert [row.name for row in report.tensors if row.packed > row.bytes + 3] == []
+    assert_comes_back(path, out)
+
+
+def test_indices_into_a_codebook_run_as_before(tmp_path: Path) -> None:
+    ort = pytest.importorskip("onnxruntime")
+    rng = np.random.default_rng(0)
+    book, indices = rng.normal(size=16).astype(np.float32), rng.binomial(15, 0.4, (64, 64)).astype(np.uint8)
+    nibbles = (indices.reshape(-1)[::2] | indices.reshape(-1)[1::2] << 4).tobytes()
+    nodes = [
+        helper.make_node("Cast", ["indices"], ["places"], to=TensorProto.INT32),
+        helper.make_node("Gather", ["book", "places"], ["weight"]),
+        helper.make_node("MatMul", ["x", "weight"], ["y"]),
+    ]
+    stored = helper.make_tensor("indices", TensorProto.UINT4, (64, 64), nibbles, raw=True)
+    x, y = (helper.make_tensor_value_info(name, TensorProto.FLOAT, (3, 64)) for name in "xy")
+    graph = helper.make_graph(nodes, "g", [x], [y], [stored, numpy_helper.from_array(book, "book")])
+    path = tmp_path / "model.onnx"
+    opset = helper.make_opsetid("", 21)
+    path.write_bytes(helper.make_model(graph, opset_imports=[opset], ir_version=10).SerializeToString())
+    _, out = packed(path)
+    (unpacked,) = unpack(out, tmp_path / "unpacked")
+    sessions = [ort.InferenceSession(str(p), providers=["CPUExecutionProvider"]) for p in (path, unpacked)]
+    for seed in range(4):
+        sample = np.random.default_rng(seed).normal(size=(3, 64)).astype(np.float32)
+        before, after = (session.run(None, {"x": sample})[0] for session in sessions)
+        np.testing.assert_array_equal(after, before)
+        np.testing.assert_allclose(after, sample @ book[indices], rtol=1e-4, atol=1e-4)
+
+
 def test_tensors_that_share_bytes_are_packed_once(tmp_path: Path) -> None:
     shared = np.random.default_rng(0).normal(size=(64, 64)).astype("<f4")
     (tmp_path / "data").mkdir()
@@ -236,6 +299,35 @@ def test_a_cut_data_file_and_one_outside_are_refused(tmp_path: Path) -> None:
     model.write_bytes(model.read_bytes().replace(b"model.onnx.data", b"../../etc/thing"))
     with pytest.raises(ModelError, match="lies outside the model's folder"):
         packed(model)
+
+
+def test_a_folder_without_a_model_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match=r"holds no model\.onnx; name an ONNX file"):
+        pack(tmp_path, tmp_path / "model.gopt")
+
+
+def test_a_file_that_cannot_grow_leaves_what_was_there(tmp_path: Path) -> None:
+    """A limit on the size of files fails in the middle of writing, as a full disk does."""
+    resource = pytest.importorskip("resource")
+    model = save(tmp_path / "model.onnx")
+    _, out = packed(model)
+    before = out.read_bytes()
+    (tmp_path / "half").mkdir()
+    program = (
+        "import resource, sys; from graphopt.errors import WriteError; from graphopt.pack import pack, unpack\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (4096, resource.RLIM_INFINITY))\n"
+        "for act, args in ((pack, sys.argv[1:3]), (unpack, sys.argv[2:4]), (unpack, (sys.argv[2], sys.argv[4]))):\n"
+        "    try: act(*args); sys.exit('was written')\n"
+        "    except WriteError as e: print(e)\n"
+    )
+    paths = [str(path) for path in (model, out, tmp_path / "new", tmp_path / "half")]
+    done = subprocess.run([sys.executable, "-c", program, *paths], capture_output=True, text=True, check=True)
+    assert done.stdout.count("file too large") == 3
+    assert resource.getrlimit(resource.RLIMIT_FSIZE)[0] == resource.RLIM_INFINITY
+    assert out.read_bytes() == before
+    assert not (tmp_path / "new").exists()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["half", "model.gopt", "model.onnx"]
+    assert not list((tmp_path / "half").iterdir())
 
 
 def test_without_the_coder_packing_says_how_to_get_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
