@@ -19,7 +19,7 @@ from typing import Any
 
 from quant_rivals import last_line
 
-__all__ = ["Figure", "arguments", "kept", "opens", "speed", "stored"]
+__all__ = ["Figure", "arguments", "kept", "loss", "opens", "shown_loss", "speed", "stored", "tables_left_out"]
 
 Figure = dict[str, Any]
 
@@ -43,7 +43,7 @@ def arguments(text: str | None, name: str) -> argparse.ArgumentParser:
     return parser
 
 
-def kept(words: str, job: Mapping[str, Any], cache: Path, *, fresh: bool = False) -> Figure:
+def kept(words: str, job: Mapping[str, Any], cache: Path, *, fresh: bool = False, measure: bool = True) -> Figure:
     """A figure from the cache folder, or measured now by a child of the running script.
 
     Args:
@@ -51,10 +51,13 @@ def kept(words: str, job: Mapping[str, Any], cache: Path, *, fresh: bool = False
         job: What the child gets.
         cache: The folder.
         fresh: Measure again.
+        measure: False: what is not in the cache folder is empty.
     """
     path = cache / f"{re.sub(r'[^A-Za-z0-9.]+', '_', words).strip('_')}.json"
     if path.exists() and not fresh:
         return json.loads(path.read_text("utf8"))
+    if not measure:
+        return {}
     command = [sys.executable, sys.argv[0], "--child", json.dumps(job)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
@@ -78,6 +81,28 @@ def opens(model: Path) -> str:
     except GraphoptError as e:
         return last_line(e.fact)
     return ""
+
+
+def loss(figure: Figure, base: Figure) -> float:
+    """How much worse a figure is than that of the float model: per cent of perplexity, points of other metrics."""
+    if figure["metric"] == "perplexity":
+        return 100 * (figure["value"] / base["value"] - 1)
+    return base["value"] - figure["value"]
+
+
+def shown_loss(figure: Figure, base: Figure) -> str:
+    """The same as text."""
+    return f"{loss(figure, base):.1f} %" if figure["metric"] == "perplexity" else f"{loss(figure, base):.4f}"
+
+
+def tables_left_out(source: Path) -> str:
+    """The option of a pass that leaves embeddings alone; empty for a model without any."""
+    import onnx
+
+    graph = onnx.load(source, load_external_data=False).graph
+    tables = {t.name for t in graph.initializer if t.data_type == onnx.TensorProto.FLOAT and len(t.dims) == 2}
+    names = [node.name for node in graph.node if node.op_type == "Gather" and node.input[0] in tables]
+    return f" skip={','.join(json.dumps(name) for name in names)}" if names else ""
 
 
 def stored(model: Path) -> int:

@@ -16,15 +16,14 @@ import json
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import onnx
 import quant_rivals
 import tables
-from quant_figures import Figure, arguments, kept, opens, stored
+from quant_figures import Figure, arguments, kept, loss, opens, shown_loss, stored, tables_left_out
 from quant_rivals import Job
 from zoo_quant import load_zoo
 
@@ -138,7 +137,7 @@ def _measured(job: Mapping[str, Any]) -> Figure:
 
 def _by_graphopt(way: Way, folder: Path, model: Path) -> float:
     grid = f"group_size={way.group} symmetric={'true' if way.symmetric else 'false'}"
-    skip = "" if way.tool == _EMBEDDINGS else _skipped(folder / "model.onnx")
+    skip = "" if way.tool == _EMBEDDINGS else tables_left_out(folder / "model.onnx")
     start = time.perf_counter()
     graphopt.optimize(
         folder / "model.onnx",
@@ -150,14 +149,6 @@ def _by_graphopt(way: Way, folder: Path, model: Path) -> float:
     seconds = time.perf_counter() - start
     shutil.copyfile(folder / "out" / "model.onnx", model)
     return seconds
-
-
-def _skipped(source: Path) -> str:
-    """The option that leaves tables which are looked up alone."""
-    graph = onnx.load(source).graph
-    tables_ = {t.name for t in graph.initializer if t.data_type == onnx.TensorProto.FLOAT and len(t.dims) == 2}
-    names = [node.name for node in graph.node if node.op_type == "Gather" and node.input[0] in tables_]
-    return f" skip={','.join(json.dumps(name) for name in names)}" if names else ""
 
 
 def _by_rival(job: Mapping[str, Any], way: Way, folder: Path, model: Path) -> quant_rivals.Made:
@@ -197,48 +188,37 @@ def _row(case: str, way: Way, figure: Figure, base: Figure) -> tuple[object, ...
     start = (case, way.tool, way.algorithm, *grid, base.get("metric", ""))
     if "value" not in figure:
         return (*start, "", "", figure.get("bytes", ""), "", figure["fault"])
-    loss = "" if way.tool == _FLOAT or "value" not in base else _shown(_loss(figure, base), figure["metric"])
-    return (*start, f"{figure['value']:.4f}", loss, figure["bytes"], f"{figure['seconds']:.0f}", "")
-
-
-def _loss(figure: Figure, base: Figure) -> float:
-    if figure["metric"] == "perplexity":
-        return 100 * (figure["value"] / base["value"] - 1)
-    return base["value"] - figure["value"]
-
-
-def _shown(loss: float, metric: str) -> str:
-    return f"{loss:.1f} %" if metric == "perplexity" else f"{loss:.4f}"
+    worse = "" if way.tool == _FLOAT or "value" not in base else shown_loss(figure, base)
+    return (*start, f"{figure['value']:.4f}", worse, figure["bytes"], f"{figure['seconds']:.0f}", "")
 
 
 def _verdicts(found: Mapping[tuple[str, Way], Figure]) -> Iterator[str]:
     """The best of ours against the best of onnxruntime on the same grid, embeddings left alone on both sides."""
     grids = {(case, replace(way, tool="", algorithm="")): None for case, way in found if way.tool != _FLOAT}
     for case, grid in grids:
-        best = {tool: _best(found, case, grid, tool) for tool in ("graphopt", "onnxruntime")}
-        ours, theirs = best["graphopt"], best["onnxruntime"]
+        base = found[case, Way(_FLOAT)]
+        best = [_best(found, case, replace(grid, tool=tool)) for tool in ("graphopt", "onnxruntime")]
+        ours, theirs = best
         if ours is None or theirs is None:
             continue
         kind = "without" if grid.symmetric else "with"
-        sides = [f"{tool} {way.algorithm} {_shown(loss, metric)}, {size} bytes" for tool, (loss, way, metric, size) in
-                 (("graphopt", ours), ("onnxruntime", theirs))]  # fmt: skip
-        word = "no worse" if ours[0] <= theirs[0] else "worse"
-        yield f"{case}, groups of {grid.group} {kind} zero points: {' against '.join(sides)}: {word}"
+        sides = " against ".join(
+            f"{way.tool} {way.algorithm} {shown_loss(figure, base)}, {figure['bytes']} bytes"
+            for way, figure in (ours, theirs)
+        )
+        word = "no worse" if loss(ours[1], base) <= loss(theirs[1], base) else "worse"
+        yield f"{case}, groups of {grid.group} {kind} zero points: {sides}: {word}"
 
 
-def _best(
-    found: Mapping[tuple[str, Way], Figure], case: str, grid: Way, tool: str
-) -> tuple[float, Way, str, int] | None:
+def _best(found: Mapping[tuple[str, Way], Figure], case: str, wanted: Way) -> tuple[Way, Figure] | None:
+    """The algorithm of one tool on one grid that loses least."""
     base = found[case, Way(_FLOAT)]
-    ways: Sequence[tuple[Way, Figure]] = [
+    ways = [
         (way, figure)
         for (c, way), figure in found.items()
-        if c == case and way.tool == tool and replace(way, tool="", algorithm="") == grid and "value" in figure
+        if c == case and replace(way, algorithm="") == wanted and "value" in figure
     ]
-    if not ways or "value" not in base:
-        return None
-    way, figure = min(ways, key=lambda item: _loss(item[1], base))
-    return _loss(figure, base), way, figure["metric"], figure["bytes"]
+    return min(ways, key=lambda item: loss(item[1], base)) if ways and "value" in base else None
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
 """Choose codebook entries so that the output of a layer changes least, given second moments of its input; plain numpy.
 
 With `X` the rows that a layer reads and `H = X'X / rows`, a difference `D` `[inputs, outputs]` of the weights changes
-the output by `tr(D' H D)` on average. `compensate` takes entries input by input and lets the inputs still to come make
-up for the error (Frantar et al., "GPTQ", 2022, with a codebook in place of a grid). `refine` then alternates entries
-fitted to the codes by least squares, and codes to the entries by coordinate descent (Behdin et al., "QuantEase", 2023),
-and never makes the error larger.
+the output by `tr(D' H D)` on average, or with a gain for each output by `tr(D' H D G)`. `compensate` takes entries
+input by input and lets the inputs still to come make up for the error (Frantar et al., "GPTQ", 2022, with a codebook in
+place of a grid). `refine` then alternates entries fitted to the codes by least squares, and codes to the entries by
+coordinate descent (Behdin et al., "QuantEase", 2023), and never makes the error larger.
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ class Part:
         order: `[inputs]` the inputs, those with the largest moments first.
         factor: The upper triangle `U` with `U'U` the inverse of `h` in that order, float64.
         owner: `[outputs]` codebook of each column.
+        gain: `[outputs]` what a square error of each output counts, float32.
         fixed: `[inputs, outputs]` weights that are 0 and stay 0; None: none.
     """
 
@@ -44,13 +45,19 @@ class Part:
     order: Array
     factor: Array
     owner: Array
+    gain: Array
     fixed: Array | None = None
 
     @classmethod
     def of(cls, weight: Array, h: Array, owner: Array, fixed: Array | None = None) -> Part:
-        """A part with its factor."""
-        order = np.argsort(-np.einsum("ii->i", h), kind="stable")
-        return cls(weight, h, order, _inverse_factor(h[np.ix_(order, order)]), owner, fixed)
+        """A part with its factor, all outputs alike."""
+        order, gain = np.argsort(-np.einsum("ii->i", h), kind="stable"), np.ones(len(owner), np.float32)
+        return cls(weight, h, order, _inverse_factor(h[np.ix_(order, order)]), owner, gain, fixed)
+
+    @property
+    def powers(self) -> Array:
+        """`[outputs]` mean squares of the outputs."""
+        return np.einsum("io,io->o", self.weight, self.h.astype(np.float32) @ self.weight)
 
     @property
     def importance(self) -> Array:
@@ -113,11 +120,11 @@ def refine(
 
 
 def output_loss(parts: Sequence[Part], codes: Sequence[Array], tables: Array) -> float:
-    """`tr(D' H D)` of all parts."""
+    """`tr(D' H D G)` of all parts."""
     total = 0.0
     for part, one in zip(parts, codes, strict=True):
         difference = part.weight - _Lookup(tables, part.owner).real(one)
-        total += float(np.vdot(difference, part.h.astype(np.float32) @ difference))
+        total += float(np.vdot(difference * part.gain, part.h.astype(np.float32) @ difference))
     return total
 
 
@@ -185,8 +192,9 @@ def _descend(part: Part, codes: Array, tables: Array, h: Array) -> None:
 def _fitted(parts: Sequence[Part], codes: Sequence[Array], tables: Array, narrow: Sequence[Array]) -> Array:
     """Entries with less error of the output for given codes, by conjugate gradients on the normal equations.
 
-    With `Z` the matrix that spreads entries over weights these are `Z'HZ c = Z'H w`; `Z` is never made. A few steps
-    from the present entries do nearly all there is to do, and cost a product with `H` each.
+    With `Z` the matrix that spreads entries over weights and `H` that of all outputs, each with its gain, these are
+    `Z'HZ c = Z'H w`; neither is ever made. A few steps from the present entries do nearly all there is to do, and cost
+    a product with the moments each.
     """
     entries, size = tables.shape[1], tables.size
     places = [
@@ -194,8 +202,11 @@ def _fitted(parts: Sequence[Part], codes: Sequence[Array], tables: Array, narrow
     ]
 
     def gathered(rows: Sequence[Array]) -> Array:
-        sums = (np.bincount(p.reshape(-1), r.reshape(-1), size) for p, r in zip(places, rows, strict=True))
-        return np.sum(list(sums), axis=0)
+        sums = [
+            np.bincount(p.reshape(-1), (part.gain * r).reshape(-1), size)
+            for part, p, r in zip(parts, places, rows, strict=True)
+        ]
+        return np.sum(sums, axis=0)
 
     def product(vector: Array) -> Array:
         return gathered([h @ vector.astype(np.float32)[p] for h, p in zip(narrow, places, strict=True)])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -11,6 +12,7 @@ from graphopt.analyses import LayerMoments
 from graphopt_passes.quant._maths import decibel
 from graphopt_passes.quant.blockwise._rounding import damped
 from graphopt_passes.quant.blockwise.layout import Layout
+from graphopt_passes.share._importance import by_data, by_size, relative
 from graphopt_passes.share._kmeans import fit_tables, nearest
 from graphopt_passes.share._rounding import Part, compensate, refine
 from graphopt_passes.share._vectors import fit_vectors, nearest_vectors
@@ -19,11 +21,11 @@ from graphopt_passes.share.cut import Cut
 __all__ = ["Algorithm", "Method", "Shared", "fits", "int8_scales", "share_weight"]
 
 Array = np.ndarray[Any, np.dtype[Any]]
-Algorithm = Literal["auto", "nearest", "weighted", "compensated"]
+Algorithm = Literal["auto", "nearest", "relative", "weighted", "compensated"]
 
 _ZEROS = 0.001  # share of zeros that did not come by chance
 _INT8_TOP = 127
-_START_STEPS = 1e7  # for entries that are fitted again
+_START_STEPS, _MOST_START_STEPS = 2500, 3e7  # a pair of entries that are fitted again; in all
 _BLOCK = 1 << 20
 
 
@@ -33,8 +35,10 @@ class Method:
 
     Attributes:
         entries: Size of each.
-        algorithm: nearest: k-means, all weights alike. weighted: errors count by the second moment of the input.
-            compensated: inputs make up for each other's errors, see `_rounding`. auto: the last with data.
+        algorithm: nearest: k-means, all weights alike. relative: errors count by the size of row and column, see
+            `_importance`. weighted: by the second moment of the input and the size of the output. compensated: inputs
+            make up for each other's errors, see `_rounding`. auto: the last; where there is no data, relative, as
+            for all but nearest.
         damping: Share of the mean diagonal of moments that is added to them.
         int8: Entries are multiples of a 127th of the largest of each codebook.
     """
@@ -90,7 +94,7 @@ def share_weight(weight: Array, cut: Cut, layout: Layout, method: Method, moment
         method: How codebooks are found.
         moments: Moments of what the layer reads, in the order of the matrix; None: unknown.
     """
-    known = moments if method.algorithm != "nearest" and fits(moments, layout) else None
+    known = moments if method.algorithm not in ("nearest", "relative") and fits(moments, layout) else None
     zero = bool(np.count_nonzero(weight) <= (1 - _ZEROS) * weight.size)
     pairs = known is not None and known.xx is not None and method.algorithm in ("auto", "compensated")
     if cut.width > 1:
@@ -108,26 +112,45 @@ def _by_numbers(
     weight: Array, cut: Cut, layout: Layout, method: Method, moments: LayerMoments | None, *, zero: bool
 ) -> Shared:
     """Exact k-means, and the nearest entries."""
-    numbers = cut.split(weight)
-    weights = None if moments is None else cut.split(_spread(_squares(moments), layout))
-    found = fit_tables(numbers, weights, method.entries, zero=zero)
+    numbers, (weights, by) = cut.split(weight), _importance(weight, layout, method, moments)
+    found = fit_tables(numbers, None if weights is None else cut.split(weights), method.entries, zero=zero)
     tables = _snapped(found.values, method)
-    how = "exact k-means" if found.exact else "k-means"
-    return Shared(nearest(numbers, tables), tables, how + (" weighted by data" if moments else ""), 0.0)
+    return Shared(nearest(numbers, tables), tables, ("exact k-means" if found.exact else "k-means") + by, 0.0)
 
 
 def _by_vectors(
     weight: Array, cut: Cut, layout: Layout, method: Method, moments: LayerMoments | None, *, zero: bool
 ) -> Shared:
     vectors = np.ascontiguousarray(weight).reshape(-1, cut.width)
-    weights = None
-    if moments is not None:
-        weights = np.ascontiguousarray(_spread(_squares(moments), layout)).reshape(-1, cut.width)
+    weights, by = _importance(weight, layout, method, moments)
+    if weights is not None:
+        weights = np.ascontiguousarray(weights).reshape(-1, cut.width)
     table = fit_vectors(vectors, weights, method.entries, zero=zero)
     if method.int8:
         table = _snapped(table.reshape(1, -1), method).reshape(table.shape)
-    how = "k-means of vectors" + (" weighted by data" if moments else "")
-    return Shared(nearest_vectors(vectors, weights, table)[None], table, how, 0.0)
+    return Shared(nearest_vectors(vectors, weights, table)[None], table, "k-means of vectors" + by, 0.0)
+
+
+def _importance(
+    weight: Array, layout: Layout, method: Method, moments: LayerMoments | None
+) -> tuple[Array | None, str]:
+    """What an error of each weight counts, in the shape of the weight, and what that is called; None: all the same."""
+    if method.algorithm == "nearest":
+        return None, ""
+    matrix = layout.matrix(weight)
+    if moments is None:
+        taps = math.prod(layout.shape[2:]) if layout.reshaped else 1  # only the kernels of convolutions are
+        found, by = by_size(matrix, layout.parts, taps), ", errors relative to the size of row and column"
+    else:
+        squares = moments.squares / max(1, moments.rows)
+        powers = [s @ np.square(w, dtype=np.float32) for s, w in zip(squares, _columns(matrix, moments), strict=True)]
+        found, by = by_data(matrix, squares, powers), " weighted by data"
+    return layout.tensor(found).reshape(layout.shape), by
+
+
+def _columns(matrix: Array, moments: LayerMoments) -> list[Array]:
+    """The matrix of each part that has inputs of its own."""
+    return np.split(matrix, len(moments.squares), axis=1)
 
 
 def _by_moments(
@@ -135,9 +158,10 @@ def _by_moments(
 ) -> Shared:
     """Codes that make up for each other's errors, and entries refitted to them."""
     parts = _parts(weight, cut, layout, method, moments, zero=zero)
-    importance = np.stack([part.importance for part in parts])
-    weights = cut.split(_spread(importance, layout))
-    found = fit_tables(cut.split(weight), weights, method.entries, zero=zero, steps=_START_STEPS)
+    matrix, importance = layout.matrix(weight), np.stack([part.importance for part in parts])
+    weights = layout.tensor(by_data(matrix, importance, [part.powers for part in parts])).reshape(layout.shape)
+    steps = min(_START_STEPS * max(20, method.entries) ** 2, _MOST_START_STEPS)
+    found = fit_tables(cut.split(weight), cut.split(weights), method.entries, zero=zero, steps=steps)
     tables = _snapped(found.values, method)
     codes, fitted = refine(parts, [compensate(part, tables) for part in parts], tables)
     tables = _snapped(fitted, method)
@@ -148,29 +172,17 @@ def _by_moments(
 
 
 def _parts(weight: Array, cut: Cut, layout: Layout, method: Method, moments: LayerMoments, *, zero: bool) -> list[Part]:
-    matrix, owner = layout.matrix(weight), cut.owner(layout)
+    """Parts with inputs of their own; errors count relative to the size of an output."""
     if moments.xx is None:
         raise ValueError("moments without products")
-    width = layout.outputs // len(moments.xx)
+    owners = np.split(cut.owner(layout), len(moments.xx))
     found: list[Part] = []
-    for i, xx in enumerate(moments.xx):
-        columns = slice(i * width, (i + 1) * width)
-        part = np.ascontiguousarray(matrix[:, columns], np.float32)
+    for columns, xx, owner in zip(_columns(layout.matrix(weight), moments), moments.xx, owners, strict=True):
+        part = np.ascontiguousarray(columns, np.float32)
         h = damped(xx / max(1, moments.rows), method.damping)
-        found.append(Part.of(part, h, owner[columns], part == 0 if zero else None))
-    return found
-
-
-def _squares(moments: LayerMoments) -> Array:
-    """`[parts, inputs]` mean squares."""
-    return moments.squares / max(1, moments.rows)
-
-
-def _spread(importance: Array, layout: Layout) -> Array:
-    """`[parts, inputs]` as a tensor of the weight's shape, float32."""
-    parts = len(importance)
-    matrix = np.repeat(importance.T.astype(np.float32), layout.outputs // parts, axis=1)
-    return layout.tensor(matrix).reshape(layout.shape)
+        found.append(Part.of(part, h, owner, part == 0 if zero else None))
+    gains = np.split(relative(np.concatenate([part.powers for part in found])), len(found))
+    return [replace(part, gain=gain) for part, gain in zip(found, gains, strict=True)]
 
 
 def _snapped(tables: Array, method: Method) -> Array:
@@ -202,12 +214,11 @@ def _weight_sqnr(weight: Array, real: Array) -> float:
 def _layer_sqnr(weight: Array, real: Array, layout: Layout, moments: LayerMoments | None) -> float | None:
     if moments is None or moments.xx is None:
         return None
-    before, after, signal, noise = layout.matrix(weight), layout.matrix(real), 0.0, 0.0
-    width = layout.outputs // len(moments.xx)
-    for i, xx in enumerate(moments.xx):
-        columns, h = slice(i * width, (i + 1) * width), xx.astype(np.float32) / np.float32(max(1, moments.rows))
-        x = np.asarray(before[:, columns], np.float32)
+    signal = noise = 0.0
+    both = _columns(layout.matrix(weight), moments), _columns(layout.matrix(real), moments)
+    for before, after, xx in zip(*both, moments.xx, strict=True):
+        h, x = xx.astype(np.float32) / np.float32(max(1, moments.rows)), np.asarray(before, np.float32)
         signal += float(np.vdot(x, h @ x))
-        x = x - after[:, columns]
+        x = x - after
         noise += float(np.vdot(x, h @ x))
     return decibel(signal, max(0.0, noise))

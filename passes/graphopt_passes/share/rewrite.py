@@ -35,8 +35,8 @@ Details = dict[str, int | float | str | bool]
 _LEAST_MEMBERS = 2
 _BEST = 999.0  # dB
 _NOTE = (
-    "ONNX Runtime computes the lookups when it loads the model: the file is smaller, memory and speed are those of "
-    "float weights"
+    "{stored:.1f} kB in the file stand for {resident:.1f} kB of weights; ONNX Runtime computes the lookups when it "
+    "loads the model, so that there memory and speed are those of float weights"
 )
 
 
@@ -129,7 +129,7 @@ def share_weights(model: ir.Model, ctx: Context, plan: Plan) -> PassResult:
     if grown:
         return PassResult(False, tuple(Change.skipped(c.site, grown) if c.done else c for c in changes))
     model.graph, model.ir_version = work.graph, work.ir_version
-    return PassResult(True, tuple(changes), metrics=figures.metrics(), notes=(_NOTE,))
+    return PassResult(True, tuple(changes), metrics=figures.metrics(), notes=(figures.note(),))
 
 
 @dataclass
@@ -149,6 +149,10 @@ class _Figures:
             "stored_bytes": self.stored,
             "resident_bytes_onnxruntime": self.resident,
         }
+
+    def note(self) -> str:
+        """For people."""
+        return _NOTE.format(stored=self.stored / 1e3, resident=self.resident / 1e3)
 
 
 def _bench(work: ir.Model, inner: Context, plan: Plan) -> _Bench:
@@ -226,11 +230,11 @@ def _portions(bench: _Bench, tensors: Sequence[WeightTensor]) -> Iterator[_Porti
     A tensor comes with the first layer of its own that data reaches.
     """
     rest, ctx = list(tensors), bench.context
-    if ctx.calibration is not None and bench.plan.method.algorithm != "nearest" and rest:
+    if ctx.calibration is not None and bench.plan.method.algorithm not in ("nearest", "relative") and rest:
         reads = ctx.fact(LINEAR_LAYERS).reads
         firsts = {label: tensor for tensor in reversed(rest) if (label := _first_label(bench, tensor, reads))}
         names = tuple(name for name in reads if name in firsts)
-        for part in MomentsAnalysis(layers=names).portions(ctx) if names else ():
+        for part in MomentsAnalysis(layers=names, heeded=True).portions(ctx) if names else ():
             moments = dict(part.compute(ctx.model, ctx).layers)
             chosen = [firsts[name] for name in moments]
             rest = [tensor for tensor in rest if tensor not in chosen]

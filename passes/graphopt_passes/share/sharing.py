@@ -26,10 +26,11 @@ class Share(Pass):
     """Store each weight as the number of an entry in a small codebook (weight sharing, clustering, palettization).
 
     A codebook of 2 to 256 numbers is fitted to each tensor, or with `channels` to each group of its output channels, by
-    k-means, which in one dimension is solved exactly (for very large tensors nearly so; the report says which). With
-    calibration data an error counts by what the layer makes of it: codes are chosen input by input, later ones make up
-    for earlier ones, and the numbers of the codebook are fitted again to the codes. Weights that are zero, as after
-    pruning, stay exactly zero; of vectors (`width`) those that are zero as a whole.
+    k-means, which in one dimension is solved exactly (for very large tensors nearly so; the report says which). Errors
+    count by the size of their row and column. With calibration data they count by what the layer makes of them: codes
+    are chosen input by input, later ones make up for earlier ones, and the numbers of the codebook are fitted again to
+    the codes. Weights that are zero, as after pruning, stay exactly zero; of vectors (`width`) those that are zero as a
+    whole.
 
     The result is plain ONNX: codes of 2, 4 or 8 bits in initializers, Cast, and Gather from the codebook before the
     layer, whatever its operator is; layers that share a weight go on sharing it. The file becomes smaller. ONNX Runtime
@@ -44,16 +45,17 @@ class Share(Pass):
 
     name: ClassVar[str] = "share"
     lossy: ClassVar[bool] = True
-    without_data: ClassVar[str] = "codebooks fit the weights alone, as if all inputs of a layer mattered alike"
+    without_data: ClassVar[str] = "codebooks fit the weights alone, errors counting by the size of row and column"
 
     bits: int = opt(4, help="bits of a code; a codebook has up to 2^bits entries", ge=1, le=8)
     entries: int | None = opt(None, help="size of a codebook; none: 2^bits", ge=2, le=256)
     channels: int = opt(0, help="output channels that share a codebook; 0: all of a tensor", ge=0)
     width: Literal[1, 2, 4] = opt(1, help="weights that one code stands for: 2 or 4 neighbours, entries are vectors")
-    algorithm: Literal["auto", "nearest", "weighted", "compensated"] = opt(
+    algorithm: Literal["auto", "nearest", "relative", "weighted", "compensated"] = opt(
         "auto",
-        help="nearest: k-means of the weights; weighted: by moments of the input; compensated: codes make up for each "
-        "other's errors; auto: the last with data, else the first",
+        help="nearest: k-means of the weights; relative: errors count by the size of row and column; weighted: by "
+        "moments of the input; compensated: codes make up for each other's errors; auto: the last with data, else "
+        "relative",
     )
     damping: float = opt(0.05, help="compensated: share of the mean moment added to all moments", gt=0, le=1)
     bias_correction: bool = opt(True, help="take out of biases what codebooks add to the mean of a layer's result")

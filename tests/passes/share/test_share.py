@@ -9,18 +9,8 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 import pytest
-from passes.share.share_models import (
-    ORT,
-    actions,
-    assert_exact,
-    data,
-    kinds,
-    levels,
-    outputs,
-    share,
-    sqnr,
-    stored,
-)
+from passes.share.share_models import ORT, levels, share, stored
+from rewritten_models import actions, assert_exact, data, kinds, outputs, sqnr
 from text_models import build
 
 from graphopt.errors import GraphoptError, OptionError
@@ -185,7 +175,15 @@ def test_codebooks_in_int8_lose_little_more(layer: str, channels: int) -> None:
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"channels": 4}, {"int8": True}, {"algorithm": "nearest"}, {"algorithm": "weighted"}]
+    "options",
+    [
+        {},
+        {"channels": 4},
+        {"int8": True},
+        {"algorithm": "nearest"},
+        {"algorithm": "relative"},
+        {"algorithm": "weighted"},
+    ],
 )
 def test_weights_that_are_zero_stay_zero(options: dict[str, Any]) -> None:
     weight = np.random.default_rng(0).standard_normal((96, 48)).astype(np.float32) + 0.2
@@ -321,6 +319,7 @@ def test_the_report_tells_file_and_memory_apart() -> None:
     result = share(model)
     assert result.metrics["resident_bytes_onnxruntime"] == 4 * 64 * 48
     assert 64 * 48 / 2 < float(result.metrics["stored_bytes"]) < 64 * 48 / 2 + 400
+    assert "kB in the file stand for 12.3 kB of weights" in result.notes[0]
     assert "memory and speed are those of float weights" in result.notes[0]
 
 

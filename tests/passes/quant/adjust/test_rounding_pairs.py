@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 import pytest
-from passes.quant.blockwise.block_models import data
+from rewritten_models import data
 from text_models import build
 
 from graphopt.pass_base import Context

@@ -8,7 +8,8 @@ from pathlib import Path
 import numpy as np
 import onnx_ir as ir
 import pytest
-from passes.quant.blockwise.block_models import ORT, actions, data, kinds, on_grid, optimized, quantize, sqnr
+from passes.quant.blockwise.block_models import ORT, on_grid, optimized, quantize
+from rewritten_models import actions, data, kinds, sqnr
 from text_models import build
 
 from graphopt.calibration import open_calibration

@@ -9,7 +9,8 @@ from pathlib import Path
 import numpy as np
 import onnx_ir as ir
 import pytest
-from passes.quant.blockwise.block_models import ORT, actions, data, sqnr
+from passes.quant.blockwise.block_models import ORT
+from rewritten_models import actions, data, sqnr
 from text_models import build
 
 from graphopt.calibration import Dataset, open_calibration

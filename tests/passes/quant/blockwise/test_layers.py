@@ -6,7 +6,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from passes.quant.blockwise.block_models import assert_exact, kinds, on_grid, optimized, quantize, sqnr
+from passes.quant.blockwise.block_models import assert_exact, on_grid, optimized, quantize
+from rewritten_models import kinds, sqnr
 from text_models import build
 
 
