@@ -3,10 +3,14 @@
     summary = "what it is for"
     target = "arm"
     seed = 0
+    pack = true                 # as --pack
 
     [[pass]]                    # one table a step, in order; everything but `name` is an option of the pass
     name = "prune"
     ratio = 0.5
+
+    [pass.without-calibration]  # options that differ where there is no --calibration
+    ratio = 0.2
 
     [limits]
     max-drop = 1.0              # as --max-drop, --max-size, --min-sqnr, --time-limit
@@ -41,6 +45,7 @@ from graphopt.plugins import Registry
 __all__ = ["Limits", "Recipe", "load_recipe", "parse_recipe", "recipe_summaries", "seconds"]
 
 _SECTIONS = ("pass", "limits", "shapes", "dims")
+_WITHOUT = "without-calibration"
 _DURATION = re.compile(r"(\d+(?:\.\d+)?)(s|m|h|)")
 _UNITS = {"": 1, "s": 1, "m": 60, "h": 3600}
 
@@ -62,18 +67,22 @@ class Recipe:
     Attributes:
         origin: Name or path of the recipe.
         passes: The steps, built.
+        without_calibration: The steps where there is no calibration data.
         summary: One line for `graphopt list`.
         target: Target as the user would write it; None: not fixed.
         seed: Seed of all random streams; None: not fixed.
+        pack: Also write the result as one small file, entropy-coded.
         limits: What the result must hold to.
         binding: Sizes for dynamic dimensions.
     """
 
     origin: str
     passes: tuple[Pass, ...]
+    without_calibration: tuple[Pass, ...]
     summary: str = ""
     target: str | None = None
     seed: int | None = None
+    pack: bool = False
     limits: Limits = field(default_factory=Limits)
     binding: ShapeBinding = field(default_factory=ShapeBinding)
 
@@ -88,6 +97,7 @@ class _Head:
     summary: str = opt("", help="what the recipe is for")
     target: str | None = opt(None, help="what to make the model for")
     seed: int | None = opt(None, help="seed of all random streams", ge=0)
+    pack: bool = opt(False, help="also write model.gopt, the result as one small file")
 
 
 def load_recipe(source: str | Path, registry: Registry) -> Recipe:
@@ -142,8 +152,10 @@ def parse_recipe(text: str, registry: Registry, origin: str) -> Recipe:
         seconds(limits.time_limit, f"{subject}: limits.time-limit")
     shapes = {k: _sizes(v, f"{subject}: shapes.{k}") for k, v in _section(table, "shapes", subject).items()}
     dims = {k: _size(v, f"{subject}: dims.{k}") for k, v in _section(table, "dims", subject).items()}
-    passes = _passes(table.get("pass"), registry, subject)
-    return Recipe(origin, passes, head.summary, head.target, head.seed, limits, ShapeBinding(shapes, dims))
+    passes = _passes(table.get("pass"), registry, subject, data=True)
+    careful = _passes(table.get("pass"), registry, subject, data=False)
+    sizes = ShapeBinding(shapes, dims)
+    return Recipe(origin, passes, careful, head.summary, head.target, head.seed, head.pack, limits, sizes)
 
 
 def seconds(text: str, subject: str) -> float:
@@ -165,7 +177,7 @@ def _table(text: str, subject: str) -> dict[str, Any]:
         raise OptionError(subject, f"not TOML: {e}") from e
 
 
-def _passes(tables: Any, registry: Registry, subject: str) -> tuple[Pass, ...]:
+def _passes(tables: Any, registry: Registry, subject: str, *, data: bool) -> tuple[Pass, ...]:
     if not isinstance(tables, list) or not tables:
         raise OptionError(subject, "has no passes", "add a table [[pass]] with a name for each step")
     found: list[Pass] = []
@@ -174,9 +186,15 @@ def _passes(tables: Any, registry: Registry, subject: str) -> tuple[Pass, ...]:
         name = table.get("name")
         if not isinstance(name, str):
             raise OptionError(subject, f"[[pass]] number {number} has no name", 'write name = "quant"')
-        options = {key: value for key, value in table.items() if key != "name"}
+        other = {} if data else _section(table, _WITHOUT, f"{subject}: [[pass]] number {number}")
+        gone = {"name", _WITHOUT, *(spelling for key in other for spelling in _spellings(key))}
+        options = {key: value for key, value in table.items() if key not in gone} | other
         found.append(registry.build_pass(name, options, subject))
     return tuple(found)
+
+
+def _spellings(key: str) -> tuple[str, str]:
+    return key.replace("-", "_"), key.replace("_", "-")
 
 
 def _section(table: Mapping[str, Any], name: str, subject: str) -> dict[str, Any]:

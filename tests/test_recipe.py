@@ -40,6 +40,7 @@ FULL = """
 summary = "everything at once"
 target = "arm:cortex-a76"
 seed = 7
+pack = true
 
 [[pass]]
 name = "trim"
@@ -68,6 +69,7 @@ def test_everything_in_a_recipe_is_read() -> None:
     recipe = parse_recipe(FULL, REGISTRY, "full")
     assert recipe.passes == (Trim(ratio=0.5, skip_layers=("first conv", "last")), Trim(mode="b"))
     assert (recipe.summary, recipe.target, recipe.seed) == ("everything at once", "arm:cortex-a76", 7)
+    assert recipe.pack
     assert recipe.limits == Limits(max_drop=1.0, max_size=0.5, min_sqnr=20.5, time_limit="10m")
     assert recipe.binding == ShapeBinding({"image": (1, 3, 224, 224)}, {"batch": 4})
 
@@ -81,6 +83,15 @@ def test_a_recipe_prints_as_pipeline_text_that_builds_it_again() -> None:
 def test_only_passes_are_needed() -> None:
     recipe = parse_recipe('[[pass]]\nname = "trim"\n', REGISTRY, "small")
     assert (recipe.target, recipe.seed, recipe.limits, bool(recipe.binding)) == (None, None, Limits(), False)
+    assert not recipe.pack
+
+
+def test_options_may_differ_where_there_is_no_calibration_data() -> None:
+    other = "[pass.without-calibration]\nratio = 0.2\nskip_layers = ['b']\n"
+    text = STEP + "ratio = 0.5\nskip-layers = ['a']\n" + other + STEP
+    recipe = parse_recipe(text, REGISTRY, "r")
+    assert recipe.passes == (Trim(ratio=0.5, skip_layers=("a",)), Trim())
+    assert recipe.without_calibration == (Trim(ratio=0.2, skip_layers=("b",)), Trim())
 
 
 STEP = '[[pass]]\nname = "trim"\n'
@@ -103,10 +114,14 @@ STEP = '[[pass]]\nname = "trim"\n'
         ("[limit]\n" + STEP, "recipe r: unknown key 'limit'; did you mean 'limits'?"),
         ("seed = -1\n" + STEP, "recipe r.seed: -1 is not at least 0"),
         ("target = 3\n" + STEP, "recipe r.target: 3 is not a text"),
+        ("pack = 3\n" + STEP, "recipe r.pack: 3 is not true or false"),
         (STEP + "[limits]\nmax-dorp = 1", "recipe r: limits.max-dorp: no such option; did you mean 'max_drop'?"),
         (STEP + "[limits]\nmax-drop = -1", "recipe r: limits.max-drop: -1.0 is not at least 0"),
         (STEP + "[limits]\ntime-limit = 'soon'",
          "recipe r: limits.time-limit: 'soon' is not a duration; write 90s, 10m or 2h"),
+        (STEP + "without-calibration = 3",
+         "recipe r: [[pass]] number 1: 'without-calibration' is not a table; write [without-calibration]"),
+        (STEP + "[pass.without-calibration]\nratoi = 1", "trim.ratoi: no such option; did you mean 'ratio'?"),
         ("limits = 3\n" + STEP, "recipe r: 'limits' is not a table; write [limits]"),
         (STEP + "[shapes]\nimage = 3", "recipe r: shapes.image: 3 is not a list of sizes; write [1, 3, 224, 224]"),
         (STEP + "[shapes]\nimage = [1, 0]", "recipe r: shapes.image: 0 is not a size; sizes are whole numbers from 1"),
@@ -166,8 +181,8 @@ def _not_text(path: Path) -> None:
     ("name", "write", "message"),
     [
         ("itn8", None, "--recipe itn8: neither a recipe nor a file; did you mean 'int8'?"),
-        ("gone.toml", None, "--recipe gone.toml: no such file; known: int8, small"),
-        ("dir/x", None, "--recipe dir/x: no such file; known: int8, small"),
+        ("gone.toml", None, "--recipe gone.toml: no such file; known: deep-compression, int8, small"),
+        ("dir/x", None, "--recipe dir/x: no such file; known: deep-compression, int8, small"),
         ("binary.toml", _not_text, "--recipe binary.toml: not a text file"),
     ],
 )
@@ -187,7 +202,14 @@ def test_a_recipe_that_is_not_there_is_refused(
     assert str(caught.value) == message
 
 
-@pytest.mark.parametrize(("name", "steps"), [("int8", ["fold", "quant"]), ("small", ["fold", "prune", "quant"])])
+@pytest.mark.parametrize(
+    ("name", "steps"),
+    [
+        ("deep-compression", ["fold", "prune", "share"]),
+        ("int8", ["fold", "quant"]),
+        ("small", ["fold", "prune", "quant"]),
+    ],
+)
 def test_the_built_in_recipes_build(registry: Registry, name: str, steps: list[str]) -> None:
     recipe = load_recipe(name, registry)
     assert [step.name for step in recipe.passes] == steps
@@ -196,5 +218,5 @@ def test_the_built_in_recipes_build(registry: Registry, name: str, steps: list[s
 
 
 def test_every_built_in_recipe_is_tested(registry: Registry) -> None:
-    assert set(registry.recipes()) == {"int8", "small"}
+    assert set(registry.recipes()) == {"deep-compression", "int8", "small"}
     assert all(recipe_summaries(registry).values())

@@ -1,5 +1,6 @@
 """Facts about a model that passes share; computed once, dropped when the model changes."""
 
+from graphopt.analyses.attention import ATTENTION, AttentionBlock
 from graphopt.analyses.channels import CHANNEL_GROUPS, ChannelGroup, ChannelGroups
 from graphopt.analyses.constants import CONSTANTS, Constants
 from graphopt.analyses.cost import COST, Cost, NodeCost
@@ -10,6 +11,7 @@ from graphopt.analyses.ranges import RANGES, Histogram, Ranges, RangesAnalysis
 from graphopt.analyses.shapes import SHAPES, Shapes
 
 __all__ = [
+    "ATTENTION",
     "CHANNEL_GROUPS",
     "CONSTANTS",
     "COST",
@@ -18,6 +20,7 @@ __all__ = [
     "QUANTIZED",
     "RANGES",
     "SHAPES",
+    "AttentionBlock",
     "ChannelGroup",
     "ChannelGroups",
     "Constants",

@@ -9,7 +9,8 @@ from typing import Any
 
 import click
 
-from graphopt.analyses import COST, QUANTIZED
+from graphopt.analyses import ATTENTION, COST, QUANTIZED
+from graphopt.analyses.attention import as_record, summaries
 from graphopt.analyses.quantized import summary
 from graphopt.errors import GraphoptError
 from graphopt.model_io import ShapeBinding, check_binding, external_files, input_specs, load_model
@@ -60,6 +61,7 @@ def inspect_model(
         "macs": cost.macs,
         "macs_unknown": list(cost.unknown),
         "operators": dict(operators.most_common()),
+        "attention": [as_record(block) for block in ctx.fact(ATTENTION)],
         "quantized": summary(list(ctx.fact(QUANTIZED).values())),
         "layers": [
             {"name": c.node, "operator": c.operator, "macs": c.macs, "params": c.params}
@@ -82,6 +84,8 @@ def show_inspection(found: Mapping[str, Any]) -> None:
     click.echo("operators  " + ", ".join(f"{count} {name}" for name, count in found["operators"].items()))
     if found["quantized"]:
         click.echo("quantized  " + ", ".join(found["quantized"]))
+    for line in summaries(found["attention"]):
+        click.echo(f"attention  {line}")
     layers = found["layers"]
     click.echo(f"\nlayers by MACs ({min(len(layers), _LAYERS_SHOWN)} of {len(layers)}):")
     for layer in layers[:_LAYERS_SHOWN]:

@@ -20,7 +20,7 @@ from graphopt.pack import check_coder
 from graphopt.pass_base import Pass
 from graphopt.pipeline_text import format_pipeline
 from graphopt.plugins import Registry, load_plugins
-from graphopt.recipe import Limits, load_recipe
+from graphopt.recipe import Limits, Recipe, load_recipe
 
 __all__ = ["Arrays", "Data", "resolve"]
 
@@ -67,11 +67,12 @@ def resolve(
         GraphoptError: Something is unknown, missing or does not fit.
     """
     registry = registry or load_plugins(disable=disable)
-    if pack:
-        check_coder()
     if recipe is not None and passes is not None:
         raise UsageError("--recipe", "cannot stand beside --passes", "put the passes into the recipe")
     given = load_recipe(recipe, registry) if recipe is not None else None
+    pack = pack or (given is not None and given.pack)
+    if pack:
+        check_coder()
     wanted = target or (given.target if given else None) or "ort"
     chosen = registry.targets.resolve(wanted)
     path = Path(model)
@@ -82,7 +83,7 @@ def resolve(
         {**(given.binding.dims if given else {}), **(dims or {})},
     )
     check_binding(specs, binding)
-    steps = given.passes if given else _passes(passes, registry, registry.default_pipeline(chosen))
+    steps = _steps(given, passes, registry.default_pipeline(chosen), registry, data=calibration is not None)
     if not steps and chosen.backend in (None, "ort"):
         raise UsageError("--passes", "nothing to do", "name passes or a recipe; see: graphopt list")
     outputs = [value.name or "" for value in loaded.graph.outputs]
@@ -123,6 +124,19 @@ def resolve(
         force=force,
         pack=pack,
     ), loaded
+
+
+def _steps(
+    recipe: Recipe | None,
+    passes: str | Sequence[Pass | str] | None,
+    default: str | None,
+    registry: Registry,
+    *,
+    data: bool,
+) -> tuple[Pass, ...]:
+    if recipe is None:
+        return _passes(passes, registry, default)
+    return recipe.passes if data else recipe.without_calibration
 
 
 def _passes(given: str | Sequence[Pass | str] | None, registry: Registry, default: str | None) -> tuple[Pass, ...]:

@@ -22,6 +22,7 @@ __all__ = [
     "macs_text",
     "milliseconds",
     "number",
+    "packed_bytes",
     "plural",
     "quantity",
     "rate_texts",
@@ -215,6 +216,11 @@ def fidelity_text(fidelity: Fidelity) -> str:
     if output.top1_agreement is not None:
         parts.append(f"top-1 agreement {output.top1_agreement:.2f} %")
     return ", ".join(parts)
+
+
+def packed_bytes(report: Report) -> int | None:
+    """Bytes of the container, where the model was packed."""
+    return next((entry.bytes for entry in report.files if entry.name == "model.gopt"), None)
 
 
 def agreement_text(backend: BackendReport) -> str:

@@ -13,6 +13,7 @@ from graphopt.report.figures import (
     macs_text,
     milliseconds,
     number,
+    packed_bytes,
     plural,
     quantity,
     rate_texts,
@@ -79,7 +80,10 @@ def _header(report: Report) -> Markup:
 def _cards(report: Report) -> Iterator[Markup]:
     old, new = report.before, report.after
     files = (size(old.file_bytes), size(new.file_bytes))
-    yield _card("File size", ratio(*_sizes(report)), "of the original", "counted", pair(*_sizes(report), *files))
+    bars = [pair(*_sizes(report), *files)]
+    if (packed := packed_bytes(report)) is not None:
+        bars.append(tag("div", f"packed {size(packed)}, {ratio(old.file_bytes, packed)}", cls="small soft"))
+    yield _card("File size", ratio(*_sizes(report)), "of the original", "counted", *bars)
     macs = (old.totals.macs, new.totals.macs)
     yield _card("MACs", ratio(*macs) or "unknown", "", "counted", pair(*macs, macs_text(old), macs_text(new)))
     params = (old.totals.params, new.totals.params)

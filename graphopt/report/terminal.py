@@ -16,6 +16,7 @@ from graphopt.report.figures import (
     limit_text,
     macs_text,
     milliseconds,
+    packed_bytes,
     plural,
     quantity,
     ratio,
@@ -74,6 +75,8 @@ def _counted(report: Report) -> Iterator[Row]:
     before, after = report.before, report.after
     old, new = before.totals, after.totals
     yield _counts("file size", before.file_bytes, after.file_bytes, size)
+    if (packed := packed_bytes(report)) is not None:
+        yield _counts("packed file", before.file_bytes, packed, size)
     yield _counts("weights", old.weight_bytes, new.weight_bytes, size)
     yield "MACs", macs_text(before), macs_text(after), ratio(old.macs, new.macs), "counted"
     yield _counts("parameters", old.params, new.params, quantity)

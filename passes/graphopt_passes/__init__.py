@@ -17,8 +17,9 @@ def graphopt_passes() -> list[type[Pass]]:
     from graphopt_passes.prune import Prune
     from graphopt_passes.quant import Quant
     from graphopt_passes.share import Share
+    from graphopt_passes.sparse_attention import SparseAttention
 
-    return [Fold, LowRank, Prune, Quant, Share]
+    return [Fold, LowRank, Prune, Quant, Share, SparseAttention]
 
 
 @hookimpl

@@ -11,7 +11,7 @@ identity; ASVD (Yuan et al., 2023) takes a diagonal one.
 
 Rows of a convolution are channels times kernel positions. Where only a part of that, the outer one, is mixed by the
 first factor, with the same numbers for each index of the inner one, `A` is found from the sums of C over the inner
-index, and `B` is the least-squares answer to what `A` makes of the input:
+index, and `B` is the least-squares answer to what `A` makes of the input; one turn of both betters `A` too:
 
     channels, kernel           | nothing        k x k, then 1 x 1
     channels                   | kernel         1 x 1, then k x k
@@ -25,7 +25,9 @@ from typing import Any
 
 import numpy as np
 
-__all__ = ["Basis", "Problem", "Split", "leading", "root_of", "split"]
+from graphopt_passes.lowrank._alternate import first_answer
+
+__all__ = ["Basis", "Parts", "Problem", "Split", "leading", "marginal_of", "root_of", "split"]
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -61,6 +63,28 @@ class Problem:
         """Energy of the output's error in parts of that of the output."""
         whole = self.energy(self.weight)
         return max(0.0, self.energy(self.weight - approximate)) / whole if whole > 0 else 0.0
+
+
+@dataclass(frozen=True, eq=False)
+class Parts:
+    """Weights of parts that do not meet, such as the groups of a convolution, with one rank for all.
+
+    Attributes:
+        problems: Of each part.
+    """
+
+    problems: tuple[Problem, ...]
+
+    def shift(self, approximate: Array) -> Array:
+        """`[outputs of all parts]`: what a bias gains with matrices in the weights' places."""
+        return np.concatenate([one.shift(matrix) for one, matrix in zip(self.problems, approximate, strict=True)])
+
+    def error(self, approximate: Array) -> float:
+        """Energy of the output's error in parts of that of the output, over all parts."""
+        whole = sum(one.energy(one.weight) for one in self.problems)
+        pairs = zip(self.problems, approximate, strict=True)
+        lost = sum(one.energy(one.weight - matrix) for one, matrix in pairs)
+        return max(0.0, lost) / whole if whole > 0 else 0.0
 
 
 @dataclass(frozen=True, eq=False)
@@ -146,6 +170,8 @@ class Split:
         second = second.reshape(rank * self.inner, -1)
         if self.inner > 1 and self.problem.second is not None and self.problem.scales is None:
             second = second + self._correction(first, second)
+            first = first_answer(self.problem.second, self.problem.weight, first, second)
+            second = second + self._correction(first, second)
         return first, second
 
     def _correction(self, first: Array, second: Array) -> Array:
@@ -203,8 +229,18 @@ def split(problem: Problem, inner: int = 1) -> Split:
         return Split(problem, inner, leading(matrix, _marginal_scales(problem.scales, inner)))
     if problem.second is None:
         return Split(problem, inner, leading(matrix, None))
-    marginal = np.einsum("ikjk->ij", problem.second.reshape(outer, inner, outer, inner))
-    return Split(problem, inner, leading(matrix, root_of(marginal)))
+    return Split(problem, inner, leading(matrix, root_of(marginal_of(problem.second, inner))))
+
+
+def marginal_of(second: Array, inner: int) -> Array:
+    """`[outer, outer]`: sums of `[outer * inner, outer * inner]` products over what both have at the same inner index.
+
+    Args:
+        second: Products of inputs.
+        inner: Length of the inner part of a row.
+    """
+    outer = len(second) // inner
+    return np.einsum("ikjk->ij", second.reshape(outer, inner, outer, inner))
 
 
 def _marginal_scales(scales: Array, inner: int) -> Array:

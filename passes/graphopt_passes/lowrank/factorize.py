@@ -6,8 +6,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from glob import escape
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
+import numpy as np
 import onnx_ir as ir
 
 from graphopt.analyses import COST, Cost
@@ -15,36 +16,55 @@ from graphopt.errors import OptionError, nearest
 from graphopt.model_io import EMBED_LIMIT, weight_bytes
 from graphopt.options import opt
 from graphopt.pass_base import Change, Context, Pass, PassResult
-from graphopt_passes.lowrank._factors import Problem
+from graphopt_passes.lowrank._factors import Parts, Problem
 from graphopt_passes.lowrank.judge import Judge, Loss
-from graphopt_passes.lowrank.ranks import Rounding, Setting, Table, by_budget, by_energy, by_ratio, table_of
+from graphopt_passes.lowrank.ranks import (
+    Rounding,
+    Setting,
+    Table,
+    by_budget,
+    by_energy,
+    by_ratio,
+    costs_of,
+    table_of,
+    trials,
+)
+from graphopt_passes.lowrank.residual import Branches, add_branches
 from graphopt_passes.lowrank.rewrite import Rewriter
-from graphopt_passes.lowrank.schemes import Chain, Form, chain_of, prepared
+from graphopt_passes.lowrank.schemes import Chain, Form, prepared
 from graphopt_passes.lowrank.seen import Scale, problems
 from graphopt_passes.lowrank.sequential import Fitted, fit_in_sequence
 from graphopt_passes.lowrank.sites import Site, find_sites
+from graphopt_passes.quant.blockwise.fit import Method
 
 __all__ = ["LowRank"]
 
+Array = np.ndarray[Any, np.dtype[Any]]
+
 _NEAR = 0.02
-_FORMS: tuple[Form, ...] = ("product", "output", "input", "spatial", "tucker")
+_FORMS: tuple[Form, ...] = ("product", "output", "input", "spatial", "tucker", "cp")
 
 
 @dataclass(frozen=True, kw_only=True)
 class LowRank(Pass):
     """Replace layers by chains of thinner ones that make nearly the same output at less cost.
 
-    A matrix becomes two; a convolution becomes k x k to few channels and 1 x 1, 1 x 1 and k x k, k x 1 and 1 x k, or
-    1 x 1, k x k and 1 x 1, whichever loses least for what it saves. With calibration data, errors are those of the
-    layers' outputs, ranks are chosen for all layers together, and each layer is solved anew, with its bias, for the
-    output that it had in the original model; without, weights alone decide.
+    A matrix becomes two; a convolution, grouped or transposed as well, becomes k x k to few channels and 1 x 1, 1 x 1
+    and k x k, k x 1 and 1 x k, 1 x 1, k x k and 1 x 1, or 1 x 1, depthwise k x 1 and 1 x k and 1 x 1 (`cp`), whichever
+    loses least for what it saves. Layers that share a weight share its factors. With calibration data, errors are those
+    of the layers' outputs, ranks are chosen for all layers together, and each layer is solved anew, with its bias, for
+    the output that it had in the original model; without, weights alone decide.
 
-    A layer is left alone where a chain saves nothing, and where its output would lose more than `max_layer_error`.
-    If the outputs of the model, on calibration samples, lose more than `max_error` or `max_nats`, factoring does not
-    pay and nothing changes: weights of small models are often of nearly full rank.
+    A layer is left alone where a chain saves no arithmetic or no bytes of the file, and where its output would lose
+    more than `max_layer_error`. If the outputs of the model, on calibration samples, lose more than `max_error` or
+    `max_nats`, factoring does not pay and nothing changes: weights of small models are often of nearly full rank.
 
-    Refused, and reported: grouped and transposed convolutions, recurrent layers, weights that others read, that are
-    computed, stand on the left or behind DequantizeLinear, and layers inside subgraphs.
+    With `residual`, weights of products are stored in 4 bits instead, and what rounding loses is kept in a thin branch
+    beside each.
+
+    Refused, and reported: recurrent layers, weights that others read in another way, that are computed or stand behind
+    DequantizeLinear, transposed convolutions padded by the size of their output, and layers inside functions. Layers
+    inside subgraphs, of many matrices, with a weight on the left or one that they share are not solved anew.
     """
 
     name: ClassVar[str] = "lowrank"
@@ -65,7 +85,7 @@ class LowRank(Pass):
         "calibration data, else plain",
     )
     update: bool = opt(True, help="solve layers anew, one after another, for the outputs of the original model")
-    form: Literal["auto", "output", "input", "spatial", "tucker"] = opt(
+    form: Literal["auto", "output", "input", "spatial", "tucker", "cp"] = opt(
         "auto", help="what a convolution becomes; auto: what loses least"
     )
     max_error: float = opt(
@@ -76,6 +96,12 @@ class LowRank(Pass):
     )
     max_layer_error: float = opt(0.5, help="leave layers alone whose output would lose more of its energy", gt=0)
     round_to: int = opt(0, help="ranks are multiples of this; 0: what the target likes", ge=0)
+    residual: bool = opt(
+        False, help="store products of matrices in few bits, and what rounding loses in a thin branch beside each"
+    )
+    rank: int = opt(0, help="with residual, of each branch; 0: what half a bit a weight pays for", ge=0)
+    bits: Literal[4, 2] = opt(4, help="with residual, of the weights")
+    group_size: int = opt(64, help="with residual, inputs with one scale; 0: all", ge=0)
     tables: bool = opt(False, help="factor tables that rows are looked up in (embeddings): smaller, but arithmetic")
     only: tuple[str, ...] = opt((), help="layers to factor: names or operators, with wildcards; none: all")
     skip: tuple[str, ...] = opt((), help="layers to leave alone: names or operators, with wildcards")
@@ -91,7 +117,9 @@ class LowRank(Pass):
         if self.scope == "sensitivity" and ctx.calibration is None:
             raise OptionError("lowrank.scope", "sensitivity needs samples", "give --calibration, or use uniform")
         found = find_sites(ctx, tables=self.tables)
-        known = {site.name: site.node.op_type for site in found.sites} | {c.site: "" for c in found.refused}
+        known = {name: site.node.op_type for site in found.sites for name in site.names} | {
+            c.site: "" for c in found.refused
+        }
         for option, globs in (("only", self.only), ("skip", self.skip)):
             for glob in globs:
                 if not any(fnmatchcase(text, glob) for text in (*known, *known.values())):
@@ -100,14 +128,18 @@ class LowRank(Pass):
 
     def run(self, model: ir.Model, ctx: Context) -> PassResult:
         """Choose a rank for each layer and factor it; in a copy, which takes the model's place if it pays."""
+        if self.residual:
+            method = Method(self.bits, self.group_size, algorithm="auto")
+            wanted = Branches(method, self.rank, self._scale(ctx))
+            return add_branches(model, ctx, wanted, self._named, self._too_much)
         work = model.clone()
         inner, before = replace(ctx, model=work, _facts={}), ctx.fact(COST)
         found = find_sites(inner, tables=self.tables)
         reasons = {site.name: reason for site in found.sites if (reason := self._left_out(site))}
         sites = [site for site in found.sites if site.name not in reasons]
         judge = self._judge(model, sites, ctx)
-        tables, weights = self._tables(work, sites, judge, inner)
-        settings, notes = self._settings(tables, weights, reasons, inner)
+        tables, costs = self._tables(work, sites, judge, inner)
+        settings, notes = self._settings(tables, costs, reasons, inner)
         chosen = [(site, settings[site.name]) for site in sites if site.name in settings]
         fitted = self._factor(work, chosen, inner)
         loss = judge.loss(work) if judge is not None and chosen else Loss()
@@ -118,7 +150,7 @@ class LowRank(Pass):
         elif chosen:
             model.graph = work.graph
             ctx.drop_facts()
-        changes = [_change(site, settings, fitted, reasons) for site in found.sites]
+        changes = [change for site in found.sites for change in _changes(site, settings, fitted, reasons)]
         metrics = _metrics(before, ctx.fact(COST), tables, settings)
         if judge is not None and chosen:
             metrics |= {"outputs_lost": round(loss.energy, 6), "outputs_nats": round(loss.nats, 6)}
@@ -145,13 +177,21 @@ class LowRank(Pass):
             )
         return ""
 
-    def _left_out(self, site: Site) -> str:
+    def _named(self, site: Site) -> str:
         """Why the user wants a layer to stay; empty where it may go."""
-        texts = site.name, site.node.op_type
-        if self.only and not any(fnmatchcase(text, glob) for glob in self.only for text in texts):
-            return "not in lowrank.only"
-        if any(fnmatchcase(text, glob) for glob in self.skip for text in texts):
-            return "lowrank.skip names it"
+        for name in site.names:
+            texts = name, site.node.op_type
+            who = "" if name == site.name else f" {name!r}, which shares its weight"
+            if self.only and not any(fnmatchcase(text, glob) for glob in self.only for text in texts):
+                return f"not in lowrank.only{who and ':'}{who}"
+            if any(fnmatchcase(text, glob) for glob in self.skip for text in texts):
+                return f"lowrank.skip names{who or ' it'}"
+        return ""
+
+    def _left_out(self, site: Site) -> str:
+        """Why a layer is not looked at; empty where it is."""
+        if named := self._named(site):
+            return named
         if self.of == "macs" and site.table:
             return "a table costs no arithmetic that could be saved; use of=params"
         if self.of == "macs" and not site.geometry.counted:
@@ -179,25 +219,25 @@ class LowRank(Pass):
 
     def _tables(
         self, work: ir.Model, sites: Sequence[Site], judge: Judge | None, ctx: Context
-    ) -> tuple[dict[str, Table], dict[str, float]]:
-        """What each rank of each layer saves and costs, and what an error of each layer costs the outputs."""
+    ) -> tuple[dict[str, Table], dict[str, Array]]:
+        """What each rank of each layer saves and loses, and what that costs the outputs."""
         rounding = Rounding(self.round_to, ctx.target.round_to)
         forms = _FORMS if self.form == "auto" else ("product", self.form)
-        measured = problems(work, sites, self._scale(ctx), ctx, centred=self._updates(ctx))
-        tables, weights = dict[str, Table](), dict[str, float]()
-        for site, problem in ctx.progress(measured, "measuring ranks"):
-            chains = (*forms, "output") if site.geometry.window == 1 else forms
+        seen = problems(work, sites, self._scale(ctx), ctx, centred=self._updates(ctx))
+        tables, costs = dict[str, Table](), dict[str, Array]()
+        for site, problem in ctx.progress(seen, "measuring ranks"):
+            chains: Sequence[Form] = (*forms, "output") if site.geometry.window == 1 else forms
             table = table_of(site.geometry, problem, self.of, rounding, chains, tables=site.table)
-            tables[site.name], weights[site.name] = table, 1.0
-            (typical,) = by_ratio([table], self.ratio)
-            if judge is not None and typical is not None and self._scope(ctx) == "sensitivity" and not site.table:
-                dense = _chain(site, typical, problem).dense
-                lost = judge.lost_by(site.name, dense, problem.shift(dense))
-                weights[site.name] = lost / max(typical.error, 1e-12)
-        return {site.name: tables[site.name] for site in sites}, weights
+            measured = list[tuple[Setting, float]]()
+            if judge is not None and self._scope(ctx) == "sensitivity" and not site.table:
+                for setting in trials(table.within(self.max_layer_error), self.ratio):
+                    dense = _chain(site, setting, problem).dense
+                    measured.append((setting, judge.lost_by(site.name, dense, problem.shift(dense))))
+            tables[site.name], costs[site.name] = table, costs_of(table, measured)
+        return {site.name: tables[site.name] for site in sites}, costs
 
     def _settings(
-        self, tables: Mapping[str, Table], weights: Mapping[str, float], reasons: dict[str, str], ctx: Context
+        self, tables: Mapping[str, Table], costs: Mapping[str, Array], reasons: dict[str, str], ctx: Context
     ) -> tuple[dict[str, Setting], tuple[str, ...]]:
         """The setting of each layer that is factored, and what to note; reasons for the others are added."""
         good = {name: table.within(self.max_layer_error) for name, table in tables.items()}
@@ -208,7 +248,7 @@ class LowRank(Pass):
         elif self.ratio and self._scope(ctx) == "uniform":
             choice = by_ratio(lists, self.ratio)
         elif self.ratio:
-            choice = by_budget(lists, self.ratio * whole, [weights[name] for name in good])
+            choice = by_budget(lists, self.ratio * whole, [costs[n][: len(t.settings)] for n, t in good.items()])
         settings = {name: setting for name, setting in zip(good, choice, strict=True) if setting is not None}
         for name, table in tables.items():
             if name not in settings:
@@ -239,22 +279,24 @@ class LowRank(Pass):
             ((_, problem),) = problems(work, [site], self._scale(ctx), ctx, centred=False)
             return _chain(site, setting, problem)
 
-        layers = [(site, setting) for site, setting in chosen if not site.table]
-        if self._updates(ctx) and ctx.calibration is not None and layers:
-            found |= fit_in_sequence(work, layers, ctx.calibration, ctx, alone)
-        left = [site for site, _ in chosen if site.name not in found]
+        solves = self._updates(ctx) and ctx.calibration is not None
+        whole = work.clone() if solves else None
+        left = [site for site, _ in chosen if site.alone or not solves]
         for site, problem in problems(work, left, self._scale(ctx), ctx, centred=False):
-            found[site.name] = Fitted(_chain(site, settings[site.name], problem))
-            rewriter.replace(site, found[site.name].chain)
+            chain = _chain(site, settings[site.name], problem)
+            found[site.name] = Fitted(chain, why=site.alone if solves else "")
+            rewriter.replace(site, chain)
+        layers = [(site, setting) for site, setting in chosen if site.name not in found]
+        if layers and ctx.calibration is not None:
+            ctx.drop_facts()
+            found |= fit_in_sequence(work, layers, ctx.calibration, ctx, alone, whole)
         for site, _ in layers:
-            if site not in left:
-                rewriter.replace(site, found[site.name].chain)
+            rewriter.replace(site, found[site.name].chain)
         return found
 
 
-def _chain(site: Site, setting: Setting, problem: Problem) -> Chain:
-    ready = prepared(setting.form, site.geometry, problem)
-    return chain_of(setting.form, site.geometry, ready, setting.ranks)
+def _chain(site: Site, setting: Setting, problem: Problem | Parts) -> Chain:
+    return prepared(setting.form, site.geometry, problem).chain(setting.ranks)
 
 
 def _metrics(
@@ -268,6 +310,16 @@ def _metrics(
         "achieved": round(saved / whole, 4) if whole else 0.0,
         "factored": len(settings),
     }
+
+
+def _changes(
+    site: Site, settings: Mapping[str, Setting], fitted: Mapping[str, Fitted], reasons: Mapping[str, str]
+) -> list[Change]:
+    """What happened at a site: to each node that reads its weight."""
+    first = _change(site, settings, fitted, reasons)
+    if not first.done:
+        return [replace(first, site=name) for name in site.names]
+    return [first, *(Change(name, f"factored with {site.name!r}, whose weight it reads") for name, _ in site.shared)]
 
 
 def _change(

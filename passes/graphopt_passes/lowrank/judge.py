@@ -1,8 +1,12 @@
-"""What the model's outputs lose, measured on a few samples without labels."""
+"""What the model's outputs lose, measured on a few samples without labels.
+
+A change of one layer is felt behind it alone: what comes before is computed once for all questions that are asked in
+the graph's order.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,7 +18,9 @@ from graphopt.analyses.padding import PADDING, heeded_rows
 from graphopt.calibration import Dataset
 from graphopt.pass_base import Context
 from graphopt.reference import Feed, Reference
+from graphopt_passes.lowrank.places import Place
 from graphopt_passes.prune.refit.linear_layers import LinearLayer
+from graphopt_passes.prune.refit.stepwise import Stepwise
 
 __all__ = ["Judge", "Loss"]
 
@@ -55,11 +61,15 @@ class Judge:
         self._mask = ctx.fact(PADDING)
         self._feeds = _spread(data)
         self._wanted = self._outputs(model)
+        self._before = Stepwise(model, self._feeds, ctx)
 
     def loss(self, model: ir.Model) -> Loss:
         """What a changed model loses."""
-        found = self._outputs(model)
-        pairs = [(array, found[name]) for name, array in self._wanted.items()]
+        return self._loss(self._outputs(model))
+
+    def _loss(self, found: Mapping[str, Array]) -> Loss:
+        """What outputs lose; one that is not there is what it was."""
+        pairs = [(array, found.get(name, array)) for name, array in self._wanted.items()]
         if not pairs:
             return Loss()
         energies, nats = [_lost(*pair) for pair in pairs], [_divergence(*pair) for pair in pairs]
@@ -70,28 +80,48 @@ class Judge:
 
         Args:
             name: Name of the layer.
-            dense: `[inputs, outputs]`, as `LinearLayer.matrix` gives it.
+            dense: `[inputs, outputs]`, or of each part, as `Place.matrices` gives it.
             shift: `[outputs]`: what the bias gains; zero where the layer cannot have one.
         """
         work = self._model.clone()
         inner = replace(self._ctx, model=work, _facts={})
         constants = inner.fact(CONSTANTS)
         node = next(node for node, label in constants.names.labels.items() if label == name)
-        layer = LinearLayer.of(node, constants)
-        assert isinstance(layer, LinearLayer)
-        layer.add(work.graph, (dense - layer.matrix()[0])[None], shift[None])
-        return self.loss(work).energy
+        if shift.any():
+            layer = LinearLayer.of(node, constants)
+            assert isinstance(layer, LinearLayer)
+            layer.add(work.graph, np.zeros((1, layer.inputs, layer.outputs)), shift[None])
+        place = Place.of(node, constants)
+        assert isinstance(place, Place)
+        place.put(dense.reshape(place.parts, -1, dense.shape[-1]))
+        return self._loss(self._collected(self._behind(work, place.readers, inner))).energy
 
     def _outputs(self, model: ir.Model) -> Mapping[str, Array]:
         """What counts of the floating-point outputs, all samples together."""
         session = Reference(model, threads=self._ctx.threads, extensions=self._ctx.extensions)
+        return self._collected(session.run(feed) for feed in self._feeds)
+
+    def _collected(self, runs: Iterator[Mapping[str, Array]]) -> Mapping[str, Array]:
         parts: dict[str, list[Array]] = {}
-        for feed in self._feeds:
-            for name, array in session.run(feed).items():
+        for feed, outputs in zip(self._feeds, runs, strict=True):
+            for name, array in outputs.items():
                 if array.dtype.kind == "f":
                     mask = None if self._mask is None else feed[self._mask]
                     parts.setdefault(name, []).append(_heeded(array, mask))
         return {name: _joined(arrays) for name, arrays in parts.items()}
+
+    def _behind(self, work: ir.Model, changed: Sequence[ir.Node], ctx: Context) -> Iterator[Mapping[str, Array]]:
+        """Outputs of a model some of whose nodes have changed; those that follow from constants alone are left out."""
+        run = Stepwise(work, self._feeds, ctx)
+        start = min(run.order.get(id(node), 0) for node in changed)  # a node in a subgraph: all is computed
+        if start < self._before.position:
+            self._before = Stepwise(self._model, self._feeds, self._ctx)
+        names = [name for name in self._wanted if name in run.born]
+        for _ in self._before.run(start, [name for name in names if run.born[name] < start]):
+            pass
+        run.resume(self._before)
+        for arrays in run.run(len(run.order), names):
+            yield dict(zip(names, arrays, strict=True))
 
 
 def _spread(data: Dataset) -> Sequence[Feed]:

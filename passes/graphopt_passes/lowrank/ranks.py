@@ -10,11 +10,12 @@ import numpy as np
 
 from graphopt.allocation import Site as Choice
 from graphopt.allocation import allocate
-from graphopt_passes.lowrank._factors import Problem
+from graphopt_passes.lowrank._factors import Parts, Problem
 from graphopt_passes.lowrank.schemes import (
     Form,
     Geometry,
     Ranks,
+    bytes_saved,
     forms_of,
     full_rank,
     ladder,
@@ -24,12 +25,23 @@ from graphopt_passes.lowrank.schemes import (
 )
 from graphopt_passes.prune.allocation.budget import step_of
 
-__all__ = ["Measure", "Rounding", "Setting", "Table", "by_budget", "by_energy", "by_ratio", "table_of"]
+__all__ = [
+    "Measure",
+    "Rounding",
+    "Setting",
+    "Table",
+    "by_budget",
+    "by_energy",
+    "by_ratio",
+    "costs_of",
+    "table_of",
+    "trials",
+]
 
 Array = np.ndarray[Any, np.dtype[Any]]
 Measure = Literal["macs", "params"]
 
-_TRIED = {"product": 48, "output": 24, "input": 8, "spatial": 10, "tucker": 8}
+_TRIED = {"product": 48, "output": 24, "input": 8, "spatial": 10, "tucker": 8, "cp": 4}
 _WIDEST = 2400
 
 
@@ -86,7 +98,7 @@ class Rounding:
 
 def table_of(
     geometry: Geometry,
-    problem: Problem,
+    problem: Problem | Parts,
     of: Measure,
     rounding: Rounding,
     forms: Sequence[Form],
@@ -105,7 +117,8 @@ def table_of(
     """
     settings = list[Setting]()
     for form in forms_of(geometry):
-        if form not in forms or (form not in ("product", "output") and len(problem.weight) > _WIDEST):
+        wide = geometry.inputs * geometry.window > _WIDEST
+        if form not in forms or (form not in ("product", "output") and wide):
             continue
         paying = list(_paying(form, geometry, of, rounding, tables=tables))
         if not paying:
@@ -113,24 +126,19 @@ def table_of(
         ready, most = prepared(form, geometry, problem), _TRIED[form]
         for i in np.unique(np.linspace(0, len(paying) - 1, min(most, len(paying))).round().astype(int)):
             ranks, saved = paying[i]
-            if form == "tucker":
-                first, core, last = ready.tucker((ranks[0], ranks[1]))
-                error = problem.error(ready.dense(first, core @ last))
-            else:
-                error = ready.error(ranks[0])
-            settings.append(Setting(form, ranks, saved, error))
+            settings.append(Setting(form, ranks, saved, ready.error(ranks)))
     return Table(_amount(geometry, of), tuple(_worthwhile(settings)))
 
 
 def _paying(
     form: Form, geometry: Geometry, of: Measure, rounding: Rounding, *, tables: bool
 ) -> Iterator[tuple[Ranks, int]]:
-    """Ranks at which neither numbers nor arithmetic grow, and what they save."""
+    """Ranks at which neither numbers nor arithmetic nor the file grow, and what they save."""
     for ranks in ladder(form, geometry, rounding.step(geometry, form)):
         params = geometry.params - params_of(form, geometry, ranks)
         macs = geometry.macs - macs_of(form, geometry, ranks)
         saved = params if of == "params" else macs
-        if params > 0 and (tables or macs > 0):
+        if bytes_saved(form, geometry, ranks) > 0 and (tables or macs > 0):
             yield ranks, saved
 
 
@@ -167,21 +175,46 @@ def by_energy(tables: Sequence[Table], energy: float) -> list[Setting | None]:
     return [chosen(table) for table in tables]
 
 
-def by_budget(tables: Sequence[Table], target: float, weights: Sequence[float]) -> list[Setting | None]:
-    """What saves `target` in all at the least sum of errors.
+def trials(table: Table, ratio: float) -> list[Setting]:
+    """Settings to measure what a layer's errors cost the outputs: one as all layers would have it, one far below.
+
+    A budget takes much from some layers, where what the outputs lose may grow faster than the layer's own error.
+    """
+    found = [setting for part in (ratio, (1 + ratio) / 2) for setting in by_ratio([table], part) if setting]
+    return list(dict.fromkeys(found or table.settings[-1:]))
+
+
+def costs_of(table: Table, measured: Sequence[tuple[Setting, float]]) -> Array:
+    """`[settings]`: what the outputs lose with each setting of a layer, never less where it loses more itself.
+
+    Args:
+        table: Of the layer.
+        measured: Settings with what the outputs lose; between them the loss per error is interpolated. If there are
+            none, errors are losses.
+    """
+    errors = np.array([setting.error for setting in table.settings])
+    if not measured:
+        return errors
+    known = sorted((setting.error, lost / max(setting.error, 1e-12)) for setting, lost in measured)
+    rates = np.interp(errors, [error for error, _ in known], [rate for _, rate in known])
+    return np.maximum.accumulate(rates * errors)
+
+
+def by_budget(tables: Sequence[Table], target: float, costs: Sequence[Array]) -> list[Setting | None]:
+    """What saves `target` in all at the least sum of costs.
 
     Args:
         tables: Of each layer.
         target: To be saved in all.
-        weights: What an error of each layer counts.
+        costs: Of the settings of each layer.
     """
     choices = [
         Choice(
             str(i),
             np.array([0.0, *(float(setting.saved) for setting in table.settings)]),
-            np.array([0.0, *(weight * setting.error for setting in table.settings)]),
+            np.concatenate(([0.0], cost)),
         )
-        for i, (table, weight) in enumerate(zip(tables, weights, strict=True))
+        for i, (table, cost) in enumerate(zip(tables, costs, strict=True))
     ]
     if not choices:
         return []

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,10 +9,10 @@ import numpy as np
 import onnx_ir as ir
 
 from graphopt_passes._own_constants import new_constant, taken_names, unused_name
-from graphopt_passes.lowrank.schemes import Chain
+from graphopt_passes.lowrank.schemes import Chain, Link
 from graphopt_passes.lowrank.sites import Site
 
-__all__ = ["Rewriter"]
+__all__ = ["Rewriter", "drop_constant"]
 
 Array = np.ndarray[Any, np.dtype[Any]]
 _CARRIERS = ("Constant", "Identity", "Reshape", "Transpose")
@@ -31,104 +30,148 @@ class Rewriter:
         self._taken = taken_names(model.graph)
 
     def replace(self, site: Site, chain: Chain) -> None:
-        """Compute a layer by a chain."""
-        node = site.node
-        index = 0 if site.table else 1
-        weight = node.inputs[index]
+        """Compute a layer, and those that share its weight, by a chain."""
+        weight = site.node.inputs[0 if site.left or site.table else 1]
         assert weight is not None
-        constants = [self._constant(weight, array, node) for array in chain.weights]
-        made = self._chain(node, site, constants)
-        self._describe(node, made)
-        self._graph.insert_before(node, made)
-        self._take_over(node, made[-1])
-        _drop(weight)
+        constants = [self.constant(weight, _stored(site, link)) for link in chain.links]
+        for node in site.nodes:
+            self.put(node, self._chain(node, constants, chain.links, left=site.left))
+        drop_constant(weight)
 
-    def _constant(self, weight: ir.Value, array: Array, node: ir.Node) -> ir.Value:
+    def constant(self, weight: ir.Value, array: Array) -> ir.Value:
+        """A factor, of the type of the weight and in the same graph."""
         dtype = (weight.const_value.dtype if weight.const_value is not None else weight.dtype) or ir.DataType.FLOAT
         numbers = np.ascontiguousarray(array.astype(dtype.numpy()))
-        return new_constant(self._graph, f"{weight.name}_factor", numbers, beside=node, taken=self._taken)
+        home = _home(weight)
+        return new_constant(home or self._graph, f"{weight.name}_factor", numbers, taken=self._taken)
 
-    def _chain(self, node: ir.Node, site: Site, weights: Sequence[ir.Value]) -> list[ir.Node]:
-        source = node.inputs[0]
-        assert source is not None
-        if site.table:
-            looked_up = self._node("Gather", node, [weights[0], node.inputs[1]], dict(node.attributes))
-            return [looked_up, self._node("MatMul", node, [looked_up.outputs[0], weights[1]])]
-        if node.op_type == "Conv":
-            return self._convolutions(node, site, source, weights)
-        first = self._node("MatMul", node, [source, weights[0]])
-        if node.op_type == "MatMul":
-            return [first, self._node("MatMul", node, [first.outputs[0], weights[1]])]
-        kept = {name: value for name, value in node.attributes.items() if name == "beta"}
-        return [first, self._node("Gemm", node, [first.outputs[0], weights[1], *node.inputs[2:]], kept)]
+    def put(self, node: ir.Node, made: Sequence[ir.Node]) -> None:
+        """Let nodes compute what one did."""
+        graph = node.graph
+        assert isinstance(graph, ir.Graph)
+        _describe(node, made)
+        graph.insert_before(node, made)
+        _take_over(node, made[-1])
 
-    def _convolutions(self, node: ir.Node, site: Site, source: ir.Value, weights: Sequence[ir.Value]) -> list[ir.Node]:
-        kernel, found = site.geometry.kernel, list[ir.Node]()
-        moved = False
-        for number, weight in enumerate(weights):
-            assert weight.shape is not None
-            sizes = [int(size) for size in weight.shape.numpy()[2:]]
-            mine = [size > 1 for size in sizes]
-            if math.prod(sizes) == math.prod(kernel) and not moved:
-                mine = [True] * len(sizes)  # all strides and pads
-            moved = moved or any(mine)
-            inputs = [source, weight, *(node.inputs[2:] if number == len(weights) - 1 else ())]
-            found.append(self._node("Conv", node, inputs, _window(node, sizes, mine)))
-            source = found[-1].outputs[0]
-        return found
-
-    def _node(
+    def node(
         self,
         operator: str,
         like: ir.Node,
         inputs: Sequence[ir.Value | None],
-        attributes: dict[str, ir.Attr] | None = None,
+        attributes: Sequence[ir.Attr] = (),
     ) -> ir.Node:
+        """A node with a name and an output of its own; not inserted yet."""
         stem = f"{like.name or like.op_type}_factor"
         output = ir.Value(
             name=unused_name(self._graph, f"{like.outputs[0].name}_factor", self._taken), type=like.outputs[0].type
         )
         name = unused_name(self._graph, stem, self._taken)
-        return ir.Node("", operator, inputs, list((attributes or {}).values()), outputs=[output], name=name)
+        return ir.Node("", operator, inputs, attributes, outputs=[output], name=name)
 
-    @staticmethod
-    def _describe(node: ir.Node, made: Sequence[ir.Node]) -> None:
-        for each in made:
-            each.metadata_props.update(node.metadata_props)
-        made[-1].doc_string, made[-1].name = node.doc_string, node.name
+    def _chain(self, node: ir.Node, weights: Sequence[ir.Value], links: Sequence[Link], *, left: bool) -> list[ir.Node]:
+        source = node.inputs[1 if left else 0]
+        assert source is not None
+        if node.op_type == "Gather":
+            looked_up = self.node("Gather", node, [weights[0], node.inputs[1]], list(node.attributes.values()))
+            return [looked_up, self.node("MatMul", node, [looked_up.outputs[0], weights[1]])]
+        if node.op_type in ("Conv", "ConvTranspose"):
+            return self._convolutions(node, source, weights, links)
+        if node.op_type == "Gemm":
+            return self._gemm(node, source, weights)
+        first = self.node("MatMul", node, [weights[0], source] if left else [source, weights[0]])
+        made = first.outputs[0]
+        return [first, self.node("MatMul", node, [weights[1], made] if left else [made, weights[1]])]
 
-    @staticmethod
-    def _take_over(node: ir.Node, last: ir.Node) -> None:
-        """Let the last node make what the old one made, under the same name."""
-        old, new, graph = node.outputs[0], last.outputs[0], node.graph
-        assert graph is not None
-        name, old.name = old.name, f"{old.name}_whole"
-        new.name, new.shape, new.doc_string = name, old.shape, old.doc_string
-        new.metadata_props.update(old.metadata_props)
-        new.meta.update(old.meta)
-        old.replace_all_uses_with(new, replace_graph_outputs=True)
-        graph.remove(node, safe=True)
+    def _gemm(self, node: ir.Node, source: ir.Value, weights: Sequence[ir.Value]) -> list[ir.Node]:
+        """Alpha is in the factors; old operator sets have no Gemm without a bias, so that the first is a MatMul."""
+        turned = list[ir.Node]()
+        if node.attributes.get_int("transA", 0):
+            turned.append(self.node("Transpose", node, [source], [ir.AttrInt64s("perm", [1, 0])]))
+            source = turned[0].outputs[0]
+        first = self.node("MatMul", node, [source, weights[0]])
+        kept = [value for name, value in node.attributes.items() if name == "beta"]
+        return [*turned, first, self.node("Gemm", node, [first.outputs[0], weights[1], *node.inputs[2:]], kept)]
+
+    def _convolutions(
+        self, node: ir.Node, source: ir.Value, weights: Sequence[ir.Value], links: Sequence[Link]
+    ) -> list[ir.Node]:
+        """A layer that moves is transposed where the whole one was; the others look at one place."""
+        found = list[ir.Node]()
+        for weight, link in zip(weights, links, strict=True):
+            kind = node.op_type if any(link.moves) else "Conv"
+            last = len(found) == len(links) - 1
+            attributes = _window(node, link)
+            found.append(self.node(kind, node, [source, weight, *(node.inputs[2:] if last else ())], attributes))
+            source = found[-1].outputs[0]
+        return found
 
 
-def _window(node: ir.Node, sizes: Sequence[int], mine: Sequence[bool]) -> dict[str, ir.Attr]:
+def _stored(site: Site, link: Link) -> Array:
+    """The weight of a link as its node reads it."""
+    kind, weight = site.node.op_type, link.weight
+    if kind == "ConvTranspose":
+        return _transposed(link)
+    if kind != "MatMul":
+        return weight
+    matrix = weight.swapaxes(-1, -2) if site.left else weight
+    return matrix.reshape(*site.batch, *matrix.shape[-2:])
+
+
+def _transposed(link: Link) -> Array:
+    """`[inputs of all groups, outputs of a group, ...]`, turned round, where the layer moves."""
+    if not any(link.moves):
+        return link.weight
+    outputs, inputs, *kernel = link.weight.shape
+    grouped = link.weight.reshape(link.groups, outputs // link.groups, inputs, *kernel).swapaxes(1, 2)
+    turned = np.flip(grouped, axis=tuple(range(3, grouped.ndim)))
+    return turned.reshape(link.groups * inputs, outputs // link.groups, *kernel)
+
+
+def _window(node: ir.Node, link: Link) -> list[ir.Attr]:
     """Attributes of a convolution that moves along some axes as `node` does, and looks at one place on the others."""
-    axes, old = len(sizes), node.attributes
-    found = [ir.AttrInt64s("kernel_shape", list(sizes))]
+    mine, old = link.moves, node.attributes
+    found: list[ir.Attr] = [ir.AttrInt64s("kernel_shape", list(link.weight.shape[2:]))]
+    if link.groups > 1:
+        found.append(ir.AttrInt64("group", link.groups))
     mode = old.get_string("auto_pad", "NOTSET")
-    for name in ("strides", "dilations"):
-        values = [v if own else 1 for v, own in zip(old.get_ints(name, [1] * axes), mine, strict=True)]
-        if any(value != 1 for value in values):
-            found.append(ir.AttrInt64s(name, values))
-    if mode not in ("", "NOTSET"):
+    plain = mode in ("", "NOTSET")
+    for name, nothing, ends in (("strides", 1, 1), ("dilations", 1, 1), ("pads", 0, 2), ("output_padding", 0, 1)):
+        if name in old and (plain or name != "pads"):
+            values = old.get_ints(name, ())
+            values = [v if own else nothing for v, own in zip(values, list(mine) * ends, strict=True)]
+            if any(value != nothing for value in values):
+                found.append(ir.AttrInt64s(name, values))
+    if not plain:
         found.append(ir.AttrString("auto_pad", mode))
-    else:
-        pads = [v if own else 0 for v, own in zip(old.get_ints("pads", [0] * 2 * axes), [*mine, *mine], strict=True)]
-        if any(pads):
-            found.append(ir.AttrInt64s("pads", pads))
-    return {attribute.name: attribute for attribute in found}
+    return found
 
 
-def _drop(value: ir.Value) -> None:
+def _describe(node: ir.Node, made: Sequence[ir.Node]) -> None:
+    for each in made:
+        each.metadata_props.update(node.metadata_props)
+    made[-1].doc_string, made[-1].name = node.doc_string, node.name
+
+
+def _take_over(node: ir.Node, last: ir.Node) -> None:
+    """Let the last node make what the old one made, under the same name."""
+    old, new, graph = node.outputs[0], last.outputs[0], node.graph
+    assert graph is not None
+    name, old.name = old.name, f"{old.name}_whole"
+    new.name, new.shape, new.doc_string = name, old.shape, old.doc_string
+    new.metadata_props.update(old.metadata_props)
+    new.meta.update(old.meta)
+    old.replace_all_uses_with(new, replace_graph_outputs=True)
+    graph.remove(node, safe=True)
+
+
+def _home(value: ir.Value) -> ir.Graph | None:
+    """The graph that a constant stands in."""
+    maker = value.producer()
+    graph = maker.graph if maker is not None else value.graph
+    return graph if isinstance(graph, ir.Graph) else None
+
+
+def drop_constant(value: ir.Value) -> None:
     """Remove a constant that nobody reads any more, with what it was made of."""
     if value.uses() or value.is_graph_output():
         return
@@ -142,4 +185,4 @@ def _drop(value: ir.Value) -> None:
     read = [each for each in maker.inputs if each is not None]
     maker.graph.remove(maker, safe=True)
     for each in dict.fromkeys(read):
-        _drop(each)
+        drop_constant(each)

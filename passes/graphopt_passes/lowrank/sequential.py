@@ -1,17 +1,18 @@
 """Factoring layer after layer, each answering for what those before it lost.
 
-Layers are visited in the graph's order. Each is first asked, by least squares, for the output that it had in the whole
-model from the input that it has now, with all layers before it factored already; that weight is then factored under
-the moments of that input. Together this is regression of reduced rank (Izenman, 1975): both factors answer to the
-original output, which is no worse than solving for the second alone. Biases move along. The least squares are those of
-pruning: held-out rows choose how far to go, shortcuts are made up for, and what a Relu hides is not fitted.
+Layers are visited in the graph's order. Each is asked for the output that it had in the whole model from the input that
+it has now, with all layers before it factored already, by regression of reduced rank (see `reduced_rank`). Biases move
+along, shortcuts are made up for, and what a Relu hides is not fitted.
+
+What the layers before have lost for good, a layer cannot see in its input and cannot make up for. In deep residual
+networks that is most of the error of later layers, so that ranks matter more than how factors are found.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
 
 import numpy as np
 import onnx_ir as ir
@@ -22,18 +23,15 @@ from graphopt.calibration import Dataset
 from graphopt.pass_base import Context
 from graphopt_passes.lowrank._factors import Problem
 from graphopt_passes.lowrank.ranks import Setting
-from graphopt_passes.lowrank.schemes import Chain, chain_of, prepared
+from graphopt_passes.lowrank.reduced_rank import answer
+from graphopt_passes.lowrank.schemes import Chain, prepared
 from graphopt_passes.lowrank.sites import Site
-from graphopt_passes.prune.refit.clipped_fit import Rows, fit
 from graphopt_passes.prune.refit.linear_layers import LinearLayer
 from graphopt_passes.prune.refit.refit import batches_of, rows_of
 from graphopt_passes.prune.refit.sites import site_of
 from graphopt_passes.prune.refit.stepwise import Stepwise
 
 __all__ = ["Fitted", "fit_in_sequence"]
-
-Array = np.ndarray[Any, np.dtype[Any]]
-_CHUNK = 1 << 22
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,6 +56,7 @@ def fit_in_sequence(
     data: Dataset,
     ctx: Context,
     alone: Callable[[Site, Setting], Chain],
+    whole: ir.Model | None = None,
 ) -> Mapping[str, Fitted]:
     """Factor layers so that each makes what it made in the whole model.
 
@@ -67,12 +66,13 @@ def fit_in_sequence(
         data: Samples.
         ctx: Its random numbers choose the rows that are looked at.
         alone: Factors a layer without looking at others, where there is nothing to fit.
+        whole: The original, where layers of the model are factored already; None: none is.
 
     Raises:
         ModelError: ONNX Runtime cannot run the model.
     """
     feeds, found = list(batches_of(data)), dict[str, Fitted]()
-    old, new = Stepwise(model.clone(), feeds, ctx), Stepwise(model, feeds, ctx)
+    old, new = Stepwise(whole or model.clone(), feeds, ctx), Stepwise(model, feeds, ctx)
     mask = ctx.fact(PADDING)
     for site, setting in ctx.progress(chosen, "factoring"):
         constants = ctx.fact(CONSTANTS)
@@ -83,34 +83,13 @@ def fit_in_sequence(
         if isinstance(rows, str):
             fitted = Fitted(alone(site, setting), why=rows)
         else:
-            fitted, bias = _fitted(site, setting, weight, rows, offset=layer.offset)
+            found_anew = answer(rows, weight, partial(_shortened, site, setting), offset=layer.offset)
+            fitted, bias = Fitted(found_anew.chain, found_anew.error), found_anew.bias
         layer.add(model.graph, (fitted.chain.dense - weight)[None], bias[None])
         ctx.drop_facts()
         found[site.name] = fitted
     return found
 
 
-def _fitted(site: Site, setting: Setting, weight: Array, rows: Rows, *, offset: bool) -> tuple[Fitted, Array]:
-    """The factors of a layer, and what its bias gains."""
-    correction = fit(rows, offset=offset)
-    wanted, bias = weight, np.zeros(weight.shape[1])
-    if correction is not None:
-        wanted, bias = weight + correction.weight[0], correction.bias[0]
-    second, mean = _second(rows.x[0], offset=offset)
-    ready = prepared(setting.form, site.geometry, Problem(wanted, second))
-    chain = chain_of(setting.form, site.geometry, ready, setting.ranks)
-    bias = bias + mean @ (wanted - chain.dense)
-    held_out = rows.of(rows.held_out)
-    error = held_out.error(held_out.after((chain.dense - weight)[None], bias[None]))
-    return Fitted(chain, error), bias
-
-
-def _second(x: Array, *, offset: bool) -> tuple[Array, Array]:
-    """`[inputs, inputs]` mean products of rows `[rows, inputs]`, and their mean; about it where the bias may change."""
-    rows, inputs = x.shape
-    mean = x.mean(axis=0, dtype=np.float64) if offset else np.zeros(inputs)
-    found = np.zeros((inputs, inputs))
-    for part in np.array_split(x, rows * inputs // _CHUNK + 1):
-        centred = part - mean
-        found += centred.T @ centred
-    return found / rows, mean
+def _shortened(site: Site, setting: Setting, problem: Problem) -> Chain:
+    return prepared(setting.form, site.geometry, problem).chain(setting.ranks)

@@ -64,7 +64,7 @@ class Prune(Pass):
 
     name: ClassVar[str] = "prune"
     lossy: ClassVar[bool] = True
-    without_data: ClassVar[str] = "prune chooses channels by weights alone and refits no layer"
+    without_data: ClassVar[str] = "prune chooses by weights alone and refits no layer"
 
     ratio: float = opt(_RATIO, help="fraction removed, of what `of` names", ge=0, lt=1)
     pattern: str = opt(
@@ -81,7 +81,8 @@ class Prune(Pass):
     scope: Literal["auto", "uniform", "global", "sensitivity", "search"] = opt(
         "auto",
         help="uniform: the same fraction of every layer; global: more where scores are low; sensitivity: more where "
-        "outputs change less; search: tries plans in full; auto: global if scores compare layers, else uniform",
+        "outputs change less; search: tries plans in full; auto: global if scores compare layers, else uniform; for "
+        "unstructured sensitivity with calibration data, else global",
     )
     trials: int = opt(16, help="plans that scope=search tries beyond those two, each with its own refit", ge=0)
     round_to: int = opt(0, help="kept channels are a multiple of this; 0: what the target likes", ge=0)

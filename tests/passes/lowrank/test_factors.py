@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from graphopt_passes.lowrank._factors import Problem, leading, root_of, split
-from graphopt_passes.lowrank.schemes import Geometry, chain_of, forms_of, full_rank, macs_of, params_of, prepared
+from graphopt_passes.lowrank.schemes import Geometry, forms_of, full_rank, macs_of, params_of, prepared
 
 RNG = np.random.default_rng(0)
 
@@ -91,17 +91,17 @@ def test_kernels_of_every_chain_stand_for_the_matrix_that_was_judged(form: str, 
     problem = Problem(weight, second_of(rows(100, 24)) if moments else None)
     ready = prepared(form, geometry, problem)
     full = full_rank(form, geometry)
-    whole = chain_of(form, geometry, ready, full)
+    whole = ready.chain(full)
     np.testing.assert_allclose(whole.dense, weight, atol=1e-5)
     errors = []
     for ranks in [tuple(max(1, size * part // 4) for size in full) for part in (1, 2, 3)]:
-        chain = chain_of(form, geometry, ready, ranks)
+        chain = ready.chain(ranks)
         dense = dense_of(form, chain.weights, geometry)
         np.testing.assert_allclose(dense.reshape(24, 6), chain.dense, atol=1e-9)
         assert sum(w.size for w in chain.weights) == params_of(form, geometry, ranks)
         errors.append(problem.error(chain.dense))
         if form != "tucker":
-            assert ready.error(ranks[0]) == pytest.approx(errors[-1], abs=1e-7)
+            assert ready.error(ranks) == pytest.approx(errors[-1], abs=1e-7)
     assert errors[0] > errors[1] > errors[2] > 0
 
 
@@ -116,11 +116,11 @@ def test_the_second_factor_of_a_split_answers_to_the_first_by_least_squares() ->
 
 def test_costs_are_those_of_the_kernels() -> None:
     geometry = Geometry(8, 16, (3, 3), (100, 50, 25))
-    assert forms_of(geometry) == ("output", "input", "spatial", "tucker")
+    assert forms_of(geometry) == ("output", "input", "spatial", "tucker", "cp")
     assert macs_of("output", geometry, (4,)) == 25 * (8 * 9 * 4 + 4 * 16)
     assert macs_of("input", geometry, (4,)) == 100 * 8 * 4 + 25 * 4 * 9 * 16
     assert macs_of("spatial", geometry, (4,)) == 50 * 8 * 3 * 4 + 25 * 4 * 3 * 16
     assert macs_of("tucker", geometry, (4, 5)) == 100 * 8 * 4 + 25 * (4 * 9 * 5 + 5 * 16)
     assert forms_of(Geometry(8, 16)) == ("product",)
     assert forms_of(Geometry(8, 16, (1, 1))) == ("output",)
-    assert forms_of(Geometry(8, 16, (5,))) == ("output", "input", "tucker")
+    assert forms_of(Geometry(8, 16, (5,))) == ("output", "input", "tucker", "cp")

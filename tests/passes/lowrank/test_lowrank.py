@@ -216,7 +216,7 @@ def test_layers_of_full_rank_are_left_alone_and_say_so() -> None:
     assert result.notes == (f"factoring does not pay: {why}",)
     assert (
         "nats off, more than max_nats=0.01"
-        in run(model, samples(model, 200), of="params", ratio=0.1, max_nats=0.01).notes[0]
+        in run(model, samples(model, 200), of="params", ratio=0.1, max_error=0.9, max_nats=0.01).notes[0]
     )
     result = run(model, of="params", ratio=0.1, max_layer_error=0.3)
     assert not result.modified
@@ -236,12 +236,6 @@ def test_ranks_are_what_the_target_likes() -> None:
 REFUSED: dict[str, tuple[str, str, dict[str, tuple[int, ...]], str]] = {
     "shared": (ROWS, "[a] p = MatMul(x, w) q = Identity(w) r = ReduceSum<keepdims=0>(q) y = Add(p, r)", {"w": (24, 12)},
                "others read its weight"),
-    "left": ("(float[24,N] x) => (float[12,N] y)", "[a] y = MatMul(w, x)", {"w": (12, 24)}, "stands on the left"),
-    "grouped": (IMAGE, "[a] y = Conv<group=2>(x, w)", {"w": (16, 4, 3, 3)}, "its channels are in 2 groups"),
-    "transposed": (IMAGE, "[a] y = ConvTranspose(x, w)", {"w": (8, 16, 3, 3)}, "transposed convolutions"),
-    "batched": ("(float[3,N,24] x) => (float[3,N,12] y)", "[a] y = MatMul(x, w)", {"w": (3, 24, 12)}, "not a matrix"),
-    "turned input": ("(float[24,N] x) => (float[N,12] y)", "[a] y = Gemm<transA=1>(x, w)", {"w": (24, 12)},
-                     "reads its input transposed"),
     "small": ("(float[N,24] x) => (float[N,1] y)", "[a] y = Gemm(x, w)", {"w": (24, 1)}, "no lower rank"),
     "returned": ("(float[N,24] x) => (float[N,12] y, float[24,12] w2)", "[a] y = MatMul(x, w) w2 = Identity(w)",
                  {"w": (24, 12)}, "others read its weight"),
@@ -266,18 +260,6 @@ def test_a_weight_behind_dequantize_linear_stays() -> None:
         "{ d = DequantizeLinear(w, s) [a] y = MatMul(x, d) }"
     )
     assert reasons(run(model, of="params")) == {"a": "skipped: its weight is quantized; factor before quant"}
-
-
-def test_layers_inside_subgraphs_stay() -> None:
-    body = """
-    [if] y = If(c) <
-        then_branch = g () => (float[N,12] t) { [a] t = MatMul(x, w) },
-        else_branch = h () => (float[N,12] e) { [b] e = MatMul(x, v) }>
-    """
-    model = build("(float[N,24] x, bool c) => (float[N,12] y)", body, {"w": (24, 12), "v": (24, 12)})
-    assert reasons(run(model, of="params")) == dict.fromkeys(
-        ("a", "b"), "skipped: it is inside the subgraph of If 'if'"
-    )
 
 
 def test_products_of_computed_values_are_no_sites() -> None:

@@ -18,8 +18,9 @@ from graphopt.reference import Feed, Reference
 from graphopt.targets import Target
 from graphopt.testing import check_pass
 from graphopt_passes.prune import Prune
+from graphopt_passes.prune.pattern.densities import spread
 from graphopt_passes.prune.pattern.sites import find_sites
-from graphopt_passes.prune.pattern.sparsity import Sparsity, spread
+from graphopt_passes.prune.pattern.sparsity import Sparsity
 
 Shapes = dict[str, tuple[int, ...]]
 
@@ -121,7 +122,7 @@ def test_layers_whose_inputs_make_no_full_runs_are_skipped_with_a_reason() -> No
 @pytest.mark.parametrize("refit", [False, True])
 def test_every_criterion_reaches_the_ratio_in_every_layer(criterion: str, refit: bool) -> None:
     model = build_model()
-    result = run(model, samples(), ratio=0.5, criterion=criterion, refit=refit)
+    result = run(model, samples(), ratio=0.5, criterion=criterion, refit=refit, scope="uniform")
     for name in ("w1", "w2", "w3", "wm", "head"):
         zeros = np.count_nonzero(weight(model, name) == 0)
         assert zeros == pytest.approx(weight(model, name).size / 2, abs=2)
@@ -184,7 +185,7 @@ def test_zeros_of_a_sparse_layer_stay_when_the_layer_before_it_changes() -> None
     array = weight(model, "head").copy()
     array[:, ::2] = 0
     fill(model, "head", array)
-    run(model, samples(64), ratio=0.5)
+    run(model, samples(64), ratio=0.5, scope="uniform")
     assert not weight(model, "head")[:, ::2].any()
     assert weight(model, "head")[:, 1::2].all()
 
@@ -381,7 +382,8 @@ def test_prune_with_a_pattern_keeps_the_contract_of_a_pass(data: Dataset | None,
         ({"pattern": "2:4", "criterion": "obs"}, "prune.criterion: obs needs samples"),
         ({"pattern": "2:4", "only": ("firts",)}, "prune.only: 'firts' fits no layer with weights"),
         ({"pattern": "2:4", "criterion": "fpgm"}, "prune.criterion: 'fpgm' does not judge single weights"),
-        ({"pattern": "2:4", "scope": "sensitivity"}, "prune.scope: sensitivity spreads channels, not single weights"),
+        ({"pattern": "unstructured", "scope": "sensitivity"}, "prune.scope: sensitivity needs samples"),
+        ({"pattern": "unstructured", "scope": "search"}, "prune.scope: search spreads channels, not single weights"),
         ({"criterion": "obs"}, "prune.criterion: obs judges single weights, not channels"),
     ],
 )

@@ -28,7 +28,7 @@ from graphopt.pass_base import Context
 from graphopt.reference import Feed, Reference
 from graphopt_passes.prune.criteria.output import output_distance
 
-__all__ = ["cost_curve", "held_out", "is_affordable", "make_up", "sensitivity"]
+__all__ = ["add_offset", "cost_curve", "held_out", "is_affordable", "make_up", "sensitivity"]
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -237,7 +237,7 @@ class _Trial:
         assert ctx.calibration is not None
         seen_by_moments, self._data = held_out(ctx.calibration)
         moments = _channel_moments(model, list(plain), replace(ctx, calibration=seen_by_moments))
-        offsets = {layer: _add_offset(copy, nodes[layer], self._inputs) for layer in plain}
+        offsets = {layer: add_offset(copy, nodes[layer], self._inputs) for layer in plain}
         masks: dict[tuple[str, int, str, int], str] = {}
         self._parts: list[list[_Reader | _Mask]] = [[] for _ in groups]
         for parts, found in zip(self._parts, uses, strict=True):
@@ -308,7 +308,7 @@ def _channel_moments(model: ir.Model, layers: Sequence[str], ctx: Context) -> Ma
     return analysis.compute(model, ctx).layers
 
 
-def _add_offset(model: ir.Model, node: ir.Node, inputs: Feed) -> str:
+def add_offset(model: ir.Model, node: ir.Node, inputs: Feed) -> str:
     """Make a layer's weight an input, add another to what it makes; returns the name of the second."""
     weight = node.inputs[1]
     assert weight is not None

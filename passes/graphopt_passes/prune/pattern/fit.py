@@ -14,18 +14,27 @@ from typing import Literal
 import numpy as np
 import onnx_ir as ir
 
-from graphopt.analyses import MOMENTS, LayerMoments
+from graphopt.analyses import CONSTANTS, MOMENTS, LayerMoments
 from graphopt.analyses import Moments as InputMoments
 from graphopt.calibration import Dataset
 from graphopt.pass_base import Context
 from graphopt.reference import Feed
-from graphopt_passes.prune.pattern.obs import Rule, cost, damped, find_sparse, norm_scores, solve_kept, sweep
+from graphopt_passes.prune.pattern.obs import (
+    Rule,
+    cost,
+    damped,
+    find_sparse,
+    inverse_factor,
+    norm_scores,
+    solve_kept,
+    sweep,
+)
 from graphopt_passes.prune.pattern.sites import Site
 from graphopt_passes.prune.refit.least_squares import Moments
 from graphopt_passes.prune.refit.linear_layers import WIDEST, LinearLayer, rows_worth_reading
 from graphopt_passes.prune.refit.stepwise import Stepwise
 
-__all__ = ["Fitted", "Method", "Refitter", "Shifter"]
+__all__ = ["Fitted", "Method", "Refitter", "Shifter", "layer_of"]
 
 Method = Literal["magnitude", "wanda", "obs"]
 
@@ -58,6 +67,36 @@ class Fitted:
     done: bool = True
 
 
+@dataclass(eq=False)
+class _Read:
+    """Moments of what a layer reads, inputs in the order of its site.
+
+    Attributes:
+        mean: `[groups, inputs]`.
+        power: `[groups, inputs]` mean squares.
+        products: `[groups, inputs, inputs]` mean products; None: not known, as the others.
+        varying: The same about the mean.
+        free: What an error of the weights costs once the bias took over what it can.
+        factor: What `sweep` needs of that; made when it is needed first.
+    """
+
+    mean: np.ndarray
+    power: np.ndarray
+    products: np.ndarray | None = None
+    varying: np.ndarray | None = None
+    free: np.ndarray | None = None
+    factor: np.ndarray | None = None
+
+    @classmethod
+    def of(cls, seen: LayerMoments, order: np.ndarray, *, offset: bool) -> _Read:
+        mean, power = seen.mean[:, order], seen.squares[:, order] / seen.rows
+        if seen.xx is None:
+            return cls(mean, power)
+        products = seen.xx[:, order[:, None], order] / seen.rows
+        varying = products - mean[:, :, None] * mean[:, None, :]
+        return cls(mean, power, products, varying, varying if offset else products)
+
+
 class Shifter:
     """Makes layers sparse by what they read in the whole model; biases make up for the mean.
 
@@ -68,8 +107,14 @@ class Shifter:
 
     def __init__(self, whole: ir.Model, ctx: Context) -> None:
         self.whole, self.ctx = whole, ctx
-        self.portions = list(MOMENTS.portions(ctx))
-        self.seen = InputMoments(layers={}, left_out={})
+        self.all = list(MOMENTS.portions(ctx))
+        self.portions, self.seen = [*self.all], InputMoments(layers={}, left_out={})
+        self.last: tuple[Site, _Read] | None = None
+
+    def rewind(self) -> None:
+        """Begin with the first layer again."""
+        if len(self.all) > 1:
+            self.portions, self.seen = [*self.all], InputMoments(layers={}, left_out={})
 
     def fit(self, site: Site, layer: LinearLayer, method: Method, rule: Rule) -> Fitted | str:
         """A sparse layer, or why samples are of no use.
@@ -80,28 +125,35 @@ class Shifter:
             method: How weights are judged; obs lets its sweep update the weights that are kept.
             rule: How many are dropped.
         """
-        seen, weight = self._moments(layer.node.name), site.matrix()
-        if isinstance(seen, str):
-            return seen
+        read = self._read(site, layer)
+        if isinstance(read, str):
+            return read
+        weight = site.matrix()
         if rule.fits(weight):
             return Fitted(weight, np.zeros(()), done=False)
-        order = _order(site)
-        mean, power = seen.mean[:, order], seen.squares[:, order] / seen.rows
-        dropped = rule.drop(norm_scores(weight, None if method == "magnitude" else power))
+        dropped = rule.drop(norm_scores(weight, None if method == "magnitude" else read.power))
         left = bare = np.where(dropped, 0.0, weight)
-        if seen.xx is None:
+        if read.products is None or read.free is None or read.varying is None:
             if method == "obs":
                 return "the second moments of its input are too large"
-            return Fitted(bare, self._bias(layer, mean, weight - bare))
-        products = seen.xx[:, order[:, None], order] / seen.rows
-        varying = products - mean[:, :, None] * mean[:, None, :]
-        free = varying if layer.offset else products  # the bias takes over what is constant
+            return Fitted(bare, self._bias(layer, read.mean, weight - bare))
         if method == "obs":
-            left, _ = sweep(weight, damped(free, _RIDGE), rule)
-        energy = max(cost(weight, varying), np.finfo(np.float64).tiny)
-        before, after = cost(bare - weight, products), cost(left - weight, free)
-        bias, (before, after) = self._bias(layer, mean, weight - left), np.sqrt(np.maximum(0, (before, after)) / energy)
-        return Fitted(left, bias, float(before), float(after))
+            hessian = damped(read.free, _RIDGE)
+            read.factor = inverse_factor(hessian) if read.factor is None else read.factor
+            left, _ = sweep(weight, hessian, rule, read.factor)
+        energy = max(cost(weight, read.varying), np.finfo(np.float64).tiny)
+        before, after = cost(bare - weight, read.products), cost(left - weight, read.free)
+        errors = np.sqrt(np.maximum(0, (before, after)) / energy)
+        return Fitted(left, self._bias(layer, read.mean, weight - left), float(errors[0]), float(errors[1]))
+
+    def _read(self, site: Site, layer: LinearLayer) -> _Read | str:
+        """What a layer reads, kept until another layer is asked for."""
+        if self.last is None or self.last[0] is not site:
+            seen = self._moments(layer.node.name)
+            if isinstance(seen, str):
+                return seen
+            self.last = site, _Read.of(seen, _order(site), offset=layer.offset)
+        return self.last[1]
 
     def _moments(self, name: str | None) -> LayerMoments | str:
         """What a layer reads; layers are asked for in the order of the portions."""
@@ -192,6 +244,16 @@ class Refitter:
                 yield rows, wanted + before - after if before.shape == wanted.shape else wanted
             if not more:
                 yield rows, wanted
+
+
+def layer_of(site: Site, ctx: Context) -> LinearLayer | str:
+    """The layer of a site, or why samples are of no use to it."""
+    if site.alone is not None:
+        return site.alone
+    layer = LinearLayer.of(site.node, ctx.fact(CONSTANTS))
+    if isinstance(layer, LinearLayer) and layer.node.attributes.get_float("alpha", 1.0) == 0:
+        return "its product is multiplied by zero"
+    return layer
 
 
 def _order(site: Site) -> np.ndarray:

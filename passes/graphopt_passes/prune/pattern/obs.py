@@ -20,7 +20,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-__all__ = ["Rule", "cost", "damped", "find_sparse", "improve", "norm_scores", "solve_kept", "sweep"]
+__all__ = ["Rule", "cost", "damped", "find_sparse", "improve", "inverse_factor", "norm_scores", "solve_kept", "sweep"]
 
 _BLOCK = 128
 _ROUNDS = 50
@@ -52,8 +52,12 @@ class Rule:
             runs = scores.reshape(len(scores), -1, self.of, scores.shape[-1])
             rank = np.argsort(np.argsort(runs, axis=2, kind="stable"), axis=2, kind="stable")
             return (rank < self.of - self.keep).reshape(scores.shape)
-        dropped = np.zeros(scores.size, dtype=bool)
-        dropped[np.argsort(scores, axis=None, kind="stable")[: self.count]] = True
+        flat = scores.reshape(-1)
+        if not 0 < self.count < flat.size:
+            return np.full(scores.shape, self.count > 0)
+        border = np.partition(flat, self.count - 1)[self.count - 1]
+        dropped = flat < border
+        dropped[np.flatnonzero(flat == border)[: self.count - np.count_nonzero(dropped)]] = True
         return dropped.reshape(scores.shape)
 
     def fits(self, weight: np.ndarray) -> bool:
@@ -95,20 +99,28 @@ def cost(change: np.ndarray, hessian: np.ndarray) -> float:
     return float((change * (hessian @ change)).sum())
 
 
-def sweep(weight: np.ndarray, hessian: np.ndarray, rule: Rule) -> tuple[np.ndarray, np.ndarray]:
+def inverse_factor(hessian: np.ndarray) -> np.ndarray:
+    """`[groups, inputs, inputs]`: the upper triangle U with U'U the inverse of `hessian`."""
+    return np.linalg.cholesky(np.linalg.inv(hessian)).transpose(0, 2, 1)
+
+
+def sweep(
+    weight: np.ndarray, hessian: np.ndarray, rule: Rule, factor: np.ndarray | None = None
+) -> tuple[np.ndarray, np.ndarray]:
     """Drop weights input by input and let the inputs behind make up for it.
 
     Args:
         weight: `[groups, inputs, outputs]`.
         hessian: `[groups, inputs, inputs]`, positive definite.
         rule: What to drop. Unstructured, each block of 128 inputs gives its share.
+        factor: Its `inverse_factor`; None: it is computed.
 
     Returns:
         The new weights with exact zeros, and which were dropped.
     """
     left = weight.copy()
     inputs, dropped = weight.shape[1], np.zeros(weight.shape, dtype=bool)
-    upper = np.linalg.cholesky(np.linalg.inv(hessian)).transpose(0, 2, 1)
+    upper = inverse_factor(hessian) if factor is None else factor
     pivots = np.diagonal(upper, axis1=1, axis2=2)
     width = max(rule.of, _BLOCK // rule.of * rule.of) if rule.of else _BLOCK
     for begin in range(0, inputs, width):

@@ -11,22 +11,22 @@ from fnmatch import fnmatchcase
 import numpy as np
 import onnx_ir as ir
 
-from graphopt.analyses import CONSTANTS
 from graphopt.errors import OptionError, nearest
 from graphopt.pass_base import Change, Context, PassResult
-from graphopt_passes.prune.pattern.fit import Fitted, Method, Refitter, Shifter
+from graphopt_passes.prune.pattern.densities import by_sensitivity, spread
+from graphopt_passes.prune.pattern.fit import Fitted, Method, Refitter, Shifter, layer_of
 from graphopt_passes.prune.pattern.obs import Rule, norm_scores
 from graphopt_passes.prune.pattern.sites import Site, find_sites, write
 from graphopt_passes.prune.refit.linear_layers import LinearLayer
 
-__all__ = ["PATTERN_CRITERIA", "Sparsity", "spread"]
+__all__ = ["PATTERN_CRITERIA", "Sparsity"]
 
 PATTERN_CRITERIA: Mapping[str, Method] = {"l1": "magnitude", "l2": "magnitude", "wanda": "wanda", "obs": "obs"}
 """Criteria that judge single weights."""
 
 _RUNS = re.compile(r"([1-9][0-9]{0,3}):([1-9][0-9]{0,3})")
-_STEPS = 1000
 _ENOUGH = "it is as sparse already"
+_SPARED = "other layers can spare weights better"
 _NOTE = (
     "zeros make the file smaller only once it is compressed, and nothing faster without a sparse kernel: "
     "ONNX Runtime has none on CPUs; NVIDIA's tensor cores from Ampere on run 2:4 with TensorRT"
@@ -45,7 +45,8 @@ class Sparsity:
         ratio: Fraction of zeros for `unstructured`.
         default_ratio: What `ratio` is where the user asks for none.
         criterion: auto, l1, l2, wanda or obs.
-        scope: auto or uniform: the same fraction of every layer; global: more where weights matter less.
+        scope: uniform: the same fraction of every layer; global: more where weights matter less; sensitivity: more
+            where the model's outputs lose less; auto: the last with data, else global.
         refit: Re-solve what is left on calibration data.
         only: Layers: names or operators, with wildcards; none: all.
         skip: Layers to leave alone.
@@ -67,9 +68,11 @@ class Sparsity:
             OptionError: The pattern is none, options contradict each other, or a wildcard fits no layer.
         """
         keep, of = self._runs()
-        if self.scope not in ("auto", "uniform", "global"):
-            raise OptionError("prune.scope", f"{self.scope} spreads channels, not single weights", "use global")
-        if of and self.scope == "global":
+        if self.scope == "search":
+            raise OptionError("prune.scope", "search spreads channels, not single weights", "use sensitivity")
+        if self.scope == "sensitivity" and ctx.calibration is None:
+            raise OptionError("prune.scope", "sensitivity needs samples", "give --calibration, or use global")
+        if of and self.scope in ("global", "sensitivity"):
             raise OptionError("prune.scope", f"{self.pattern} is the same for every layer", "leave scope out")
         if of and self.ratio not in (self.default_ratio, 1 - keep / of):
             fact = f"{self.pattern} makes {1 - keep / of:g} of the weights zero, not {self.ratio:g}"
@@ -96,7 +99,7 @@ class Sparsity:
                 skipped.append(Change.skipped(site.name, reason))
             else:
                 chosen.append(site)
-        rules = self._rules(chosen)
+        rules = self._rules(model, chosen, ctx)
         fitter = self._fitter(model, ctx) if chosen else None
         before, after, changes = _Amount(), _Amount(), list[Change]()
         for site, rule in zip(ctx.progress(chosen, "sparsifying"), rules, strict=True):
@@ -105,6 +108,7 @@ class Sparsity:
             before, after = before + old, after + (_Amount.of(site) if changes[-1].done else old)
         metrics: dict[str, int | float | str | bool] = {
             "pattern": self.pattern,
+            "scope": self._scope(ctx),
             "layers": sum(change.done for change in changes),
             "weights": after.weights,
             "zeros_before": before.zeros,
@@ -143,42 +147,33 @@ class Sparsity:
             return f"its outputs read {run} input channels, no multiple of {of}"
         return None
 
-    def _rules(self, sites: Sequence[Site]) -> list[Rule]:
+    def _rules(self, model: ir.Model, sites: Sequence[Site], ctx: Context) -> list[Rule]:
         """What each site loses."""
         keep, of = self._runs()
         if of:
             return [Rule(keep=keep, of=of)] * len(sites)
-        if self.scope == "global":
+        scope = self._scope(ctx)
+        zeros = [int(np.count_nonzero(site.tensor.numpy() == 0)) for site in sites] if scope != "uniform" else []
+        if zeros and sum(zeros) >= round(self.ratio * sum(site.size for site in sites)):
+            return [Rule(count=count) for count in zeros]
+        if scope == "global":
             return [Rule(count=count) for count in spread(sites, self.ratio)]
+        if scope == "sensitivity":
+            counts = by_sensitivity(model, sites, self.ratio, self._method(ctx), ctx)
+            return [Rule(count=count) for count in counts]
         return [Rule(count=round(self.ratio * site.size)) for site in sites]
+
+    def _scope(self, ctx: Context) -> str:
+        if self._runs()[1]:
+            return "uniform"
+        if self.scope != "auto":
+            return self.scope
+        return "global" if ctx.calibration is None else "sensitivity"
 
     def _method(self, ctx: Context) -> Method:
         if self.criterion != "auto":
             return PATTERN_CRITERIA[self.criterion]
         return "obs" if ctx.calibration is not None else "magnitude"
-
-
-def spread(sites: Sequence[Site], ratio: float) -> list[int]:
-    """How many weights each site loses so that those lost matter least, by layer-adaptive magnitude.
-
-    A weight's score is its square over those of the layer's weights that are as large or larger (LAMP, Lee et al.,
-    2021), so that no layer is emptied before the others. Scores are looked at in steps of a thousandth of a layer.
-    """
-    scores, sizes = list[np.ndarray](), list[np.ndarray]()
-    for site in sites:
-        squares = np.sort(np.square(site.tensor.numpy().astype(np.float64)), axis=None)
-        left = np.maximum(np.cumsum(squares[::-1])[::-1], np.finfo(np.float64).tiny)
-        edges = np.unique(np.linspace(0, site.size, _STEPS + 1).astype(np.int64))
-        scores.append((squares / left)[edges[:-1]])
-        sizes.append(np.diff(edges))
-    missing, counts = round(ratio * sum(site.size for site in sites)), [0] * len(sites)
-    owners = np.repeat(np.arange(len(sites)), [len(found) for found in scores])
-    every, amounts = np.concatenate([np.zeros(0), *scores]), np.concatenate([np.zeros(0, np.int64), *sizes])
-    for step in np.argsort(every, kind="stable"):
-        taken = min(missing, int(amounts[step]))
-        counts[owners[step]] += taken
-        missing -= taken
-    return counts
 
 
 @dataclass(frozen=True)
@@ -210,8 +205,10 @@ def _sparsify(
 ) -> Change:
     """Make one weight sparse, by magnitude where samples are of no use."""
     why = ""
+    if not rule.of and not rule.count:
+        return Change.skipped(site.name, _SPARED)
     if fitter is not None:
-        layer = _layer(site, ctx)
+        layer = layer_of(site, ctx)
         found = layer if isinstance(layer, str) else fitter.fit(site, layer, method, rule)
         if isinstance(layer, LinearLayer) and isinstance(found, Fitted):
             return _put(model, site, layer, found, method)
@@ -239,16 +236,6 @@ def _put(model: ir.Model, site: Site, layer: LinearLayer, found: Fitted, method:
         action += f": output error {found.before:.3f} -> {found.after:.3f}"
         details |= {"error_before": round(found.before, 6), "error_after": round(found.after, 6)}
     return Change(site.name, action, details=details)
-
-
-def _layer(site: Site, ctx: Context) -> LinearLayer | str:
-    """The layer of a site, or why samples are of no use to it."""
-    if site.alone is not None:
-        return site.alone
-    layer = LinearLayer.of(site.node, ctx.fact(CONSTANTS))
-    if isinstance(layer, LinearLayer) and layer.node.attributes.get_float("alpha", 1.0) == 0:
-        return "its product is multiplied by zero"
-    return layer
 
 
 def _details(site: Site, method: str) -> dict[str, int | float | str | bool]:

@@ -15,7 +15,7 @@ import numpy as np
 
 from graphopt_passes.prune.refit.least_squares import NARROW, Correction, Moments, System, choose_ridge
 
-__all__ = ["Rows", "fit"]
+__all__ = ["Change", "Rows", "fit", "step_towards"]
 
 _LEAST_GAIN = 1e-3
 _STEPS = 4
@@ -152,7 +152,7 @@ def fit(rows: Rows, *, offset: bool) -> Correction | None:
     seen.merge(unseen)
     if taken > 1:  # all rows ask for little more than what the fitted ones did: one step from there is enough
         system = seen.system(ridge, offset=offset)
-        best = _step(rows, system, best, partial(np.linalg.solve, system.matrix), offset=offset)
+        best = step_towards(rows, system, best, partial(np.linalg.solve, system.matrix), offset=offset)
     else:
         best = seen.solve(ridge, offset=offset)
     return Correction(*best, before, after)
@@ -175,14 +175,22 @@ def _steps(rows: Rows, moments: Moments, ridge: float, start: Change, *, offset:
     dtype = np.float64 if rows.x.shape[2] <= NARROW else np.float32
     inverse = np.linalg.inv(system.matrix.astype(dtype))
     for _ in range(_STEPS):
-        start = _step(rows, system, start, lambda wanted: inverse @ wanted.astype(dtype), offset=offset)
+        start = step_towards(rows, system, start, lambda wanted: inverse @ wanted.astype(dtype), offset=offset)
         yield start
 
 
-def _step(
+def step_towards(
     rows: Rows, system: System, start: Change, solve: Callable[[np.ndarray], np.ndarray], *, offset: bool
 ) -> Change:
-    """The plain correction towards what totals should be after the last one."""
+    """The plain correction towards what totals should be after the last one.
+
+    Args:
+        rows: What to fit.
+        system: The equations of its moments.
+        start: The last correction.
+        solve: Answers of the equations to a right side, `[groups, inputs, outputs]`.
+        offset: The bias may change.
+    """
     products, sums = rows.products(*start)
     mean = offset * sums / rows.x.shape[1]
     weight = solve(products - rows.x.shape[1] * system.mean[:, :, None] * mean[:, None, :])

@@ -1,0 +1,102 @@
+"""What the heads of every core are to see."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import onnx_ir as ir
+
+from graphopt.analyses.attention import AttentionBlock
+from graphopt.pass_base import Context
+from graphopt_passes.sparse_attention._patterns import Band
+from graphopt_passes.sparse_attention.learned import Setting, choose
+from graphopt_passes.sparse_attention.lowering import Part
+from graphopt_passes.sparse_attention.mass import Masses, measured, shares_of_heads, weights_of
+
+__all__ = ["Plan", "fixed_plans", "learned_plans", "mass_metrics"]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What one core is to compute.
+
+    Attributes:
+        parts: Which heads see what.
+        text: What that is called; empty: what the options say.
+        kept: Share of its attention that each head keeps, where data tell.
+        longest: Length of the longest sample; 0 without data.
+        reason: Why it had better stay as it is; empty if it had not.
+    """
+
+    parts: tuple[Part, ...] = ()
+    text: str = ""
+    kept: Mapping[str, float] = field(default_factory=dict[str, float])
+    longest: int = 0
+    reason: str = ""
+
+
+def fixed_plans(
+    model: ir.Model, blocks: Sequence[AttentionBlock], bands: Sequence[Band | None], ctx: Context
+) -> dict[AttentionBlock, Plan]:
+    """All heads see the same.
+
+    Args:
+        model: The model; it does not change.
+        blocks: The cores.
+        bands: What each of them sees; None: its operator sees to that.
+        ctx: Holds calibration data, if there are any.
+    """
+    kept = dict[AttentionBlock, Masses]()
+    if ctx.calibration is not None:
+        pairs = [(b, [band]) for b, band in zip(blocks, bands, strict=True) if band is not None and weights_of(b)]
+        found = measured(model, [b for b, _ in pairs], [band for _, band in pairs], ctx) if pairs else []
+        kept = {block: masses for (block, _), masses in zip(pairs, found, strict=True)}
+    plans = dict[AttentionBlock, Plan]()
+    for block, band in zip(blocks, bands, strict=True):
+        parts = (Part(tuple(range(block.kv_heads)), band),) if band is not None else ()
+        masses = kept.get(block)
+        shares = {} if masses is None else shares_of_heads(masses, 0)
+        plans[block] = Plan(parts, kept=shares, longest=0 if masses is None else masses.longest)
+    return plans
+
+
+def learned_plans(
+    model: ir.Model, blocks: Sequence[AttentionBlock], tried: Sequence[Setting], keep: float, ctx: Context
+) -> dict[AttentionBlock, Plan]:
+    """Every head sees the cheapest pattern that keeps enough of its attention."""
+    if not blocks:
+        return {}
+    bands = [[setting.band(causal=block.causal == "yes") for setting in tried] for block in blocks]
+    plans = dict[AttentionBlock, Plan]()
+    for block, own, masses in zip(blocks, bands, measured(model, blocks, bands, ctx), strict=True):
+        choices = choose(block, masses, tried, own, keep)
+        by_setting = dict(zip(tried, own, strict=True))
+        parts = [Part(c.heads, None if c.setting is None else by_setting[c.setting]) for c in choices]
+        shares, each = dict[str, float](), block.heads // block.kv_heads
+        for choice in choices:
+            row = None if choice.setting is None else masses.shares[tried.index(choice.setting)]
+            for head in (number * each + i for number in choice.heads for i in range(each)):
+                shares[f"head {head}"] = 1.0 if row is None else round(float(row[head]), 4)
+        texts = [f"{_numbers(c.heads)}: {'everything' if c.setting is None else c.setting}" for c in choices]
+        alone = all(choice.setting is None for choice in choices)
+        plans[block] = Plan(
+            tuple(parts),
+            f"learned, heads {'; '.join(texts)}",
+            dict(sorted(shares.items(), key=lambda item: int(item[0].split()[1]))),
+            masses.longest,
+            f"no pattern keeps {keep:g} of what its heads attend to" if alone else "",
+        )
+    return plans
+
+
+def mass_metrics(plans: Iterable[Plan]) -> dict[str, int | float | str | bool]:
+    """The mean and the least share of its attention that a head keeps."""
+    shares = [share for plan in plans if not plan.reason for share in plan.kept.values()]
+    if not shares:
+        return {}
+    return {"attention_kept": round(sum(shares) / len(shares), 4), "attention_kept_least": min(shares)}
+
+
+def _numbers(heads: Sequence[int]) -> str:
+    return ",".join(map(str, heads))

@@ -1,0 +1,116 @@
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import pytest
+
+from graphopt.calibration import Dataset
+from graphopt.errors import OptionError
+from graphopt.pass_base import Context, PassResult
+from graphopt.reference import Feed, Reference
+from graphopt.targets import Target
+from graphopt.testing import check_pass
+from graphopt_passes.sparse_attention import SparseAttention
+from graphopt_passes.sparse_attention._patterns import band_of, visible
+
+LENGTH = 96
+# logarithms of what heads attend to: neighbours, a wide surrounding, the first two tokens, everything
+RELATIVE = np.stack(
+    [
+        -np.abs(np.subtract.outer(np.arange(LENGTH), np.arange(LENGTH))) / 0.4,
+        -np.abs(np.subtract.outer(np.arange(LENGTH), np.arange(LENGTH))) / 3.5,
+        np.where(np.arange(LENGTH) < 2, 8.0, 0.0) * np.ones((LENGTH, 1)),
+        np.zeros((LENGTH, LENGTH)),
+    ]
+)
+
+
+def model() -> ir.Model:
+    text = f"""<ir_version: 8, opset_import: ["" : 17]>
+    main (float[B,{LENGTH},32] x) => (float[B,{LENGTH},32] y)
+    <int64[4] split = {{0, 0, 4, 8}}, int64[3] join = {{0, 0, 32}}, float scale = {{0.01}},
+     float[1,4,{LENGTH},{LENGTH}] m>
+    {{ q4 = Reshape(x, split) q = Transpose<perm=[0,2,1,3]>(q4) k = Transpose<perm=[0,2,3,1]>(q4)
+       s = MatMul(q, k) t = Mul(s, scale) u = Add(t, m) p = Softmax<axis=-1>(u) o = MatMul(p, q)
+       o4 = Transpose<perm=[0,2,1,3]>(o) y = Reshape(o4, join) }}"""
+    proto = onnx.parser.parse_model(text)
+    proto.graph.initializer.append(onnx.numpy_helper.from_array(RELATIVE[None].astype(np.float32), "m"))
+    return ir.from_proto(proto)
+
+
+def samples() -> Dataset:
+    def read() -> Iterator[Feed]:
+        rng = np.random.default_rng(1)
+        for _ in range(6):
+            yield {"x": rng.standard_normal((1, LENGTH, 32)).astype(np.float32)}
+
+    return Dataset("random", "random", read, stacked=True)
+
+
+def learn(made: ir.Model, **options: object) -> PassResult:
+    ctx = Context(made, Target(name="ort"), calibration=samples())
+    step = SparseAttention(pattern="learned", **options)  # type: ignore[arg-type]
+    step.requires(made, ctx)
+    return step.run(made, ctx)
+
+
+def test_every_head_gets_the_cheapest_pattern_that_keeps_enough() -> None:
+    sparse = model()
+    result = learn(sparse, width=16, keep=0.95)
+    action = result.changes[0].action
+    assert "0: window 2" in action
+    assert "1: window 16" in action
+    assert "2: window 2 and 4 global" in action
+    assert "3: everything" in action
+    details = result.changes[0].details
+    assert all(0.95 <= details[f"head {head}"] <= 1 for head in range(4))  # type: ignore[operator]
+    assert result.metrics["attention_kept_least"] == min(details[f"head {head}"] for head in range(4))
+
+
+def test_heads_on_different_patterns_compute_what_dense_heads_with_their_masks_do() -> None:
+    sparse = model()
+    learn(sparse, width=16, keep=0.95)
+    seen = np.stack(
+        [
+            visible(band_of("window", 2, causal=False), LENGTH),
+            visible(band_of("window", 16, causal=False), LENGTH),
+            visible(band_of("window", 2, causal=False, leading=4), LENGTH),
+            np.ones((LENGTH, LENGTH), bool),
+        ]
+    )
+    session = Reference(sparse)
+    for feed in samples().feeds(4):
+        x = feed["x"].reshape(LENGTH, 4, 8).swapaxes(0, 1).astype(np.float64)
+        weights = np.where(seen, np.exp(x @ x.swapaxes(1, 2) * 0.01 + RELATIVE), 0)
+        expected = (weights / weights.sum(axis=2, keepdims=True)) @ x
+        np.testing.assert_allclose(session.run(feed)["y"][0], expected.swapaxes(0, 1).reshape(LENGTH, 32), atol=1e-5)
+
+
+def test_a_lower_share_costs_less_and_a_share_of_all_keeps_everything() -> None:
+    columns = [learn(model(), width=16, keep=keep).changes[0].action for keep in (0.5, 0.99)]
+    assert columns[0] != columns[1]
+    whole = learn(model(), width=4, keep=1.0)
+    assert not whole.modified
+    assert "no pattern keeps 1 of what its heads attend to" in whole.changes[0].action
+
+
+def test_fixed_patterns_report_what_they_keep() -> None:
+    made = model()
+    ctx = Context(made, Target(name="ort"), calibration=samples())
+    result = SparseAttention(width=3).run(made, ctx)
+    weights = np.exp(RELATIVE) / np.exp(RELATIVE).sum(axis=2, keepdims=True)
+    expected = (weights * visible(band_of("window", 3, causal=False), LENGTH)).sum(axis=2).mean(axis=1)
+    got = [result.changes[0].details[f"head {head}"] for head in range(4)]
+    np.testing.assert_allclose(np.array(got, float), expected, atol=0.01)
+
+
+def test_learning_needs_samples() -> None:
+    with pytest.raises(OptionError, match="learned needs samples"):
+        SparseAttention(pattern="learned").requires(model(), Context(model(), Target(name="ort")))
+
+
+def test_learning_keeps_the_contract() -> None:
+    assert check_pass(SparseAttention(pattern="learned", width=16), model(), calibration=samples()).modified
