@@ -42,6 +42,8 @@ EMBED_LIMIT = 1 << 30
 
 _IR_WITH_HIDDEN_INITIALIZERS = 4
 _NAN_CHUNK = 1 << 22
+_PACKED = b"\x89GOPT"
+"""What files of `graphopt pack` begin with; graphopt.pack stands above this module."""
 _FLOATS = frozenset({ir.DataType.FLOAT, ir.DataType.DOUBLE, ir.DataType.FLOAT16, ir.DataType.BFLOAT16})
 
 
@@ -222,6 +224,8 @@ def _read_proto(path: Path) -> onnx.ModelProto:
         raise ModelError(str(path), "is a folder, not a model") from e
     except OSError as e:
         raise ModelError(str(path), f"cannot be read: {e.strerror}") from e
+    if content.startswith(_PACKED):
+        raise ModelError(str(path), "is a packed model", f"unpack it first: graphopt unpack {path}")
     try:
         return onnx.ModelProto.FromString(content)
     except DecodeError as e:

@@ -186,8 +186,10 @@ def _passes(tables: Any, registry: Registry, subject: str, *, data: bool) -> tup
         name = table.get("name")
         if not isinstance(name, str):
             raise OptionError(subject, f"[[pass]] number {number} has no name", 'write name = "quant"')
-        other = {} if data else _section(table, _WITHOUT, f"{subject}: [[pass]] number {number}")
-        gone = {"name", _WITHOUT, *(spelling for key in other for spelling in _spellings(key))}
+        without = next((key for key in _spellings(_WITHOUT) if key in table), _WITHOUT)
+        differing = _section(table, without, f"{subject}: [[pass]] number {number}")
+        other = {} if data else differing
+        gone = {"name", without, *(spelling for key in other for spelling in _spellings(key))}
         options = {key: value for key, value in table.items() if key not in gone} | other
         found.append(registry.build_pass(name, options, subject))
     return tuple(found)

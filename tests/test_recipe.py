@@ -86,8 +86,9 @@ def test_only_passes_are_needed() -> None:
     assert not recipe.pack
 
 
-def test_options_may_differ_where_there_is_no_calibration_data() -> None:
-    other = "[pass.without-calibration]\nratio = 0.2\nskip_layers = ['b']\n"
+@pytest.mark.parametrize("section", ["without-calibration", "without_calibration"])
+def test_options_may_differ_where_there_is_no_calibration_data(section: str) -> None:
+    other = f"[pass.{section}]\nratio = 0.2\nskip_layers = ['b']\n"
     text = STEP + "ratio = 0.5\nskip-layers = ['a']\n" + other + STEP
     recipe = parse_recipe(text, REGISTRY, "r")
     assert recipe.passes == (Trim(ratio=0.5, skip_layers=("a",)), Trim())

@@ -198,7 +198,12 @@ def look_up(model: ir.Model, keeps: Callable[[ir.Node], bool]) -> bool:
     Args:
         model: Changed in place; shapes are known.
         keeps: True for nodes whose form is wanted as it is.
+
+    Raises:
+        ModelError: A code is no place in its table.
     """
+    for node in model.graph:
+        _check_places(node)
     return _fold_constants(model, lambda node, known: _looks_up(node) and not keeps(node) and _is_known(node, known))
 
 
@@ -275,18 +280,30 @@ def _looks_up(node: ir.Node) -> bool:
     if node.op_type == "Cast":
         return bool(uses) and all(place == 1 and user.op_type in _LOOKUPS for user, place in uses)
     if node.op_type == "DequantizeLinear":
-        return bool(uses) and all(place == 0 and _has_constant_codes(user) for user, place in uses)
+        return bool(uses) and all(place == 0 and _codes_of(user) is not None for user, place in uses)
     return node.op_type in _LOOKUPS
 
 
-def _has_constant_codes(node: ir.Node) -> bool:
-    """True for a lookup by codes, and not by what the graph is given."""
-    if node.op_type not in _LOOKUPS or node.inputs[1] is None:
-        return False
-    maker = node.inputs[1].producer()
-    return is_constant(node.inputs[1]) or (
-        maker is not None and maker.op_type == "Cast" and is_constant(maker.inputs[0])
-    )
+def _codes_of(node: ir.Node) -> ir.TensorProtocol | None:
+    """Codes of a lookup by constants, and not by what the graph is given."""
+    codes = node.inputs[1] if node.op_type in _LOOKUPS else None
+    maker = codes.producer() if codes is not None else None
+    if maker is not None and maker.op_type == "Cast":
+        codes = maker.inputs[0]
+    return codes.const_value if codes is not None and is_constant(codes) else None
+
+
+def _check_places(node: ir.Node) -> None:
+    """Refuse what ONNX Runtime would refuse when it runs: kernels read what is nearest."""
+    codes = _codes_of(node) if node.domain in ("", "ai.onnx") else None
+    sizes = static_shape(node.inputs[0]) if codes is not None else None
+    if codes is None or not sizes or not codes.size or not codes.dtype.is_integer():
+        return
+    entries, numbers = sizes[node.attributes.get_int("axis", 0)], codes.numpy()
+    least, most = int(numbers.min()), int(numbers.max())
+    if least < -entries or most >= entries:
+        fact = f"looks up entry {most if most >= entries else least} of a table of {entries}"
+        raise ModelError(f"node {node.name!r}", fact, "check the model")
 
 
 def _small_parameter(node: ir.Node) -> bool:

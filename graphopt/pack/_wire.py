@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from math import prod
 
-from graphopt.pack.decoder import BITS
+from graphopt.pack.decoder import AXES, BITS
 
 __all__ = ["Span", "WireError", "spans"]
 
@@ -48,7 +48,7 @@ class Span:
 
     Attributes:
         name: Its name, or the first output of the node that holds it.
-        dtype: Its type, by ONNX's numbers.
+        dtype: Its type, by ONNX's numbers; 0: nothing is known but the file that it lies in.
         dims: Its shape.
         location: Name of the other file; empty: this one.
         offset: Where they begin there.
@@ -121,21 +121,25 @@ def _tensor(content: Bytes, at: int, end: int, name: str) -> Span | None:
 
 def _span(draft: _Draft, name: str) -> Span | None:
     """A draft as a span, if the elements lie in one piece of the size that follows from type and shape."""
-    if draft.dtype not in BITS or any(dim >= 1 << 62 for dim in draft.dims):
-        return None
-    size = -(-prod(draft.dims) * BITS[draft.dtype] // 8)
+    fits = draft.dtype in BITS and len(draft.dims) <= AXES and all(dim < 1 << 62 for dim in draft.dims)
+    size = -(-prod(draft.dims) * BITS[draft.dtype] // 8) if fits else -1
     location = draft.place.get("location", "")
-    if location and not draft.inside:
-        offset, length = draft.place.get("offset", "0"), draft.place.get("length", str(size))
-        if not (offset.isdecimal() and length.isdecimal()) or int(length) != size:
-            return None
-        return Span(draft.name or name, draft.dtype, tuple(draft.dims), location, int(offset), size)
-    if location or len(draft.inside) != 1:
+    if location:
+        return _elsewhere(draft, name, location, size)
+    if len(draft.inside) != 1:
         return None
     number, at, end = draft.inside[0]
     if end - at != size or draft.dtype not in _TYPED.get(number, (draft.dtype,)):
         return None
     return Span(draft.name or name, draft.dtype, tuple(draft.dims), "", at, size)
+
+
+def _elsewhere(draft: _Draft, name: str, location: str, size: int) -> Span:
+    """A draft with elements in another file, which belongs to the model even if nothing is known of them."""
+    offset, length = draft.place.get("offset", "0"), draft.place.get("length", str(size))
+    if draft.inside or not (offset.isdecimal() and length.isdecimal()) or int(length) != size:
+        return Span(draft.name or name, 0, (), location, 0, 0)
+    return Span(draft.name or name, draft.dtype, tuple(draft.dims), location, int(offset), size)
 
 
 def _messages(content: Bytes, at: int, end: int) -> Iterator[tuple[int, tuple[int, int]]]:

@@ -24,10 +24,12 @@ import zlib
 from bisect import bisect_left, bisect_right
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import accumulate
 from math import prod
-from pathlib import Path
+from pathlib import Path, PurePosixPath
+from threading import Lock
 from types import TracebackType
 from typing import Any, BinaryIO, Protocol, Self, cast
 
@@ -41,9 +43,10 @@ except ImportError:
 
 # fmt: off
 __all__ = [
-    "BITS", "BLOCK", "ESCAPE", "FINEST", "FIRST", "HEADER", "LEVELS", "MAGIC", "PRECISION", "VERSION", "WAVES",
-    "Block", "Container", "ContainerError", "File", "Neighbourhood", "Numbers", "Place", "Symbols", "Tensor",
-    "block_dims", "decode_block", "frequencies", "has_native", "step_table", "unpacked", "weighed", "xz_filter",
+    "AXES", "BITS", "BLOCK", "ESCAPE", "FINEST", "FIRST", "HEADER", "INDEX", "LEVELS", "MAGIC", "PRECISION", "VERSION",
+    "WAVES", "Block", "Container", "ContainerError", "File", "Neighbourhood", "Numbers", "Place", "Symbols", "Tensor",
+    "block_dims", "decode_block", "frequencies", "has_native", "is_inside", "step_table", "unpacked", "weighed",
+    "xz_filter",
 ]
 # fmt: on
 
@@ -53,6 +56,10 @@ HEADER = struct.Struct("<8sHHIIIQI")
 """Magic, version, 0, bytes of the index packed and not, its CRC-32, bytes of the container, CRC-32 of all before."""
 BLOCK = 1 << 20
 """Most elements of a tensor, or bytes of what is in no tensor, that are coded together."""
+AXES = 64
+"""Most axes of a tensor: numpy has no more."""
+INDEX = 1 << 26
+"""Most bytes of an index."""
 # fmt: off
 BITS: Mapping[int, int] = {
     1: 32, 2: 8, 3: 8, 4: 16, 5: 16, 6: 32, 7: 64, 9: 8, 10: 16, 11: 64, 12: 32, 13: 64, 14: 64, 15: 128, 16: 16,
@@ -80,7 +87,6 @@ _NUMPY = {
     13: "<u8", 14: "<c8", 15: "<c16",
 }
 # fmt: on
-_INDEX_LIMIT = 1 << 26
 
 Symbols = NDArray[np.uint8]
 Numbers = NDArray[np.int64]
@@ -135,8 +141,17 @@ def has_native() -> bool:
     return native_coding is not None
 
 
+def is_inside(name: str) -> bool:
+    """Whether a name is that of a file inside the folder that a container is unpacked into, on any system."""
+    parts = name.split("/")
+    fits = not re.search(r"[\\:\x00-\x1f\ud800-\udfff]", name) and not {"", ".", ".."} & set(parts)
+    return fits and all(len(part.encode()) <= 255 for part in parts)
+
+
 class Container:
     """An open container. Header and index are checked at once, each block when it is read.
+
+    Threads may share it.
 
     Attributes:
         files: The model file, then the files with its weights.
@@ -148,7 +163,7 @@ class Container:
 
     def __init__(self, path: str | os.PathLike[str], *, native: bool = True) -> None:
         self._stream: BinaryIO = Path(path).open("rb")  # noqa: SIM115  close() closes it
-        self._native = native and has_native()
+        self._native, self._reading = native and has_native(), Lock()
         self._kept: tuple[Block, bytes] | None = None
         try:
             self.files, coded, views = _Index(self._stream).read()
@@ -179,14 +194,16 @@ class Container:
             ContainerError: It is damaged.
         """
         tensor = self.tensors[name]
-        payload, bits, count = self.payload(name), BITS[tensor.dtype], prod(tensor.dims)
+        payload, bits, count = self._payload(tensor), BITS[tensor.dtype], prod(tensor.dims)
         if bits < 8:
             return unpacked(np.frombuffer(payload, np.uint8), bits)[:count].reshape(tensor.dims)
         return np.frombuffer(payload, _NUMPY.get(tensor.dtype, f"<u{bits // 8}")).reshape(tensor.dims)
 
     def payload(self, name: str) -> bytes:
         """Read the bytes of one tensor as they stand in the file."""
-        tensor = self.tensors[name]
+        return bytes(self._payload(self.tensors[name]))
+
+    def _payload(self, tensor: Tensor) -> bytearray:
         if tensor.blocks:
             return self._content(tensor)
         found, at = bytearray(), 0
@@ -197,7 +214,7 @@ class Container:
             elif low < high:
                 found += b"".join(self._rest(tensor.file, cast("int", piece) + low, cast("int", piece) + high))
             at += size
-        return bytes(found)
+        return found
 
     def pieces(self, number: int) -> Iterator[bytes]:
         """Read a file from its beginning to its end, a block at a time; its sha256 is not compared."""
@@ -218,21 +235,27 @@ class Container:
             return self._unpack(folder)
         except BaseException:
             if made:
-                folder.rmdir()
+                with suppress(OSError):  # the first error is the one to tell
+                    folder.rmdir()
             raise
 
     def _unpack(self, folder: Path) -> list[Path]:
         if sum(file.size for file in self.files) > shutil.disk_usage(folder).free:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder))
+        paths = [folder / file.name for file in self.files]
+        for path in paths:
+            if path.is_dir():
+                raise OSError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
         with tempfile.TemporaryDirectory(prefix=".unpack-", dir=folder) as partial:
             for number, file in enumerate(self.files):
                 (Path(partial) / file.name).parent.mkdir(parents=True, exist_ok=True)
                 with (Path(partial) / file.name).open("wb") as stream:
                     self.copy(number, stream)
-            for file in self.files:
-                (folder / file.name).parent.mkdir(parents=True, exist_ok=True)
-                (Path(partial) / file.name).replace(folder / file.name)
-        return [folder / file.name for file in self.files]
+            for path in paths:
+                path.parent.mkdir(parents=True, exist_ok=True)
+            for file, path in zip(self.files, paths, strict=True):
+                (Path(partial) / file.name).replace(path)
+        return paths
 
     def copy(self, number: int, stream: BinaryIO) -> None:
         """Write a file to a stream, and compare its sha256 at the end."""
@@ -255,8 +278,14 @@ class Container:
         if self.files[number].size > at:
             yield rest, self.files[number].size - at
 
-    def _content(self, tensor: Tensor) -> bytes:
-        content = b"".join(self._blocks(tensor))
+    def _content(self, tensor: Tensor) -> bytearray:
+        try:
+            content, at = bytearray(tensor.size), 0  # all at once: few bytes may claim to be more than fit
+        except MemoryError as e:
+            raise ContainerError(f"{tensor.name!r} has {tensor.size} bytes, more than memory holds") from e
+        for block in self._blocks(tensor):
+            content[at : at + len(block)] = block
+            at += len(block)
         if zlib.crc32(content) != tensor.crc:
             raise ContainerError(f"{tensor.name!r} does not come out as it was packed")
         return content
@@ -269,14 +298,15 @@ class Container:
         """Decode bytes of what is in no tensor; tensors divide them, so the block read last is kept."""
         file, ends = self.files[number], self._ends[number]
         for i in range(bisect_right(ends, begin), bisect_left(ends, end) + 1):
-            block, low = file.rest[i], ends[i] - file.rest[i].elements
-            if self._kept is None or self._kept[0] is not block:
-                self._kept = block, self._block(block, 8, (1, 1, 1, block.elements), file.name)
-            yield self._kept[1][max(begin - low, 0) : end - low]
+            block, low, kept = file.rest[i], ends[i] - file.rest[i].elements, self._kept
+            if kept is None or kept[0] is not block:
+                self._kept = kept = block, self._block(block, 8, (1, 1, 1, block.elements), file.name)
+            yield kept[1][max(begin - low, 0) : end - low]
 
     def _block(self, block: Block, bits: int, dims: Sequence[int], name: str) -> bytes:
-        self._stream.seek(block.position)
-        frame = self._stream.read(block.length)
+        with self._reading:
+            self._stream.seek(block.position)
+            frame = self._stream.read(block.length)
         if zlib.crc32(frame) != block.crc:
             raise ContainerError(f"{name!r} is damaged: the checksum of a block differs")
         try:
@@ -313,7 +343,9 @@ class _Index:
             _require(filled == file.size, "blocks do not fill a file")
         names = [tensor.name for tensor in (*coded, *views)]
         _require(len(set(names)) == len(names), "a name stands there twice")
-        _require(len({file.name for file in files}) == len(files) > 0, "a file stands there twice")
+        paths = {PurePosixPath(file.name) for file in files}
+        _require(len(paths) == len(files) > 0, "a file stands there twice")
+        _require(paths.isdisjoint(folder for path in paths for folder in path.parents), "a file is a folder as well")
         _require(self._at == self._end, "blocks do not fill the container")
         return files, coded, views
 
@@ -332,7 +364,7 @@ class _Index:
         if length != self._end:
             raise ContainerError(f"is {'cut short' if length > self._end else 'longer than it was'}: {self._end} bytes")
         self._at = HEADER.size + packed
-        if self._at > self._end or size > _INDEX_LIMIT:
+        if self._at > self._end or size > INDEX:
             raise ContainerError("its header is damaged")
         content = self._stream.read(packed)
         if zlib.crc32(content) != crc:
@@ -341,9 +373,7 @@ class _Index:
 
     def _file(self, name: Any, size: Any, sha256: Any, blocks: Any) -> File:
         _require(type(name) is str and type(sha256) is str, "a file has no name")
-        parts = name.split("/")
-        fits = not re.search(r"[\\:\x00-\x1f]", name) and not {"", ".", ".."} & set(parts)
-        if not fits or any(len(part.encode()) > 255 for part in parts):
+        if not is_inside(name):
             raise ContainerError(f"its file {name[:100]!r} would lie outside the folder")
         return File(name, _whole(size), sha256, tuple(self._block(*fields) for fields in blocks))
 
@@ -367,6 +397,7 @@ class _Index:
         self, files: Sequence[File], name: Any, dtype: Any, dims: Any, file: Any, offset: Any, size: Any
     ) -> Tensor:
         _require(type(name) is str and type(dtype) is int and dtype in BITS, "a tensor has no name or type")
+        _require(len(dims) <= AXES, f"{name!r} has too many axes")
         sizes = tuple(_whole(dim) for dim in dims)
         _require(_whole(offset) + _whole(size) <= files[_whole(file)].size, f"{name!r} does not lie in its file")
         _require(-(-prod(sizes) * BITS[dtype] // 8) == size, f"the shape of {name!r} does not fit its size")

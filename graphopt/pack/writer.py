@@ -7,6 +7,7 @@ import hashlib
 import json
 import mmap
 import os
+import posixpath
 import shutil
 import tempfile
 import zlib
@@ -26,7 +27,7 @@ from graphopt.errors import ModelError, UsageError, WriteError
 from graphopt.pack._blocks import coded_block
 from graphopt.pack._symbols import coded_bytes, xz
 from graphopt.pack._wire import Span, WireError, spans
-from graphopt.pack.decoder import BITS, BLOCK, HEADER, MAGIC, VERSION, block_dims
+from graphopt.pack.decoder import BITS, BLOCK, HEADER, INDEX, MAGIC, VERSION, block_dims, is_inside
 
 __all__ = ["Packed", "Row", "check_coder", "pack"]
 
@@ -133,7 +134,7 @@ def pack(model: str | Path, out: str | Path) -> Packed:
 
     Raises:
         ModelError: The model cannot be read.
-        UsageError: The entropy coder is not installed.
+        UsageError: The entropy coder is not installed, or the container would replace a file of the model.
         WriteError: The container cannot be written.
     """
     check_coder()
@@ -144,6 +145,8 @@ def pack(model: str | Path, out: str | Path) -> Packed:
         model = model / "model.onnx"
     with ExitStack() as opened:
         sources = _sources(model, opened)
+        if any(out.exists() and out.samefile(source.path) for source in sources):
+            raise UsageError(f"-o {out}", "is a file of the model", "choose another file")
         try:
             out.parent.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(prefix=f".{out.name}.", suffix=".partial", dir=out.parent) as folder:
@@ -167,31 +170,45 @@ def check_coder() -> None:
 
 
 def _sources(model: Path, opened: ExitStack) -> list[_Source]:
+    if not is_inside(model.name):
+        raise ModelError(str(model), "has a name that not every system knows", "rename it")
     content = _opened(model, str(model), opened)
     if not len(content):
         raise ModelError(str(model), "is empty", "export it again")
+    if content.read(0, min(len(MAGIC), len(content))) == MAGIC:
+        raise ModelError(str(model), "is packed already", "name an ONNX file, or a folder that graphopt wrote")
     try:
         with mmap.mmap(content.descriptor, 0, access=mmap.ACCESS_READ) as mapped:
             found = list(spans(mapped))
     except WireError as e:
         raise ModelError(str(model), f"is not an ONNX model: {e}", "export it again") from e
-    names = sorted({span.location for span in found} - {""})
-    others = [_outside(model, name) for name in names]
+    places = {span: _normal(span.location) for span in found if span.location}
+    names = sorted(set(places.values()))
+    others = [_beside(model, name) for name in names]
     contents = [content, *(_opened(path, f"{model}: data file", opened) for path in others)]
     files = zip((model.name, *names), (model, *others), contents, strict=True)
     return [
-        _source(name, path, part, [s for s in found if s.location == (name if i else "")])
+        _source(name, path, part, [s for s in found if places.get(s) == (name if i else None) and s.dtype])
         for i, (name, path, part) in enumerate(files)
     ]
 
 
-def _outside(model: Path, name: str) -> Path:
+def _normal(location: str) -> str:
+    """One spelling for all of a file: ./weights.bin is weights.bin. Way up may lead through what is not packed."""
+    return location if ".." in location.split("/") else posixpath.normpath(location)
+
+
+def _beside(model: Path, name: str) -> Path:
+    """A data file, which a container can hold if it lies in the model's folder."""
     path = model.parent / name
-    inside = not Path(name).is_absolute() and path.resolve().is_relative_to(model.parent.resolve())
-    if not inside or ".." in Path(name).parts or Path(name).as_posix() != name or name == model.name:
-        raise ModelError(
-            str(model), f"its data file {name!r} lies outside the model's folder", "copy it beside the model"
-        )
+    outside = (
+        name.startswith("/") or ".." in name.split("/") or not path.resolve().is_relative_to(model.parent.resolve())
+    )
+    if outside or name == model.name:
+        fact = "lies outside the model's folder" if outside else "is the model itself"
+        raise ModelError(str(model), f"its data file {name!r} {fact}", "copy it beside the model")
+    if not is_inside(name):
+        raise ModelError(str(model), f"its data file {name!r} has a name that not every system knows", "rename it")
     return path
 
 
@@ -243,7 +260,7 @@ def _write(sources: Sequence[_Source], out: Path, folder: Path) -> Packed:
             for number, source in enumerate(sources)
             for span in source.views
         ]
-        head = _head({"files": files, "tensors": tensors, "views": views}, blocks.tell())
+        head = _head(sources[0], {"files": files, "tensors": tensors, "views": views}, blocks.tell())
         blocks.seek(0)
         with (folder / "whole").open("wb") as whole:
             whole.write(head)
@@ -260,9 +277,11 @@ def _write(sources: Sequence[_Source], out: Path, folder: Path) -> Packed:
     )
 
 
-def _head(index: Mapping[str, object], blocks: int) -> bytes:
+def _head(model: _Source, index: Mapping[str, object], blocks: int) -> bytes:
     """Header and index."""
     text = json.dumps(index, separators=(",", ":"), ensure_ascii=False).encode()
+    if len(text) > INDEX:
+        raise ModelError(str(model.path), "has more tensors than a container lists", "pack it in parts")
     packed = xz(text)
     total = HEADER.size + len(packed) + blocks
     fields = (MAGIC, VERSION, 0, len(packed), len(text), zlib.crc32(packed), total)

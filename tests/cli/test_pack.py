@@ -58,6 +58,16 @@ def test_compile_packs_and_a_bundle_is_packed(model: str, tmp_path: Path, monkey
     assert (tmp_path / "out" / "model.onnx").read_bytes() == (tmp_path / "model.ort" / "model.onnx").read_bytes()
 
 
+@pytest.mark.parametrize("verb", [[], ["inspect"]])
+def test_a_packed_model_is_no_model_before_it_is_unpacked(
+    verb: list[str], model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert _run(["pack", model, "-o", "small.gopt"]) == 0
+    assert _run([*verb, "small.gopt"]) == 2
+    assert "small.gopt: is a packed model; unpack it first: graphopt unpack small.gopt" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [

@@ -16,7 +16,7 @@ from packed_models import container, mutant, outcome, save, weights
 from graphopt.errors import ModelError, UsageError, WriteError
 from graphopt.pack import Packed, array, pack, unpack
 from graphopt.pack import decoder as decoding
-from graphopt.pack.decoder import BLOCK, Container
+from graphopt.pack.decoder import BLOCK, HEADER, MAGIC, Container
 
 
 def packed(model: Path) -> tuple[Packed, Path]:
@@ -280,7 +280,12 @@ def test_mutants_are_refused_or_right(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [(b"", "is empty"), (b"no model at all", "is not an ONNX model"), (None, "does not exist")],
+    [
+        (b"", "is empty"),
+        (b"no model at all", "is not an ONNX model"),
+        (HEADER.pack(MAGIC, *[0] * 7), "is packed already"),
+        (None, "does not exist"),
+    ],
 )
 def test_what_is_no_model_is_refused(tmp_path: Path, content: bytes | None, message: str) -> None:
     if content is not None:

@@ -25,14 +25,15 @@ from graphopt_backends.kernels.emit import (
     Frame,
     Pointer,
     T,
+    add_to,
     bind,
-    cast,
     constant,
     either,
     lane,
     load,
     local,
     loop,
+    place_of,
     primitive,
     reinterpret,
     share_pairs,
@@ -278,7 +279,7 @@ class Blockwise(Kernel):
                     self._tiles.visit(index, lambda at, rows: self._tile(frame, at, at - row, rows, panel))
 
     def _record(self, frame: Frame, panel: Any, block: Any) -> Record:
-        at = _place((panel * self.blocks + block) * self._words)
+        at = place_of((panel * self.blocks + block) * self._words)
         return Record(frame["weight"], at, self.width, self.block // CODES * self.width, self._ahead)
 
     def _decode(self, frame: Frame, panel: Any) -> None:
@@ -290,7 +291,7 @@ class Blockwise(Kernel):
             shifts = [record.shifts(v, lanes) for v in range(vectors)] if self.shifted else []
             with loop(self.block // CODES) as turn:
                 record.fetch(turn, 1)
-                at = _place(self._decoded_at + (block * self.block + turn * CODES) * self.width)
+                at = place_of(self._decoded_at + (block * self.block + turn * CODES) * self.width)
                 words = [bind(record.codes(turn, v, lanes)) for v in range(vectors)]
                 for i in range(CODES):
                     for v, weight in enumerate(self._weights(words, i, scales, shifts)):
@@ -339,15 +340,15 @@ class Blockwise(Kernel):
 
     def _source(self, frame: Frame, row: Any, number: Any, rows: int) -> Source:
         if self._copies:
-            start = _place(number * self._prepared.words)
+            start = place_of(number * self._prepared.words)
             return Source(frame["scratch"], [start + r * self._prepared.words for r in range(rows)])
-        start = _place(row * self._pitch)
+        start = place_of(row * self._pitch)
         return Source(frame["source"], [start + r * self._pitch for r in range(rows)])
 
     def _add_dots(self, totals: Tile, source: Source, record: Record, block: Any) -> None:
         """Add a block's sums of products of bytes, scaled."""
         lanes, vectors = self.multiply.lanes, len(totals[0])
-        first = _place(self._prepared.facts(block))
+        first = place_of(self._prepared.facts(block))
         facts = [self._four(source.buffer, start + first) for start in source.starts]
         sums = [[local(lanes, "int32") for _ in range(vectors)] for _ in totals]
         for row, fact in zip(sums, facts, strict=True):
@@ -355,7 +356,7 @@ class Blockwise(Kernel):
                 store(total, fact(UPPER if v % 2 else LOWER), 0, lanes)
         with loop(self.block // _STEP) as turn:
             record.fetch(turn * 2, 2)
-            word = _place(block * (self.block // 4) + turn * (_STEP // 4))
+            word = place_of(block * (self.block // 4) + turn * (_STEP // 4))
             loaded = [self._four(source.buffer, start + word) for start in source.starts]
             for group in range(_STEP // 4):
                 for v in range(0, vectors, 2):
@@ -369,7 +370,7 @@ class Blockwise(Kernel):
             for v in range(0, vectors, 2):
                 pair = self._halves.sums(*(load(total, 0, lanes) for total in row[v : v + 2]))
                 for i, value in enumerate(pair, v):
-                    _add(into[i], value * bind(scales[i] * step), lanes)
+                    add_to(into[i], value * bind(scales[i] * step), lanes)
             if self.shifted:
                 _add_shifts(into, reinterpret(fact(TOTAL), "float32", lanes), shifts, lanes)
 
@@ -381,19 +382,19 @@ class Blockwise(Kernel):
             store(total, constant(0, "float32", lanes), 0, lanes)
         with loop(self.block // CODES) as turn:
             record.fetch(turn, 1)
-            k = _place(block * self.block + turn * CODES)
+            k = place_of(block * self.block + turn * CODES)
             for v in range(vectors):
                 word = bind(record.codes(turn, v, lanes))
                 for i in range(CODES):
                     weight = bind(self._decoder.decoded(word, i))
                     for row, start in zip(sums, source.starts, strict=True):
-                        _add(row[v], spread(source.buffer[(start + k + i,)], lanes) * weight, lanes)
+                        add_to(row[v], spread(source.buffer[(start + k + i,)], lanes) * weight, lanes)
         scales = [record.scales(v, lanes) for v in range(vectors)]
         for row, into, start in zip(sums, totals, source.starts, strict=True):
             for total, inner, scale in zip(into, row, scales, strict=True):
-                _add(total, load(inner, 0, lanes) * scale, lanes)
+                add_to(total, load(inner, 0, lanes) * scale, lanes)
             if self.shifted:
-                total = source.buffer[(start + _place(self._prepared.facts(block)),)]
+                total = source.buffer[(start + place_of(self._prepared.facts(block)),)]
                 _add_shifts(into, bind(spread(total, lanes)), [record.shifts(v, lanes) for v in range(vectors)], lanes)
 
     def _add_products(self, totals: Tile, source: Source, record: Record, block: Any) -> None:
@@ -403,7 +404,7 @@ class Blockwise(Kernel):
         shifts = [record.shifts(v, lanes) for v in range(vectors)] if self.shifted else []
         with loop(self.block // CODES) as turn:
             record.fetch(turn, 1)
-            k = _place(block * self.block + turn * CODES)
+            k = place_of(block * self.block + turn * CODES)
             words = [bind(record.codes(turn, v, lanes)) for v in range(vectors)]
             for half in range(2):
                 loaded = [self._four(source.buffer, start + k + 4 * half) for start in source.starts]
@@ -412,7 +413,7 @@ class Blockwise(Kernel):
                     for row, fetch in zip(totals, loaded, strict=True):
                         activation = fetch(i)
                         for total, weight in zip(row, weights, strict=True):
-                            _add(total, activation * weight, lanes)
+                            add_to(total, activation * weight, lanes)
 
     def _four(self, buffer: Any, index: Any) -> Callable[[int], Any]:
         """Four of a row's words, each in all lanes."""
@@ -423,16 +424,7 @@ class Blockwise(Kernel):
         return lambda i: bind(spread(buffer[(index + i,)], lanes))
 
 
-def _place(index: Any) -> Any:
-    """A place that constants are added to: where it has all bits of an address, they become parts of instructions."""
-    return bind(cast(index, "int64", 1))
-
-
 def _add_shifts(totals: Sequence[Any], sums: Any, shifts: Sequence[Any], lanes: int) -> None:
     """Add a block's sum of activations times what is added to its weights."""
     for total, shift in zip(totals, shifts, strict=True):
-        _add(total, sums * shift, lanes)
-
-
-def _add(total: Any, value: Any, lanes: int) -> None:
-    store(total, load(total, 0, lanes) + value, 0, lanes)
+        add_to(total, sums * shift, lanes)

@@ -24,14 +24,15 @@ from graphopt_backends.kernels.emit import (
     Frame,
     Pointer,
     T,
+    add_to,
     bind,
-    cast,
     constant,
     either,
     load,
     load_first,
     local,
     loop,
+    place_of,
     prefetch,
     primitive,
     share_pairs,
@@ -224,7 +225,7 @@ class Codebook(Kernel):
                     self._tiles.visit(index, lambda at, rows: self._finish(frame, at, at - row, rows, panel))
 
     def _add_strip(self, frame: Frame, panel: Any, strip: Any, tiles: tuple[Any, Any], row: Any) -> None:
-        words = _place((panel * self._strips + strip) * self._strip_words)
+        words = place_of((panel * self._strips + strip) * self._strip_words)
         column = bind(panel * self._lanes + strip * self.tile[1])
         tables = self._held(frame, column)
         if self._decodes_strips:
@@ -232,7 +233,7 @@ class Codebook(Kernel):
         with T.serial(*tiles) as index:
 
             def add(at: Any, rows: int) -> None:
-                starts = [_place((at + r) * self._pitch) for r in range(rows)]
+                starts = [place_of((at + r) * self._pitch) for r in range(rows)]
                 totals = [[local(self._lanes, "float32") for _ in range(self.tile[1])] for _ in range(rows)]
                 for total in (total for sums in totals for total in sums):
                     store(total, constant(0, "float32", self._lanes), 0, self._lanes)
@@ -254,7 +255,7 @@ class Codebook(Kernel):
 
         def table(place: Any) -> Sequence[Any]:
             number = tirx.min(tirx.truncdiv(place, self.span), last) if last else 0
-            return self._tables.held(frame["tables"], _place(number * self._tables.size))
+            return self._tables.held(frame["tables"], place_of(number * self._tables.size))
 
         if not last or self.span % strip == 0:
             return [table(column)] * strip
@@ -296,7 +297,7 @@ class Codebook(Kernel):
         together, lanes = self._tables.together, self._lanes
 
         def turn_of(turn: Any, vectors: int, whole: bool) -> None:
-            codes, first = self._codes(frame, words, turn), _place(turn * self._tables.codes)
+            codes, first = self._codes(frame, words, turn), place_of(turn * self._tables.codes)
             for group in range(-(-vectors // together)):
                 these = range(group * together, min(vectors, (group + 1) * together))
                 activations = [
@@ -307,7 +308,7 @@ class Codebook(Kernel):
                     weights = self._tables.decoded(word, table, group)[: len(these)]
                     for row, sums in zip(activations, totals, strict=True):
                         for activation, weight in zip(row, weights, strict=True):
-                            _add(sums[c], activation * weight, lanes)
+                            add_to(sums[c], activation * weight, lanes)
 
         self._each_turn(turn_of)
 
@@ -318,7 +319,7 @@ class Codebook(Kernel):
         def turn_of(turn: Any, vectors: int, _: bool) -> None:
             codes = self._codes(frame, words, turn)
             for c, (word, table) in enumerate(zip(codes, tables, strict=True)):
-                at = _place(self._decoded_at + c * self._decoded_pitch + turn * self._tables.codes)
+                at = place_of(self._decoded_at + c * self._decoded_pitch + turn * self._tables.codes)
                 for group in range(-(-vectors // together)):
                     found = self._tables.decoded(word, table, group)
                     for v, weight in enumerate(found[: vectors - group * together], group * together):
@@ -338,12 +339,12 @@ class Codebook(Kernel):
             for start, sums in zip(starts, totals, strict=True):
                 activation = self._activations(frame, start, first, v, whole)
                 for total, weight in zip(sums, weights, strict=True):
-                    _add(total, activation * weight, lanes)
+                    add_to(total, activation * weight, lanes)
 
         turns, more = divmod(self.depth // lanes, _UNROLLED)
         if turns:
             with loop(turns) as turn:
-                first = _place(turn * (_UNROLLED * lanes))
+                first = place_of(turn * (_UNROLLED * lanes))
                 for v in range(_UNROLLED):
                     step(first, v, whole=True)
         for v in range(more + bool(rest)):
@@ -355,7 +356,7 @@ class Codebook(Kernel):
         column, pitch = bind(panel * self._lanes), self.result_pitch or self.columns
         totals = begin(frame, self._multiply, self.epilogue, rows, 1, column)
         for r, (total,) in enumerate(totals):
-            _add(total, load(frame["scratch"], (number + r) * self._lanes, self._lanes), self._lanes)
+            add_to(total, load(frame["scratch"], (number + r) * self._lanes, self._lanes), self._lanes)
         places = [(row + r) * pitch + column for r in range(rows)]
 
         def put(columns: int) -> None:
@@ -366,15 +367,6 @@ class Codebook(Kernel):
             put(rest or self._lanes)
         else:
             either(panel < whole, lambda: put(self._lanes), lambda: put(rest))
-
-
-def _place(index: Any) -> Any:
-    """A place that constants are added to: where it has all bits of an address, they become parts of instructions."""
-    return bind(cast(index, "int64", 1)) if not isinstance(index, int) else index
-
-
-def _add(total: Any, value: Any, lanes: int) -> None:
-    store(total, load(total, 0, lanes) + value, 0, lanes)
 
 
 def _added(vectors: Sequence[Any], lanes: int) -> Any:

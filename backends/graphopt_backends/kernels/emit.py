@@ -19,6 +19,7 @@ __all__ = [
     "Frame",
     "Pointer",
     "T",
+    "add_to",
     "bind",
     "cast",
     "constant",
@@ -34,6 +35,7 @@ __all__ = [
     "load_first",
     "local",
     "loop",
+    "place_of",
     "prefetch",
     "primitive",
     "reach",
@@ -140,6 +142,16 @@ def load(buffer: Buffer, index: Expr, lanes: int) -> Expr:
 def store(buffer: Buffer, value: Expr, index: Expr, lanes: int) -> None:
     """Write consecutive elements."""
     T.buffer_store(buffer, value, [tirx.Ramp(index, 1, lanes) if lanes > 1 else index])
+
+
+def add_to(total: Buffer, value: Expr, lanes: int) -> None:
+    """Add a vector to an accumulator."""
+    store(total, load(total, 0, lanes) + value, 0, lanes)
+
+
+def place_of(index: Expr) -> Expr:
+    """A place that constants are added to: where it has all bits of an address, they become parts of instructions."""
+    return index if isinstance(index, int) else bind(cast(index, "int64", 1))
 
 
 def load_first(buffer: Buffer, index: Expr, lanes: int, count: int, dtype: str) -> Expr:

@@ -20,7 +20,6 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
-from graphopt.errors import ModelError
 from graphopt_backends._fold import is_constant, static_shape
 from graphopt_backends.kernels.codebook import Codebook
 from graphopt_backends.kernels.gemm import Gemm
@@ -162,26 +161,19 @@ def is_supported(product: ir.Node) -> bool:
 
 
 def convert(network: Network, node: ir.Node, region: Region, bias: np.ndarray | None) -> None:
-    """Compute a product that `is_supported`, and what follows it.
+    """Compute a product that `is_supported`, and what follows it; its codes were checked by `look_up`.
 
     Args:
         network: Where it is added.
         node: The product.
         region: It and what is done with its result.
         bias: What sums begin with, if that is not zero.
-
-    Raises:
-        ModelError: A code is no place in its table.
     """
     lookup = lookup_of(node)
     assert lookup is not None
     tables, codes, columns = lookup.tables(), lookup.places(), lookup.columns
     alpha = node.attributes.get_float("alpha", 1.0) if node.op_type == "Gemm" else 1.0
     tables, span, entries = tables * np.float32(alpha), columns // len(tables), tables.shape[1]
-    if int(codes.max(initial=0)) >= entries:
-        raise ModelError(
-            f"node {node.name!r}", f"its weight is entry {int(codes.max())} of a table of {entries}", "check the model"
-        )
     flat, pitch = flat_rows(network, network.input(node, 0), len(codes), node)
     result = network.new(region.result)
     epilogue, operands = float_epilogue(network, region, result, result.rank - 1, bias=bias is not None)

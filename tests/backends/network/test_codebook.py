@@ -171,10 +171,17 @@ def test_a_table_with_an_infinite_number_becomes_floats(isa: Isa) -> None:
     _check(model, isa, "Gemm")
 
 
-def test_a_code_behind_the_end_of_its_table_is_an_error() -> None:
-    nodes = [helper.make_node("Gather", ["table", "places"], ["w"]), helper.make_node("MatMul", ["x", "w"], ["y"])]
-    model = _looked_up(nodes, {"table": _drawn(11)}, np.full((48, 40), 11))
-    with pytest.raises(ModelError, match="its weight is entry 11 of a table of 11"):
+@pytest.mark.parametrize(
+    ("table", "operator", "bits"),
+    [((11,), "Gather", 4), ((200,), "Gather", 8), ((11, 40), "GatherElements", 4), ((200, 40), "GatherElements", 8)],
+)
+def test_a_code_behind_the_end_of_its_table_is_an_error(table: tuple[int, ...], operator: str, bits: int) -> None:
+    nodes = [
+        helper.make_node(operator, ["table", "places"], ["w"], name="lookup"),
+        helper.make_node("MatMul", ["x", "w"], ["y"]),
+    ]
+    model = _looked_up(nodes, {"table": _drawn(*table)}, np.full((48, 40), table[0]), bits)
+    with pytest.raises(ModelError, match=f"node 'lookup': looks up entry {table[0]} of a table of {table[0]}"):
         run_network(model, ISAS[0], {"x": np.ones((2, 48), np.float32)})
 
 
