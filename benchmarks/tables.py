@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime as dt
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,7 +25,7 @@ def write(
     """Write `results/<name>.md` and, unless `quiet`, print it."""
     machine = this_machine()
     versions = ", ".join(f"{key} {value}" for key, value in machine.versions.items())
-    command = " ".join(["python", *sys.argv])
+    command = shlex.join(["python", *sys.argv])
     lines = [
         f"# {title}",
         "",

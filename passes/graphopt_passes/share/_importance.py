@@ -5,6 +5,8 @@ an input halved and its row doubled a network computes the same. An error relati
 the same then, too; the error itself is what counts where values of several channels are added up or compared. Networks
 have layers of both kinds, so errors count by the geometric mean of the two, and tiny channels by no more than that of
 some size (`python benchmarks/share_accuracy.py --ways tensor "tensor, exact k-means"` compares it with plain k-means).
+
+Of what a convolution reads more is known: neighbours resemble each other, whatever the image.
 """
 
 from __future__ import annotations
@@ -14,11 +16,12 @@ from typing import Any
 
 import numpy as np
 
-__all__ = ["by_data", "by_size", "relative"]
+__all__ = ["by_data", "by_size", "relative", "supposed_moments"]
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
 _FLOOR = 0.1  # of the mean power, added to that of each channel
+_NEIGHBOURS, _CHANNELS = 0.3, 0.2  # what values of an activation have in common
 
 
 def relative(powers: Array) -> Array:
@@ -46,14 +49,35 @@ def by_size(matrix: Array, parts: int, taps: int) -> Array:
     return spread
 
 
-def by_data(matrix: Array, importance: Array, powers: Sequence[Array]) -> Array:
-    """By what each input brings and by the size of each output, float32 `[inputs, outputs]`.
+def supposed_moments(matrix: Array, parts: int, taps: int) -> Array:
+    """Second moments of what a convolution reads as far as they can be told without data, `[parts, inputs, inputs]`.
+
+    Neighbours in an image resemble each other, and values behind a ReLU are all positive. So errors of the weights of a
+    kernel, and of those of an output, should cancel each other ("SQuant", Guo et al., 2022). How large the channels are
+    is told by the rows as in `by_size`.
+
+    Args:
+        matrix: `[inputs, outputs]`.
+        parts: Parts of the outputs with inputs of their own.
+        taps: Neighbouring rows that see the same channel at other places.
+    """
+    inputs, width = len(matrix), matrix.shape[1] // parts
+    powers = np.square(matrix, dtype=np.float32).reshape(inputs // taps, taps, parts, width)
+    channels = np.arange(inputs) // taps
+    common = np.full((inputs, inputs), _CHANNELS) + _NEIGHBOURS * (channels[:, None] == channels)
+    np.fill_diagonal(common, 1.0)
+    sizes = np.sqrt(relative(powers.mean(axis=(1, 3), dtype=np.float64)).astype(np.float64)).repeat(taps, axis=0)
+    return np.stack([size[:, None] * common * size for size in sizes.T])
+
+
+def by_data(matrix: Array, importance: Array, gains: Sequence[Array]) -> Array:
+    """By what each input brings and what each output counts, float32 `[inputs, outputs]`.
 
     Args:
         matrix: `[inputs, outputs]`.
         importance: `[parts, inputs]` what an error counts at the output.
-        powers: For each part mean squares of its outputs.
+        gains: For each part what an error of its outputs counts.
     """
     columns = np.repeat(importance.T.astype(np.float32), matrix.shape[1] // len(importance), axis=1)
-    columns *= relative(np.concatenate(powers))
+    columns *= np.concatenate(gains)
     return columns

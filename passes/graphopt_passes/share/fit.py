@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -12,7 +13,7 @@ from graphopt.analyses import LayerMoments
 from graphopt_passes.quant._maths import decibel
 from graphopt_passes.quant.blockwise._rounding import damped
 from graphopt_passes.quant.blockwise.layout import Layout
-from graphopt_passes.share._importance import by_data, by_size, relative
+from graphopt_passes.share._importance import by_data, by_size, relative, supposed_moments
 from graphopt_passes.share._kmeans import fit_tables, nearest
 from graphopt_passes.share._rounding import Part, compensate, refine
 from graphopt_passes.share._vectors import fit_vectors, nearest_vectors
@@ -23,10 +24,12 @@ __all__ = ["Algorithm", "Method", "Shared", "fits", "int8_scales", "share_weight
 Array = np.ndarray[Any, np.dtype[Any]]
 Algorithm = Literal["auto", "nearest", "relative", "weighted", "compensated"]
 
+_SUPPOSED_DAMPING, _WIDEST_SUPPOSED = 0.001, 4608  # inputs of a kernel of 3 by 3 on 512 channels
 _ZEROS = 0.001  # share of zeros that did not come by chance
 _INT8_TOP = 127
 _START_STEPS, _MOST_START_STEPS = 2500, 3e7  # a pair of entries that are fitted again; in all
 _BLOCK = 1 << 20
+_SCALED = "", ", errors relative to the size of each output"
 
 
 @dataclass(frozen=True)
@@ -35,10 +38,11 @@ class Method:
 
     Attributes:
         entries: Size of each.
-        algorithm: nearest: k-means, all weights alike. relative: errors count by the size of row and column, see
-            `_importance`. weighted: by the second moment of the input and the size of the output. compensated: inputs
-            make up for each other's errors, see `_rounding`. auto: the last; where there is no data, relative, as
-            for all but nearest.
+        algorithm: nearest: k-means, all weights alike. relative: errors count by the size of row and column, and
+            those of a convolution's kernel cancel each other, see `_importance`. weighted: by the second moment of the
+            input. compensated: inputs make up for each other's errors, see `_rounding`. auto: the last; where there is
+            no data, relative, as for all but nearest.
+        scaled: With data, errors of outputs count relative to the size of each.
         damping: Share of the mean diagonal of moments that is added to them.
         int8: Entries are multiples of a 127th of the largest of each codebook.
     """
@@ -47,6 +51,7 @@ class Method:
     algorithm: Algorithm = "auto"
     damping: float = 0.05
     int8: bool = False
+    scaled: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -96,16 +101,37 @@ def share_weight(weight: Array, cut: Cut, layout: Layout, method: Method, moment
     """
     known = moments if method.algorithm not in ("nearest", "relative") and fits(moments, layout) else None
     zero = bool(np.count_nonzero(weight) <= (1 - _ZEROS) * weight.size)
-    pairs = known is not None and known.xx is not None and method.algorithm in ("auto", "compensated")
+    supposed = known is None and method.algorithm != "nearest" and _is_kernel(layout)
     if cut.width > 1:
         shared = _by_vectors(weight, cut, layout, method, known, zero=zero)
-    elif known is not None and pairs:
+    elif known is not None and known.xx is not None and method.algorithm in ("auto", "compensated"):
         shared = _by_moments(weight, cut, layout, method, known, zero=zero)
+    elif supposed:
+        shared = _by_supposed(weight, cut, layout, method, zero=zero)
     else:
         shared = _by_numbers(weight, cut, layout, method, known, zero=zero)
     real = shared.real(cut)
     layer = _layer_sqnr(weight, real, layout, moments) if fits(moments, layout) else None
     return replace(shared, weight_sqnr=_weight_sqnr(weight, real), layer_sqnr=layer)
+
+
+def _is_kernel(layout: Layout) -> bool:
+    """A convolution's kernel of several taps, of moderate size."""
+    return layout.reshaped and layout.inputs <= _WIDEST_SUPPOSED
+
+
+def _taps(layout: Layout) -> int:
+    return math.prod(layout.shape[2:]) if layout.reshaped else 1  # only the kernels of convolutions are
+
+
+def _by_supposed(weight: Array, cut: Cut, layout: Layout, method: Method, *, zero: bool) -> Shared:
+    """Without data: codes whose errors cancel each other where neighbours resemble each other."""
+    xx = supposed_moments(layout.matrix(weight), layout.parts, _taps(layout))
+    squares = np.einsum("gii->gi", xx)
+    moments = LayerMoments(1, np.zeros_like(squares), squares, xx)
+    sized = replace(method, damping=_SUPPOSED_DAMPING)
+    shared = _by_moments(weight, cut, layout, sized, moments, zero=zero)
+    return replace(shared, how="errors of a kernel cancelling, relative to the size of rows")
 
 
 def _by_numbers(
@@ -139,12 +165,11 @@ def _importance(
         return None, ""
     matrix = layout.matrix(weight)
     if moments is None:
-        taps = math.prod(layout.shape[2:]) if layout.reshaped else 1  # only the kernels of convolutions are
-        found, by = by_size(matrix, layout.parts, taps), ", errors relative to the size of row and column"
+        found, by = by_size(matrix, layout.parts, _taps(layout)), ", errors relative to the size of row and column"
     else:
         squares = moments.squares / max(1, moments.rows)
         powers = [s @ np.square(w, dtype=np.float32) for s, w in zip(squares, _columns(matrix, moments), strict=True)]
-        found, by = by_data(matrix, squares, powers), " weighted by data"
+        found, by = by_data(matrix, squares, _gains(powers, method)), f" weighted by data{_SCALED[method.scaled]}"
     return layout.tensor(found).reshape(layout.shape), by
 
 
@@ -159,7 +184,7 @@ def _by_moments(
     """Codes that make up for each other's errors, and entries refitted to them."""
     parts = _parts(weight, cut, layout, method, moments, zero=zero)
     matrix, importance = layout.matrix(weight), np.stack([part.importance for part in parts])
-    weights = layout.tensor(by_data(matrix, importance, [part.powers for part in parts])).reshape(layout.shape)
+    weights = layout.tensor(by_data(matrix, importance, [part.gain for part in parts])).reshape(layout.shape)
     steps = min(_START_STEPS * max(20, method.entries) ** 2, _MOST_START_STEPS)
     found = fit_tables(cut.split(weight), cut.split(weights), method.entries, zero=zero, steps=steps)
     tables = _snapped(found.values, method)
@@ -168,11 +193,11 @@ def _by_moments(
     if method.int8:
         codes, tables = refine(parts, codes, tables, fit=False)
     ordered = layout.tensor(np.concatenate(codes, axis=1)).reshape(cut.shape)
-    return Shared(cut.split(ordered), tables, "compensated on data", 0.0)
+    return Shared(cut.split(ordered), tables, f"compensated on data{_SCALED[method.scaled]}", 0.0)
 
 
 def _parts(weight: Array, cut: Cut, layout: Layout, method: Method, moments: LayerMoments, *, zero: bool) -> list[Part]:
-    """Parts with inputs of their own; errors count relative to the size of an output."""
+    """Parts with inputs of their own."""
     if moments.xx is None:
         raise ValueError("moments without products")
     owners = np.split(cut.owner(layout), len(moments.xx))
@@ -181,8 +206,15 @@ def _parts(weight: Array, cut: Cut, layout: Layout, method: Method, moments: Lay
         part = np.ascontiguousarray(columns, np.float32)
         h = damped(xx / max(1, moments.rows), method.damping)
         found.append(Part.of(part, h, owner, part == 0 if zero else None))
-    gains = np.split(relative(np.concatenate([part.powers for part in found])), len(found))
+    gains = _gains([part.powers for part in found], method)
     return [replace(part, gain=gain) for part, gain in zip(found, gains, strict=True)]
+
+
+def _gains(powers: Sequence[Array], method: Method) -> list[Array]:
+    """For each part what a square error of its outputs counts, given their mean squares."""
+    if not method.scaled:
+        return [np.ones(len(power), np.float32) for power in powers]
+    return np.split(relative(np.concatenate(powers)), len(powers))
 
 
 def _snapped(tables: Array, method: Method) -> Array:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -12,11 +11,10 @@ import onnx_ir as ir
 from graphopt.pass_base import Context
 from graphopt.reference import Feed
 from graphopt_passes.quant.blockwise.layout import layout_of
-from graphopt_passes.quant.mixed.switchboard import Switchboard, Trial
-from graphopt_passes.quant.sites import Site, keyed_nodes
-from graphopt_passes.quant.switches import worst_noise
+from graphopt_passes.quant.sites import keyed_nodes
 from graphopt_passes.share.cut import cut_of
 from graphopt_passes.share.fit import Method, share_weight
+from graphopt_passes.share.judge import Judge
 from graphopt_passes.share.rewrite import Plan
 from graphopt_passes.share.tensors import WeightTensor, find_tensors
 
@@ -25,15 +23,6 @@ __all__ = ["rank"]
 Array = np.ndarray[Any, np.dtype[Any]]
 
 _FEEDS = 4
-
-
-@dataclass(frozen=True, eq=False)
-class _Place:
-    """Where a weight is switched: a layer that reads it, and which of that layer's weights it is."""
-
-    tensor: WeightTensor
-    key: str
-    place: int
 
 
 def rank(model: ir.Model, ctx: Context, plan: Plan, sites: Collection[str], feeds: Sequence[Feed]) -> tuple[str, ...]:
@@ -50,27 +39,12 @@ def rank(model: ir.Model, ctx: Context, plan: Plan, sites: Collection[str], feed
         feeds: Samples to judge on; a few are used.
     """
     tensors = [t for t in find_tensors(model)[0] if any(site.name in sites for site in t.sites)]
-    switched, places = _switched(tensors)
-    board, feeds = Switchboard(model, switched, ctx), feeds[:_FEEDS]
-    exact = [board.run(feed, {}) for feed in feeds]
-    nodes, noise = keyed_nodes(model), dict[str, float]()
-    for one in ctx.progress(places, "finding sensitive layers"):
-        trial = {one.key: Trial({one.place: _rounded(one.tensor, nodes, plan)})}
-        runs = [worst_noise(before, board.run(feed, trial)) for before, feed in zip(exact, feeds, strict=True)]
-        for name in dict.fromkeys(site.name for site in one.tensor.sites):
-            noise[name] = noise.get(name, 0.0) + float(np.mean(runs))
+    judge, nodes, noise = Judge(model, tensors, ctx, feeds[:_FEEDS]), keyed_nodes(model), dict[str, float]()
+    for tensor in ctx.progress(tensors, "finding sensitive layers"):
+        own = judge.noise(tensor, _rounded(tensor, nodes, plan))
+        for name in dict.fromkeys(site.name for site in tensor.sites):
+            noise[name] = noise.get(name, 0.0) + own
     return tuple(sorted(sites, key=lambda name: -noise.get(name, 0.0)))
-
-
-def _switched(tensors: Sequence[WeightTensor]) -> tuple[list[Site], list[_Place]]:
-    """Layers with all of their weights, each weight at the first layer that reads it."""
-    found, places = dict[str, Site](), list[_Place]()
-    for tensor in tensors:
-        first = tensor.sites[0]
-        known = found.get(first.key, replace(first, weights=()))
-        places.append(_Place(tensor, first.key, len(known.weights)))
-        found[first.key] = replace(known, weights=(*known.weights, *first.weights))
-    return list(found.values()), places
 
 
 def _rounded(tensor: WeightTensor, nodes: Mapping[str, ir.Node], plan: Plan) -> Array:

@@ -24,6 +24,7 @@ from graphopt_passes.quant.prepare import drop_unread, grown_file, lift_opset
 from graphopt_passes.quant.sites import Site, bias_place, graph_of, keyed_nodes, tensor_of
 from graphopt_passes.share.cut import Cut, cut_of
 from graphopt_passes.share.fit import Method, Shared, fits, share_weight
+from graphopt_passes.share.judge import Judge
 from graphopt_passes.share.store import UINT4_SINCE, CodeStore, code_bits, needed_opset, stored_bytes
 from graphopt_passes.share.tensors import WeightTensor, choose, find_tensors
 
@@ -33,6 +34,7 @@ Array = np.ndarray[Any, np.dtype[Any]]
 Details = dict[str, int | float | str | bool]
 
 _LEAST_MEMBERS = 2
+_JUDGED_SAMPLES, _JUDGED_TOGETHER, _MOST_JUDGED = 32, 8, 512 << 20  # the last is bytes of weights
 _BEST = 999.0  # dB
 _NOTE = (
     "{stored:.1f} kB in the file stand for {resident:.1f} kB of weights; ONNX Runtime computes the lookups when it "
@@ -72,6 +74,7 @@ class _Bench:
         store: Puts codebooks into it.
         nodes: Nodes of the copy by site.
         labels: What facts call each site.
+        judge: Tells which of two codebooks is better; None: it would take too long, or there is no data.
     """
 
     plan: Plan
@@ -80,6 +83,7 @@ class _Bench:
     store: CodeStore
     nodes: Mapping[str, ir.Node]
     labels: Mapping[str, str]
+    judge: Judge | None = None
 
     @property
     def opset(self) -> int:
@@ -118,8 +122,9 @@ def share_weights(model: ir.Model, ctx: Context, plan: Plan) -> PassResult:
     for tensor in chosen:
         tensor.kept = refusal or _why_not(bench, tensor)
         changes += [Change.skipped(site.name, tensor.kept) for site in tensor.sites if tensor.kept]
-    figures = _Figures()
-    for part in _portions(bench, [tensor for tensor in chosen if not tensor.kept]):
+    figures, taken = _Figures(), [tensor for tensor in chosen if not tensor.kept]
+    bench = replace(bench, judge=_judge(bench, taken))
+    for part in _portions(bench, taken):
         for tensor in ctx.progress(part.tensors, "sharing weights"):
             changes += _share(bench, tensor, part.moments, figures)
     if not figures.weights:
@@ -216,6 +221,16 @@ def _release(tensor: WeightTensor) -> None:
         stored.release()
 
 
+def _judge(bench: _Bench, tensors: Sequence[WeightTensor]) -> Judge | None:
+    """Where data leaves a choice that a few runs of the model can make; each tensor takes some."""
+    ctx, by_data = bench.context, bench.plan.method.algorithm not in ("nearest", "relative")
+    if ctx.calibration is None or not by_data or weight_bytes(ctx.model) > _MOST_JUDGED:
+        return None
+    open_ = [tensor for tensor in tensors if bench.cut(tensor).groups < tensor.weight.shape[tensor.weight.axis]]
+    feeds = ctx.calibration.batches(_JUDGED_TOGETHER, _JUDGED_SAMPLES)
+    return Judge(ctx.model, open_, ctx, list(feeds)) if open_ else None
+
+
 @dataclass(frozen=True, eq=False)
 class _Portion:
     """Tensors with the moments of what layers read, by label."""
@@ -273,8 +288,12 @@ def _fitted(
 ) -> tuple[Shared, dict[Site, Array]]:
     """Codebooks for one weight as the first layer reads it, and what biases of layers take up."""
     cut, layout = bench.cut(tensor), layout_of(first, first.weights[0], bench.nodes[first.key])
-    array = np.asarray(tensor.tensor.numpy())
-    shared = share_weight(array.astype(np.float32, copy=False), cut, layout, method, moments.get(bench.label(first)))
+    array, one = np.asarray(tensor.tensor.numpy()), moments.get(bench.label(first))
+    weight, judge = array.astype(np.float32, copy=False), bench.judge
+    shared = share_weight(weight, cut, layout, method, one)
+    if judge is not None and judge.knows(tensor) and fits(one, layout):
+        both = shared, share_weight(weight, cut, layout, replace(method, scaled=True), one)
+        shared = both[judge.settle(tensor, [each.real(cut).astype(array.dtype) for each in both])]
     if not bench.plan.bias_correction:
         return shared, {}
     return shared, _bias_shifts(bench, tensor, array, shared.real(cut), moments)

@@ -27,10 +27,12 @@ class Share(Pass):
 
     A codebook of 2 to 256 numbers is fitted to each tensor, or with `channels` to each group of its output channels, by
     k-means, which in one dimension is solved exactly (for very large tensors nearly so; the report says which). Errors
-    count by the size of their row and column. With calibration data they count by what the layer makes of them: codes
+    count by the size of their row and column, and those of a convolution's kernel make up for each other, since
+    neighbours in an image resemble each other. With calibration data they count by what the layer makes of them: codes
     are chosen input by input, later ones make up for earlier ones, and the numbers of the codebook are fitted again to
-    the codes. Weights that are zero, as after pruning, stay exactly zero; of vectors (`width`) those that are zero as a
-    whole.
+    the codes. Whether errors of a layer's outputs count as they are or relative to the size of each output is tried
+    layer by layer: some samples are run through the model, and what changes its outputs less stays. Weights that are
+    zero, as after pruning, stay exactly zero; of vectors (`width`) those that are zero as a whole.
 
     The result is plain ONNX: codes of 2, 4 or 8 bits in initializers, Cast, and Gather from the codebook before the
     layer, whatever its operator is; layers that share a weight go on sharing it. The file becomes smaller. ONNX Runtime

@@ -9,7 +9,10 @@ from passes.share.share_models import share
 from rewritten_models import actions, sqnr
 from text_models import build
 
-from graphopt_passes.share._importance import by_data, by_size, relative
+from graphopt_passes.quant.blockwise.layout import Layout
+from graphopt_passes.share._importance import by_data, by_size, relative, supposed_moments
+from graphopt_passes.share.cut import cut_of
+from graphopt_passes.share.fit import Method, share_weight
 
 Array = np.ndarray
 SCALED = "g (float[B,64] x) => (float[B,64] y) { s = Mul(x, a) m = MatMul(s, w) y = Mul(m, b) }"
@@ -53,8 +56,8 @@ def test_taps_of_a_kernel_count_as_their_channel_and_parts_by_themselves() -> No
 
 
 def test_data_says_what_each_input_brings() -> None:
-    importance, powers = np.array([[1.0, 2.0], [3.0, 4.0]]), [np.ones(2), 9 * np.ones(3)]
-    found = by_data(np.ones((2, 5))[:, :4], importance, [powers[0], powers[1][:2]])
+    importance, gains = np.array([[1.0, 2.0], [3.0, 4.0]]), np.split(relative(np.array([1.0, 1, 9, 9])), 2)
+    found = by_data(np.ones((2, 4)), importance, gains)
     np.testing.assert_allclose(found[1] / found[0], [2, 2, 4 / 3, 4 / 3], rtol=1e-6)
     assert found[0, 2] < 3 * found[0, 0]
 
@@ -67,3 +70,26 @@ def test_scales_on_both_sides_of_a_layer_do_not_mislead_codebooks(seed: int) -> 
     result = share(sized, bits=3)
     assert "relative to the size of row and column" in str(actions(result))
     assert sqnr(before, sized) > sqnr(before, plain) + 0.5
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+def test_without_data_errors_of_a_kernel_cancel_each_other(groups: int) -> None:
+    shape = (16, 8, 3, 3)
+    weight = np.random.default_rng(3).standard_normal(shape).astype(np.float32)
+    layout, cut = Layout(shape, (16, 72), 1, groups), cut_of(shape, 0, 0, 1)
+    errors = [
+        share_weight(weight, cut, layout, Method(8, algorithm), None).real(cut) - weight
+        for algorithm in ("auto", "nearest")
+    ]
+    sums = [float(np.square(error.sum(axis=(1, 2, 3))).mean()) for error in errors]
+    sizes = [float(np.square(error).mean()) for error in errors]
+    assert sums[0] < 0.3 * sums[1] and sizes[0] < 2 * sizes[1]
+
+
+def test_supposed_moments_hold_what_neighbours_and_channels_share() -> None:
+    matrix = np.random.default_rng(4).standard_normal((12, 6))
+    matrix[4:8] *= 3
+    (found,) = supposed_moments(matrix, 1, 4)
+    assert np.linalg.eigvalsh(found).min() > 0
+    assert found[0, 0] > found[0, 1] > found[0, 8] > 0
+    assert found[4, 4] < found[0, 0] == found[3, 3]
