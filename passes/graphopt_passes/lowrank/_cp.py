@@ -77,10 +77,10 @@ def polyadic(tensor: Array, rank: int) -> list[Array]:
         `[size, rank]` for each axis; columns have unit length on all axes but the last.
     """
     whole = float(np.vdot(tensor, tensor))
-    best, least = _start(tensor, rank)
+    best, least = _start(tensor, rank, whole)
     found = best
     for _ in range(_SWEEPS if least > _NOTHING * whole else 0):
-        found, error = _sweep(tensor, found)
+        found, error = _sweep(tensor, found, whole)
         if not error < least or float(np.square(found[-1]).sum()) > _MOST * whole:
             break
         gain, best, least = 1 - error / least, found, error
@@ -103,7 +103,7 @@ def _channel_root(problem: Problem, sizes: tuple[int, ...]) -> Array | None:
     return None if problem.second is None else root_of(marginal_of(problem.second, inner))
 
 
-def _start(tensor: Array, rank: int) -> tuple[list[Array], float]:
+def _start(tensor: Array, rank: int, whole: float) -> tuple[list[Array], float]:
     """Singular vectors along all axes but the last, the answer along that, and what is lost."""
     sizes = tensor.shape[:-1]
     unfolded = [np.moveaxis(tensor, axis, 0).reshape(size, -1) for axis, size in enumerate(sizes)]
@@ -111,49 +111,46 @@ def _start(tensor: Array, rank: int) -> tuple[list[Array], float]:
     full = rank >= int(np.prod(sizes))
     places = np.unravel_index(np.arange(rank), sizes) if full else [np.arange(rank) % size for size in sizes]
     found = [basis[:, place] for basis, place in zip(bases, places, strict=True)]
-    found.append(np.zeros((tensor.shape[-1], rank)))
-    return found, _answered(tensor, found, len(sizes))
+    return _answered(tensor, found, whole)
 
 
-def _sweep(tensor: Array, factors: Sequence[Array]) -> tuple[list[Array], float]:
+def _sweep(tensor: Array, factors: Sequence[Array], whole: float) -> tuple[list[Array], float]:
     """Solve every axis anew, given the others, what terms hold moved to the last; and what is lost then."""
-    found, last, lost = list(factors), len(factors) - 1, 0.0
-    for axis in (*range(1, last), 0, last):
-        lost = _answered(tensor, found, axis)
-        if axis != last:
-            sizes = np.linalg.norm(found[axis], axis=0)
-            found[axis] = found[axis] / np.where(sizes > 0, sizes, 1.0)
-    return found, lost
+    found, last = list(factors), len(factors) - 1
+    thin = np.tensordot(found[last], tensor, (0, last))  # [rank, *other axes], for all of these
+    for axis in (*range(1, last), 0):
+        gram = _gram([factor for i, factor in enumerate(found) if i != axis])
+        answer = _solved(gram, _along(thin, [None if i == axis else found[i] for i in range(last)]))
+        sizes = np.linalg.norm(answer, axis=0)
+        found[axis] = answer / np.where(sizes > 0, sizes, 1.0)
+    return _answered(tensor, found[:last], whole)
 
 
-def _answered(tensor: Array, factors: list[Array], axis: int) -> float:
-    """Put the least-squares answer along an axis among the factors; what is lost with it."""
-    gram, wanted = _gram(factors, axis), _contracted(tensor, factors, axis)
-    answer = factors[axis] = _solved(gram, wanted)
+def _answered(tensor: Array, others: Sequence[Array], whole: float) -> tuple[list[Array], float]:
+    """Factors with the least-squares answer along the last axis; what is lost with it."""
+    longest = int(np.argmax([len(factor) for factor in others]))
+    thin = np.moveaxis(np.tensordot(others[longest], tensor, (0, longest)), -1, 1)
+    rest = [factor for axis, factor in enumerate(others) if axis != longest]
+    gram, wanted = _gram(others), _along(thin, [None, *rest])
+    answer = _solved(gram, wanted)
     held = 2 * np.vdot(wanted, answer) - np.vdot(answer @ gram, answer)
-    return float(np.vdot(tensor, tensor) - held)
+    return [*others, answer], float(whole - held)
 
 
-def _gram(factors: Sequence[Array], left_out: int) -> Array:
-    """`[rank, rank]`: products of the terms, one axis left out."""
-    rank = factors[0].shape[1]
-    found = np.ones((rank, rank))
-    for axis, factor in enumerate(factors):
-        if axis != left_out:
-            found = found * (factor.T @ factor)
+def _gram(factors: Sequence[Array]) -> Array:
+    """`[rank, rank]`: products of terms."""
+    found = factors[0].T @ factors[0]
+    for factor in factors[1:]:
+        found = found * (factor.T @ factor)
     return found
 
 
-def _contracted(tensor: Array, factors: Sequence[Array], left: int) -> Array:
-    """`[size, rank]`: the tensor along one axis, with each term along the others; the longest of those goes first."""
-    axes = sorted((axis for axis in range(tensor.ndim) if axis != left), key=lambda axis: -tensor.shape[axis])
-    found = np.tensordot(factors[axes[0]], tensor, (0, axes[0]))  # [rank, *other axes]
-    rest = [axis for axis in range(tensor.ndim) if axis != axes[0]]
-    for axis in axes[1:]:
-        place = rest.index(axis) + 1
-        found = np.einsum("r...s,sr->r...", np.moveaxis(found, place, -1), factors[axis])
-        rest.remove(axis)
-    return found.T
+def _along(thin: Array, factors: Sequence[Array | None]) -> Array:
+    """`[size, rank]`: terms' shares `[rank, *axes]` of a tensor, with factors along all axes but the one without."""
+    for axis, factor in reversed(list(enumerate(factors, 1))):
+        if factor is not None:
+            thin = np.einsum("r...s,sr->r...", np.moveaxis(thin, axis, -1), factor)
+    return thin.T
 
 
 def _solved(gram: Array, wanted: Array) -> Array:

@@ -20,7 +20,8 @@ index, and `B` is the least-squares answer to what `A` makes of the input; one t
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -43,12 +44,19 @@ class Problem:
         second: `[inputs, inputs]` products of inputs, X'X over the rows; None: all inputs count alike.
         scales: `[inputs]` factors that stand for the inputs while factors are sought (ASVD); None: `second` does.
         mean: `[inputs]` of the inputs, where `second` is about it and a bias makes up for it.
+        bases: What `split` has found, by the length of the inner part of a row.
     """
 
     weight: Array
     second: Array | None = None
     scales: Array | None = None
     mean: Array | None = None
+    bases: dict[int, Basis] = field(default_factory=dict, repr=False)
+
+    @cached_property
+    def whole(self) -> float:
+        """Energy of the output."""
+        return self.energy(self.weight)
 
     def shift(self, approximate: Array) -> Array:
         """`[outputs]`: what a bias gains with a matrix in the weight's place."""
@@ -61,7 +69,7 @@ class Problem:
 
     def error(self, approximate: Array) -> float:
         """Energy of the output's error in parts of that of the output."""
-        whole = self.energy(self.weight)
+        whole = self.whole
         return max(0.0, self.energy(self.weight - approximate)) / whole if whole > 0 else 0.0
 
 
@@ -81,7 +89,7 @@ class Parts:
 
     def error(self, approximate: Array) -> float:
         """Energy of the output's error in parts of that of the output, over all parts."""
-        whole = sum(one.energy(one.weight) for one in self.problems)
+        whole = sum(one.whole for one in self.problems)
         pairs = zip(self.problems, approximate, strict=True)
         lost = sum(one.energy(one.weight - matrix) for one, matrix in pairs)
         return max(0.0, lost) / whole if whole > 0 else 0.0
@@ -223,13 +231,19 @@ def split(problem: Problem, inner: int = 1) -> Split:
         problem: The weight; its rows are `[outer, inner]`.
         inner: Length of the part of a row that the first factor leaves alone.
     """
+    if inner not in problem.bases:
+        problem.bases[inner] = _basis(problem, inner)
+    return Split(problem, inner, problem.bases[inner])
+
+
+def _basis(problem: Problem, inner: int) -> Basis:
     outer, outputs = len(problem.weight) // inner, problem.weight.shape[1]
     matrix = problem.weight.reshape(outer, inner * outputs)
     if problem.scales is not None:
-        return Split(problem, inner, leading(matrix, _marginal_scales(problem.scales, inner)))
+        return leading(matrix, _marginal_scales(problem.scales, inner))
     if problem.second is None:
-        return Split(problem, inner, leading(matrix, None))
-    return Split(problem, inner, leading(matrix, root_of(marginal_of(problem.second, inner))))
+        return leading(matrix, None)
+    return leading(matrix, root_of(marginal_of(problem.second, inner)))
 
 
 def marginal_of(second: Array, inner: int) -> Array:

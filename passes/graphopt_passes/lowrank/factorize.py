@@ -42,6 +42,7 @@ __all__ = ["LowRank"]
 Array = np.ndarray[Any, np.dtype[Any]]
 
 _NEAR = 0.02
+_UNFELT, _FELT = 1e-9, 1e-3  # of the outputs' energy, and of that of a layer's own output
 _FORMS: tuple[Form, ...] = ("product", "output", "input", "spatial", "tucker", "cp")
 
 
@@ -55,9 +56,10 @@ class LowRank(Pass):
     of the layers' outputs, ranks are chosen for all layers together, and each layer is solved anew, with its bias, for
     the output that it had in the original model; without, weights alone decide.
 
-    A layer is left alone where a chain saves no arithmetic or no bytes of the file, and where its output would lose
-    more than `max_layer_error`. If the outputs of the model, on calibration samples, lose more than `max_error` or
-    `max_nats`, factoring does not pay and nothing changes: weights of small models are often of nearly full rank.
+    A layer is left alone where a chain saves no arithmetic or no bytes of the file, where its output would lose more
+    than `max_layer_error`, and where no calibration sample feels it, as in a branch that none takes. If the outputs of
+    the model, on calibration samples, lose more than `max_error` or `max_nats`, factoring does not pay and nothing
+    changes: weights of small models are often of nearly full rank.
 
     With `residual`, weights of products are stored in 4 bits instead, and what rounding loses is kept in a thin branch
     beside each.
@@ -138,7 +140,7 @@ class LowRank(Pass):
         reasons = {site.name: reason for site in found.sites if (reason := self._left_out(site))}
         sites = [site for site in found.sites if site.name not in reasons]
         judge = self._judge(model, sites, ctx)
-        tables, costs = self._tables(work, sites, judge, inner)
+        tables, costs = self._tables(work, sites, judge, reasons, inner)
         settings, notes = self._settings(tables, costs, reasons, inner)
         chosen = [(site, settings[site.name]) for site in sites if site.name in settings]
         fitted = self._factor(work, chosen, inner)
@@ -218,21 +220,31 @@ class LowRank(Pass):
         return Judge(model, ctx.calibration, ctx)
 
     def _tables(
-        self, work: ir.Model, sites: Sequence[Site], judge: Judge | None, ctx: Context
+        self, work: ir.Model, sites: Sequence[Site], judge: Judge | None, reasons: dict[str, str], ctx: Context
     ) -> tuple[dict[str, Table], dict[str, Array]]:
-        """What each rank of each layer saves and loses, and what that costs the outputs."""
+        """What each rank of each layer saves and loses, and what that costs the outputs.
+
+        Nothing of a layer that no sample reaches, such as one in a branch that is never taken: a reason is added.
+        """
         rounding = Rounding(self.round_to, ctx.target.round_to)
         forms = _FORMS if self.form == "auto" else ("product", self.form)
         seen = problems(work, sites, self._scale(ctx), ctx, centred=self._updates(ctx))
         tables, costs = dict[str, Table](), dict[str, Array]()
-        for site, problem in ctx.progress(seen, "measuring ranks"):
+        trying = judge is not None and self._scope(ctx) == "sensitivity"
+        label = "measuring ranks, trying some on samples" if trying else "measuring ranks"
+        for site, problem in ctx.progress(seen, label):
             chains: Sequence[Form] = (*forms, "output") if site.geometry.window == 1 else forms
-            table = table_of(site.geometry, problem, self.of, rounding, chains, tables=site.table)
+            most = self.max_layer_error
+            table = table_of(site.geometry, problem, self.of, rounding, chains, tables=site.table, most_error=most)
+            asked = trying or site.node.graph is not work.graph
             measured = list[tuple[Setting, float]]()
-            if judge is not None and self._scope(ctx) == "sensitivity" and not site.table:
+            if judge is not None and judge.sees and asked and not site.table:
                 for setting in trials(table.within(self.max_layer_error), self.ratio):
                     dense = _chain(site, setting, problem).dense
                     measured.append((setting, judge.lost_by(site.name, dense, problem.shift(dense))))
+            if any(lost < _UNFELT and setting.error > _FELT for setting, lost in measured):
+                reasons[site.name] = "no calibration sample feels it, so that nothing says what it may lose"
+                table, measured = replace(table, settings=()), []
             tables[site.name], costs[site.name] = table, costs_of(table, measured)
         return {site.name: tables[site.name] for site in sites}, costs
 
@@ -252,7 +264,7 @@ class LowRank(Pass):
         settings = {name: setting for name, setting in zip(good, choice, strict=True) if setting is not None}
         for name, table in tables.items():
             if name not in settings:
-                reasons[name] = self._why_left(table, good[name], self._scope(ctx))
+                reasons.setdefault(name, self._why_left(table, good[name], self._scope(ctx)))
         saved = sum(setting.saved for setting in settings.values())
         if self.energy or self.ratio * whole - saved <= _NEAR * whole:
             return settings, ()

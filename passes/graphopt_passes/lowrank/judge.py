@@ -6,7 +6,7 @@ the graph's order.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -26,7 +26,8 @@ __all__ = ["Judge", "Loss"]
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
-_SAMPLES = 16
+_SAMPLES, _FEWEST = 16, 4
+_ROWS = 128
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,8 @@ class Judge:
 
     Args:
         model: The original; it must not change while it is asked about single layers.
-        data: Samples, of which 16 are used, evenly spread.
+        data: Samples, of which 16 are used, evenly spread; for single layers as many of these, 4 at least, as make 128
+            rows of an output: positions of a sequence tell what a layer matters as well as samples do.
         ctx: How ONNX Runtime runs.
 
     Raises:
@@ -60,20 +62,21 @@ class Judge:
         self._model, self._ctx = model, ctx
         self._mask = ctx.fact(PADDING)
         self._feeds = _spread(data)
-        self._wanted = self._outputs(model)
-        self._before = Stepwise(model, self._feeds, ctx)
+        self._wanted = self._outputs(model, self._feeds)
+        rows = max((len(array) for array in self._wanted.values()), default=0)
+        self._few = _some(self._feeds, max(_FEWEST, -(-_ROWS * len(self._feeds) // max(1, rows))))
+        self._wanted_of_few = self._outputs(model, self._few)
+        self._before = Stepwise(model, self._few, ctx)
+
+    @property
+    def sees(self) -> bool:
+        """Whether there are outputs to compare."""
+        return bool(self._wanted)
 
     def loss(self, model: ir.Model) -> Loss:
         """What a changed model loses."""
-        return self._loss(self._outputs(model))
-
-    def _loss(self, found: Mapping[str, Array]) -> Loss:
-        """What outputs lose; one that is not there is what it was."""
-        pairs = [(array, found.get(name, array)) for name, array in self._wanted.items()]
-        if not pairs:
-            return Loss()
-        energies, nats = [_lost(*pair) for pair in pairs], [_divergence(*pair) for pair in pairs]
-        return Loss(float(np.mean(energies)), max(nats))
+        pairs = _pairs(self._wanted, self._outputs(model, self._feeds))
+        return Loss(_mean_lost(pairs), max((_divergence(*pair) for pair in pairs), default=0.0))
 
     def lost_by(self, name: str, dense: Array, shift: Array) -> float:
         """What the outputs lose if one layer alone has another weight and bias.
@@ -94,16 +97,17 @@ class Judge:
         place = Place.of(node, constants)
         assert isinstance(place, Place)
         place.put(dense.reshape(place.parts, -1, dense.shape[-1]))
-        return self._loss(self._collected(self._behind(work, place.readers, inner))).energy
+        found = self._collected(self._few, self._behind(work, place.readers, inner))
+        return _mean_lost(_pairs(self._wanted_of_few, found))
 
-    def _outputs(self, model: ir.Model) -> Mapping[str, Array]:
+    def _outputs(self, model: ir.Model, feeds: Sequence[Feed]) -> Mapping[str, Array]:
         """What counts of the floating-point outputs, all samples together."""
         session = Reference(model, threads=self._ctx.threads, extensions=self._ctx.extensions)
-        return self._collected(session.run(feed) for feed in self._feeds)
+        return self._collected(feeds, (session.run(feed) for feed in feeds))
 
-    def _collected(self, runs: Iterator[Mapping[str, Array]]) -> Mapping[str, Array]:
+    def _collected(self, feeds: Sequence[Feed], runs: Iterable[Mapping[str, Array]]) -> Mapping[str, Array]:
         parts: dict[str, list[Array]] = {}
-        for feed, outputs in zip(self._feeds, runs, strict=True):
+        for feed, outputs in zip(feeds, runs, strict=True):
             for name, array in outputs.items():
                 if array.dtype.kind == "f":
                     mask = None if self._mask is None else feed[self._mask]
@@ -112,10 +116,10 @@ class Judge:
 
     def _behind(self, work: ir.Model, changed: Sequence[ir.Node], ctx: Context) -> Iterator[Mapping[str, Array]]:
         """Outputs of a model some of whose nodes have changed; those that follow from constants alone are left out."""
-        run = Stepwise(work, self._feeds, ctx)
+        run = Stepwise(work, self._few, ctx)
         start = min(run.order.get(id(node), 0) for node in changed)  # a node in a subgraph: all is computed
         if start < self._before.position:
-            self._before = Stepwise(self._model, self._feeds, self._ctx)
+            self._before = Stepwise(self._model, self._few, self._ctx)
         names = [name for name in self._wanted if name in run.born]
         for _ in self._before.run(start, [name for name in names if run.born[name] < start]):
             pass
@@ -128,6 +132,20 @@ def _spread(data: Dataset) -> Sequence[Feed]:
     count = sum(1 for _ in data.feeds())
     chosen = {i * count // _SAMPLES for i in range(_SAMPLES)}
     return [feed for i, feed in enumerate(data.feeds()) if i in chosen]
+
+
+def _some(feeds: Sequence[Feed], count: int) -> Sequence[Feed]:
+    """So many, evenly spread; all if there are not more."""
+    return feeds if count >= len(feeds) else [feeds[i * len(feeds) // count] for i in range(count)]
+
+
+def _pairs(wanted: Mapping[str, Array], found: Mapping[str, Array]) -> Sequence[tuple[Array, Array]]:
+    """Outputs as they should be and as they are; one that was not found is what it was."""
+    return [(array, found.get(name, array)) for name, array in wanted.items()]
+
+
+def _mean_lost(pairs: Sequence[tuple[Array, Array]]) -> float:
+    return float(np.mean([_lost(*pair) for pair in pairs])) if pairs else 0.0
 
 
 def _heeded(array: Array, mask: Array | None) -> Array:

@@ -104,6 +104,7 @@ def table_of(
     forms: Sequence[Form],
     *,
     tables: bool = False,
+    most_error: float = np.inf,
 ) -> Table:
     """What each rank saves and costs, for every chain that the layer can become.
 
@@ -114,6 +115,7 @@ def table_of(
         rounding: Of ranks.
         forms: Chains that may be used.
         tables: Rows are looked up, so that a chain may cost more multiply-accumulates than the nothing it replaces.
+        most_error: Of each chain only the highest rank that loses more is looked at.
     """
     settings = list[Setting]()
     for form in forms_of(geometry):
@@ -124,9 +126,11 @@ def table_of(
         if not paying:
             continue
         ready, most = prepared(form, geometry, problem), _TRIED[form]
-        for i in np.unique(np.linspace(0, len(paying) - 1, min(most, len(paying))).round().astype(int)):
+        for i in np.unique(np.linspace(0, len(paying) - 1, min(most, len(paying))).round().astype(int))[::-1]:
             ranks, saved = paying[i]
             settings.append(Setting(form, ranks, saved, ready.error(ranks)))
+            if settings[-1].error > most_error:  # lower ranks lose more
+                break
     return Table(_amount(geometry, of), tuple(_worthwhile(settings)))
 
 

@@ -56,6 +56,20 @@ def with_weight(model: ir.Model, name: str, array: np.ndarray) -> ir.Model:
     return other
 
 
+def test_of_outputs_with_many_rows_fewer_samples_judge_single_layers() -> None:
+    model = build("(float[N,12] x) => (float[N,12] y)", "[a] y = MatMul(x, u)", {"u": (12, 12)})
+    for rows, count in ((1, 16), (16, 8), (400, 4)):
+        feeds = [{"x": np.random.default_rng(i).standard_normal((rows, 12)).astype(np.float32)} for i in range(32)]
+        data = Dataset("random", None, lambda feeds=feeds: iter(feeds), stacked=False)
+        ctx = Context(model, Target(name="ort"), calibration=data)
+        judge, dense = Judge(model, data, ctx), matrix_of(model, "a", ctx)
+        moved = dense + 0.2 * np.random.default_rng(0).standard_normal(dense.shape)
+        used = [feeds[2 * i] for i in range(0, 16, 16 // count)]
+        wanted, found = (np.concatenate([feed["x"] @ matrix for feed in used]) for matrix in (dense, moved))
+        expected = np.square(found - wanted).sum() / np.square(wanted - wanted.mean(axis=0)).sum()
+        assert judge.lost_by("a", moved, np.zeros(12)) == pytest.approx(expected, rel=1e-4)
+
+
 @pytest.mark.parametrize("order", ["acd", "dca", "cda", "aacc"])
 def test_one_layer_costs_what_the_model_with_it_loses(order: str) -> None:
     model = build(SIGNATURE, BODY, WEIGHTS)

@@ -219,6 +219,27 @@ def test_layers_in_branches_are_factored_by_their_weights(body: str) -> None:
     assert relative(before, [Reference(model).run(feed)["y"] for feed in feeds]) < 1e-4
 
 
+@pytest.mark.parametrize("scope", ["auto", "uniform", "global"])
+def test_a_layer_in_a_branch_that_no_sample_takes_stays(scope: str) -> None:
+    body = BRANCHES.replace("MatMul(u, w)", "MatMul(u, v)")
+    model = build("(float[N,24] x, bool c) => (float[N,20] y)", body, {"w": (24, 20), "v": (24, 20)})
+    rng = np.random.default_rng(1)
+    feeds = [{"x": rng.standard_normal((3, 24)).astype(np.float32), "c": np.array(True)} for _ in range(4)]
+    others = [feed | {"c": np.array(False)} for feed in feeds]
+    before = [Reference(model).run(feed)["y"] for feed in others]
+    data = Dataset("random", None, lambda: iter(feeds), stacked=False)
+    changes = {change.site: change for change in run(model, data, ratio=0.3, scope=scope).changes}
+    assert changes["a"].done
+    assert changes["b"].action == "skipped: no calibration sample feels it, so that nothing says what it may lose"
+    assert relative(before, [Reference(model).run(feed)["y"] for feed in others]) == 0
+
+
+def test_layers_whose_outputs_are_all_whole_numbers_are_factored_by_their_own_errors() -> None:
+    body = "[a] h = MatMul(x, w) y = ArgMax<axis=1>(h)"
+    model = build("(float[N,24] x) => (int64[N,1] y)", body, {"w": (24, 20)})
+    assert run(model, samples(model), ratio=0.3).changes[0].done
+
+
 def test_a_layer_in_a_loop_keeps_its_factors_outside() -> None:
     model = build(
         "(float[3,24] x, int64 n) => (float[3,24] y)",

@@ -14,6 +14,16 @@ def table(*errors: float, whole: int = 100) -> Table:
     return Table(whole, tuple(settings))
 
 
+def test_ranks_below_one_that_loses_too_much_are_not_looked_at() -> None:
+    rng = np.random.default_rng(3)
+    problem, geometry = Problem(rng.standard_normal((48, 40))), Geometry(48, 40)
+    every = table_of(geometry, problem, "params", Rounding(1, 1), ("product",))
+    some = table_of(geometry, problem, "params", Rounding(1, 1), ("product",), most_error=0.4)
+    assert some.within(0.4) == every.within(0.4)
+    assert len(some.settings) == len(some.within(0.4).settings) + 1
+    assert len(some.settings) < len(every.settings)
+
+
 def test_two_settings_of_a_layer_are_tried_one_far_below_the_ratio() -> None:
     errors = [0.01 * 2**i for i in range(9)]
     assert [setting.saved for setting in trials(table(*errors), 0.2)] == [20, 60]
