@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from typing import ClassVar, Literal
 
@@ -16,6 +16,7 @@ from graphopt.analyses.names import Names
 from graphopt.errors import OptionError, nearest
 from graphopt.options import opt
 from graphopt.pass_base import Change, Context, Pass, PassResult
+from graphopt.reference import Feed
 from graphopt_passes.prune.allocation.budget import Budget, Facts, ladder, step_of, unit_width
 from graphopt_passes.prune.allocation.plan import plan_global, plan_uniform, score_costs, why_missed, writers
 from graphopt_passes.prune.allocation.search import Outcome, search
@@ -152,6 +153,22 @@ class Prune(Pass):
             metrics |= {"ratio_missed": missed}
         notes = () if missed is None else (missed,)
         return PassResult(bool(removals or blocks.steps), tuple(changes), metrics=metrics, notes=notes)
+
+    def revertible(self, model: ir.Model, sites: Sequence[str]) -> tuple[str, ...]:
+        """With a pattern all of them: weights become zero in one layer whatever becomes of others."""
+        return () if self.pattern == "channels" else tuple(sites)
+
+    def worst_first(
+        self, model: ir.Model, ctx: Context, sites: Sequence[str], reverted: Sequence[str], feeds: Sequence[Feed]
+    ) -> tuple[str, ...]:
+        """Order layers by what zeros in each alone do to the outputs."""
+        return self._sparsity().worst_first(model, ctx, sites, feeds)
+
+    def without(self, sites: Sequence[str]) -> Prune:
+        """The same step with these layers as they were; unlike with `skip` the others do not become sparser for it."""
+        if self.pattern == "channels":
+            return super().without(sites)
+        return _Sparing(**vars(self), spared=tuple(sites))
 
     def _sparsity(self) -> Sparsity:
         """The same pass where weights become zero and no channel goes."""
@@ -309,6 +326,19 @@ class Prune(Pass):
             metrics |= {f"{name}_before": old, f"{name}_after": new}
         old, new = amounts[self.of]
         return metrics | {"achieved": round(1 - new / old, 6) if old else 0.0}
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Sparing(Prune):
+    """A step that leaves some layers alone; its text is that of the step."""
+
+    spared: tuple[str, ...]
+
+    def without(self, sites: Sequence[str]) -> Prune:
+        return replace(self, spared=(*self.spared, *sites))
+
+    def _sparsity(self) -> Sparsity:
+        return replace(super()._sparsity(), spared=self.spared)
 
 
 def _amount(cost: Cost, of: Literal["macs", "params", "bytes"]) -> int:

@@ -2,14 +2,14 @@
 
 With samples the second moments of what a layer reads say what its output loses at each density once the weights that
 are kept have made up for the others. What becomes of that further on is measured: the layer alone is made that sparse,
-and the model is run. The budget is then spread so that the sum over all layers is least (`graphopt.allocation`).
-Magnitudes spread it nearly as well on many networks, and better on some.
+and the model is run. The budget is then spread so that the sum over all layers is least (`graphopt.allocation`). Errors
+of layers do not simply add up, so magnitudes spread it better on some networks; which is better is measured as well.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+import math
+from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -20,11 +20,10 @@ from graphopt.allocation import Site as Choice
 from graphopt.allocation import allocate
 from graphopt.pass_base import Context
 from graphopt_passes.prune.allocation.sensitivity import cost_curve
-from graphopt_passes.prune.pattern.fit import Fitted, Method, Shifter, layer_of
-from graphopt_passes.prune.pattern.obs import Rule, norm_scores
+from graphopt_passes.prune.pattern.bench import Bench
+from graphopt_passes.prune.pattern.fit import Method
+from graphopt_passes.prune.pattern.obs import Rule
 from graphopt_passes.prune.pattern.sites import Site
-from graphopt_passes.prune.pattern.trial import Replacement, Trial
-from graphopt_passes.prune.refit.linear_layers import LinearLayer
 
 __all__ = ["by_sensitivity", "spread"]
 
@@ -63,8 +62,8 @@ def spread(sites: Sequence[Site], ratio: float) -> list[int]:
 def by_sensitivity(model: ir.Model, sites: Sequence[Site], ratio: float, method: Method, ctx: Context) -> list[int]:
     """How many weights each site loses so that the outputs of the model lose least.
 
-    Errors of layers do not simply add up. So three plans are tried on all layers together, and the best is taken: the
-    one of least sum, that of `spread`, and the one halfway between them.
+    Four plans are tried on all layers together, and the best is taken: the one of least sum, that of `spread`, the one
+    halfway between them, and the same fraction of every layer.
 
     Args:
         model: The model; it does not change.
@@ -78,14 +77,16 @@ def by_sensitivity(model: ir.Model, sites: Sequence[Site], ratio: float, method:
     """
     if not sites:
         return []
-    bench = _Bench.of(model, sites, method, ctx)
-    by_weights, by_outputs = spread(sites, ratio), _allocated(sites, _curves(bench, ratio), ratio)
+    bench = Bench.of(model, sites, method, ctx, len(sites) * len(_DEPTHS))
+    by_weights, by_outputs = spread(sites, ratio), _allocated(sites, _curves(bench, ratio, ctx), ratio)
     if by_outputs is None:
         return by_weights
     total = sum(by_weights)
     between = _trimmed([-(-(a + b) // 2) for a, b in zip(by_weights, by_outputs, strict=True)], total)
-    plans = [by_outputs, between, by_weights]
-    return plans[bench.best(plans)]
+    uniform = _trimmed([math.ceil(ratio * site.size) for site in sites], total)
+    plans = [by_outputs, between, by_weights, uniform]
+    costs = bench.compare([[Rule(count=count) for count in plan] for plan in plans])
+    return plans[int(np.argmin(costs))]
 
 
 def _allocated(sites: Sequence[Site], curves: Sequence[Array], ratio: float) -> list[int] | None:
@@ -125,14 +126,14 @@ def _refined(counts: Array, curve: Array) -> tuple[Array, Array]:
     return found, np.where(found < counts[1], curve[1] * found / counts[1], grown)
 
 
-def _curves(bench: _Bench, ratio: float) -> list[Array]:
+def _curves(bench: Bench, ratio: float, ctx: Context) -> list[Array]:
     """`[rungs]` of each site: what the outputs lose, in parts of their energy."""
     predicted, measured = list[Array](), list[list[tuple[int, float]]]()
-    for site in bench.ctx.progress(bench.sites, "measuring sensitivity"):
+    for site in ctx.progress(bench.sites, "measuring sensitivity"):
         counts = _rungs(site)
-        predicted.append(np.array([bench.sparse(site, int(count)).error for count in counts]))
+        predicted.append(np.array([bench.sparse(site, Rule(count=int(count))).error for count in counts]))
         depths = _depths(counts, site.size, ratio) if site.name in bench.trial.known else []
-        measured.append([(i, bench.trial.change({site: bench.sparse(site, int(counts[i]))})) for i in depths])
+        measured.append([(i, bench.alone(site, Rule(count=int(counts[i])))) for i in depths])
     return _levelled(predicted, measured)
 
 
@@ -153,53 +154,3 @@ def _levelled(predicted: Sequence[Array], measured: Sequence[Sequence[tuple[int,
     levels = [c[-1] / p[-1] for c, p, told in zip(curves, predicted, known, strict=True) if told and p[-1] > 0]
     level = float(np.median(levels)) if levels else 1.0
     return [c if told else np.maximum.accumulate(level * c) for c, told in zip(curves, known, strict=True)]
-
-
-@dataclass(frozen=True, eq=False)
-class _Bench:
-    """Makes layers sparse as they stand in the whole model, and tries what becomes of it.
-
-    Attributes:
-        sites: Weights, in the order of the graph.
-        layers: By name of the site, or why samples are of no use.
-        method: How weights are judged.
-        trial: Runs the model.
-        shifter: Makes one layer after the other sparse.
-        ctx: Holds the samples.
-    """
-
-    sites: Sequence[Site]
-    layers: Mapping[str, LinearLayer | str]
-    method: Method
-    trial: Trial
-    shifter: Shifter
-    ctx: Context
-
-    @classmethod
-    def of(cls, model: ir.Model, sites: Sequence[Site], method: Method, ctx: Context) -> _Bench:
-        layers = {site.name: layer_of(site, ctx) for site in sites}
-        offsets = {name: isinstance(layer, LinearLayer) and layer.offset for name, layer in layers.items()}
-        trial = Trial(model, sites, offsets, len(sites) * len(_DEPTHS), ctx)
-        return cls(sites, layers, method, trial, Shifter(model, ctx), ctx)
-
-    def best(self, plans: Sequence[Sequence[int]]) -> int:
-        """Which of some plans for all sites costs the outputs least."""
-        self.shifter.rewind()
-        tried: list[dict[Site, Replacement]] = [{} for _ in plans]
-        for i, site in enumerate(self.sites):
-            for plan, replaced in zip(plans, tried, strict=True):
-                replaced[site] = self.sparse(site, plan[i])
-        return int(np.argmin([self.trial.change(replaced) for replaced in tried]))
-
-    def sparse(self, site: Site, count: int) -> Replacement:
-        """A site with so many zeros; where samples are of no use, the smallest weights go."""
-        layer, rule = self.layers[site.name], Rule(count=count)
-        found = layer if isinstance(layer, str) else self.shifter.fit(site, layer, self.method, rule)
-        if isinstance(found, Fitted):
-            error = 0.0 if not found.done else found.after
-            if error is not None:
-                return Replacement(found.weight, found.bias, error**2)
-        weight = site.matrix()
-        left = np.where(rule.drop(norm_scores(weight)), 0.0, weight)
-        energy = max(float(np.square(weight).sum()), np.finfo(np.float64).tiny)
-        return Replacement(left, np.zeros(()), float(np.square(weight - left).sum()) / energy)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal
 
 import numpy as np
@@ -45,7 +46,6 @@ _CHUNK = 1 << 23
 _RIDGES = (1e-3, 1e-2, 1e-1)
 _RIDGE = 1e-2
 _SAME = 1e-5
-_ENOUGH = "it is as sparse already"
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,34 +67,53 @@ class Fitted:
     done: bool = True
 
 
-@dataclass(eq=False)
+@dataclass(frozen=True, eq=False)
+class _Pairs:
+    """Mean products of what a layer reads, `[groups, inputs, inputs]`.
+
+    Attributes:
+        products: As they are.
+        varying: About the mean.
+        free: What an error of the weights costs once the bias took over what it can.
+    """
+
+    products: np.ndarray
+    varying: np.ndarray
+    free: np.ndarray
+
+    @cached_property
+    def hessian(self) -> np.ndarray:
+        """What `sweep` asks for."""
+        return damped(self.free, _RIDGE)
+
+    @cached_property
+    def factor(self) -> np.ndarray:
+        """What it asks for as well, and what takes longest."""
+        return inverse_factor(self.hessian)
+
+
+@dataclass(frozen=True, eq=False)
 class _Read:
     """Moments of what a layer reads, inputs in the order of its site.
 
     Attributes:
         mean: `[groups, inputs]`.
         power: `[groups, inputs]` mean squares.
-        products: `[groups, inputs, inputs]` mean products; None: not known, as the others.
-        varying: The same about the mean.
-        free: What an error of the weights costs once the bias took over what it can.
-        factor: What `sweep` needs of that; made when it is needed first.
+        pairs: None: not known.
     """
 
     mean: np.ndarray
     power: np.ndarray
-    products: np.ndarray | None = None
-    varying: np.ndarray | None = None
-    free: np.ndarray | None = None
-    factor: np.ndarray | None = None
+    pairs: _Pairs | None
 
     @classmethod
     def of(cls, seen: LayerMoments, order: np.ndarray, *, offset: bool) -> _Read:
         mean, power = seen.mean[:, order], seen.squares[:, order] / seen.rows
         if seen.xx is None:
-            return cls(mean, power)
+            return cls(mean, power, None)
         products = seen.xx[:, order[:, None], order] / seen.rows
         varying = products - mean[:, :, None] * mean[:, None, :]
-        return cls(mean, power, products, varying, varying if offset else products)
+        return cls(mean, power, _Pairs(products, varying, varying if offset else products))
 
 
 class Shifter:
@@ -133,16 +152,14 @@ class Shifter:
             return Fitted(weight, np.zeros(()), done=False)
         dropped = rule.drop(norm_scores(weight, None if method == "magnitude" else read.power))
         left = bare = np.where(dropped, 0.0, weight)
-        if read.products is None or read.free is None or read.varying is None:
+        if (pairs := read.pairs) is None:
             if method == "obs":
                 return "the second moments of its input are too large"
             return Fitted(bare, self._bias(layer, read.mean, weight - bare))
         if method == "obs":
-            hessian = damped(read.free, _RIDGE)
-            read.factor = inverse_factor(hessian) if read.factor is None else read.factor
-            left, _ = sweep(weight, hessian, rule, read.factor)
-        energy = max(cost(weight, read.varying), np.finfo(np.float64).tiny)
-        before, after = cost(bare - weight, read.products), cost(left - weight, read.free)
+            left, _ = sweep(weight, pairs.hessian, rule, pairs.factor)
+        energy = max(cost(weight, pairs.varying), np.finfo(np.float64).tiny)
+        before, after = cost(bare - weight, pairs.products), cost(left - weight, pairs.free)
         errors = np.sqrt(np.maximum(0, (before, after)) / energy)
         return Fitted(left, self._bias(layer, read.mean, weight - left), float(errors[0]), float(errors[1]))
 
@@ -305,10 +322,8 @@ class _Problem:
 
     @classmethod
     def of(cls, seen: Moments, weight: np.ndarray, ridge: float, *, offset: bool) -> _Problem:
-        mean, missed = offset * seen.x / seen.rows, offset * seen.r / seen.rows
-        hessian = damped(seen.xx / seen.rows - mean[:, :, None] * mean[:, None, :], ridge)
-        pull = seen.xr / seen.rows - mean[:, :, None] * missed[:, None, :]
-        return cls(weight + np.linalg.solve(hessian, pull), hessian, mean, missed)
+        system, (change, _) = seen.system(ridge, offset=offset), seen.solve(ridge, offset=offset)
+        return cls(weight + change, system.matrix / seen.rows, system.mean, offset * seen.r / seen.rows)
 
     def change(self, old: np.ndarray, zeros: np.ndarray, *, rough: bool = False) -> tuple[np.ndarray, np.ndarray]:
         """What to add to weight and bias once these are zero."""

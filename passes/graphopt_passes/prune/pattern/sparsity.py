@@ -5,14 +5,17 @@ from __future__ import annotations
 import re
 import zlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 
 import numpy as np
 import onnx_ir as ir
 
+from graphopt.calibration import Dataset
 from graphopt.errors import OptionError, nearest
 from graphopt.pass_base import Change, Context, PassResult
+from graphopt.reference import Feed
+from graphopt_passes.prune.pattern.bench import Bench
 from graphopt_passes.prune.pattern.densities import by_sensitivity, spread
 from graphopt_passes.prune.pattern.fit import Fitted, Method, Refitter, Shifter, layer_of
 from graphopt_passes.prune.pattern.obs import Rule, norm_scores
@@ -50,6 +53,7 @@ class Sparsity:
         refit: Re-solve what is left on calibration data.
         only: Layers: names or operators, with wildcards; none: all.
         skip: Layers to leave alone.
+        spared: Names of layers that stay as they are, while the others lose what they lose beside them.
     """
 
     pattern: str
@@ -60,6 +64,7 @@ class Sparsity:
     refit: bool = True
     only: tuple[str, ...] = ()
     skip: tuple[str, ...] = ()
+    spared: tuple[str, ...] = ()
 
     def requires(self, model: ir.Model, ctx: Context) -> None:
         """Check the options against each other and the model.
@@ -92,19 +97,16 @@ class Sparsity:
 
     def run(self, model: ir.Model, ctx: Context) -> PassResult:
         """Choose the zeros and write them."""
-        sites, skipped = find_sites(model, ctx)
-        chosen, method = list[Site](), self._method(ctx)
-        for site in sites:
-            if reason := self._refusal(site):
-                skipped.append(Change.skipped(site.name, reason))
-            else:
-                chosen.append(site)
-        rules = self._rules(model, chosen, ctx)
+        chosen, skipped = self._choose(model, ctx)
+        rules, method = self._rules(model, chosen, ctx), self._method(ctx)
         fitter = self._fitter(model, ctx) if chosen else None
         before, after, changes = _Amount(), _Amount(), list[Change]()
         for site, rule in zip(ctx.progress(chosen, "sparsifying"), rules, strict=True):
             old = _Amount.of(site)
-            changes.append(_sparsify(model, site, method, rule, fitter, ctx))
+            if site.name in self.spared:
+                changes.append(Change.skipped(site.name, "left alone, as asked"))
+            else:
+                changes.append(_sparsify(model, site, method, rule, fitter, ctx))
             before, after = before + old, after + (_Amount.of(site) if changes[-1].done else old)
         metrics: dict[str, int | float | str | bool] = {
             "pattern": self.pattern,
@@ -120,6 +122,38 @@ class Sparsity:
             "note": _NOTE,
         }
         return PassResult(any(change.done for change in changes), (*changes, *skipped), metrics=metrics)
+
+    def worst_first(
+        self, model: ir.Model, ctx: Context, names: Sequence[str], feeds: Sequence[Feed]
+    ) -> tuple[str, ...]:
+        """Order layers by what each alone, made sparse, costs the outputs, most first.
+
+        Weights inside subgraphs, and those beyond what memory holds twice, come last: no run tells of them.
+
+        Args:
+            model: The model before the step; it does not change.
+            ctx: Holds the samples that layers are fitted to.
+            names: Names of the layers.
+            feeds: What the outputs are judged on.
+        """
+        ctx = replace(ctx, model=model, _facts={})
+        chosen, _ = self._choose(model, ctx)
+        rules = self._rules(model, chosen, ctx)
+        judged_on = Dataset("what is checked", None, lambda: iter(feeds))
+        bench = Bench.of(model, chosen, self._method(ctx), ctx, len(chosen), judged_on)
+        costs = {
+            site.name: bench.alone(site, rule)
+            for site, rule in zip(ctx.progress(chosen, "finding sensitive layers"), rules, strict=True)
+            if site.name in names
+        }
+        return tuple(sorted(names, key=lambda name: -costs.get(name, 0.0)))
+
+    def _choose(self, model: ir.Model, ctx: Context) -> tuple[list[Site], list[Change]]:
+        """Weights that become sparse, and why others do not."""
+        sites, skipped = find_sites(model, ctx)
+        judged = [(site, self._refusal(site)) for site in sites]
+        skipped += [Change.skipped(site.name, reason) for site, reason in judged if reason]
+        return [site for site, reason in judged if not reason], skipped
 
     def _fitter(self, model: ir.Model, ctx: Context) -> Refitter | Shifter | None:
         if ctx.calibration is None:
@@ -137,7 +171,8 @@ class Sparsity:
             raise OptionError("prune.pattern", fact, "write pattern=2:4")
         return int(match[1]), int(match[2])
 
-    def _refusal(self, site: Site) -> str | None:
+    def _refusal(self, site: Site) -> str:
+        """Why a site stays as it is; empty where it does not."""
         of, run = self._runs()[1], site.layout.run
         if self.only and not _matches(site.name, site.node.op_type, self.only):
             return "not in prune.only"
@@ -145,7 +180,7 @@ class Sparsity:
             return f"prune.skip names {site.name!r}"
         if of and run % of:
             return f"its outputs read {run} input channels, no multiple of {of}"
-        return None
+        return ""
 
     def _rules(self, model: ir.Model, sites: Sequence[Site], ctx: Context) -> list[Rule]:
         """What each site loses."""
