@@ -1,10 +1,12 @@
 """Time and memory of sparse attention against the length: python benchmarks/sparse_attention.py [--lengths 512 ...].
 
 A BERT-shaped encoder with random weights, dense and with `sparse-attention`, in ONNX Runtime, each run in a process of
-its own, so that its peak memory is its own. Writes a table and a plot with logarithmic axes; the slope of a line is the
-power of the length that time grows with. What does not fit into free memory is not run, and the table says so.
+its own, so that its peak memory is its own; processes take turns. Besides, the dense encoder with ONNX Runtime's own
+attention operator, and with `--compiled` the rewritten one compiled for this machine at every length. Writes a table
+and a plot with logarithmic axes; the slope of a line is the power of the length that time grows with. What does not fit
+into free memory is not run, and the table says so.
 
-All lengths take about 10 minutes on two idle cores (an estimate); `--lengths 512 1024 2048` about one.
+All lengths take about 20 minutes on two idle cores (an estimate); `--lengths 512 1024 2048` about two.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -28,14 +30,17 @@ import tables
 
 import graphopt
 from graphopt.model_io import save_model
+from graphopt.reference import Feed
 
 Array = np.ndarray[Any, np.dtype[Any]]
 _LENGTHS = (512, 1024, 2048, 4096, 8192, 16384)
 _STEPS = ("sparse-attention{width=256}", "sparse-attention{width=256 loop=true}")
 _DENSE = "dense"
-_NOTE = """{layers} layers, hidden {hidden}, {heads} heads, batch 1, {threads} threads; median of {runs} runs after \
-one to warm up. Memory is the peak of the whole process, the runtime and the weights included. Slopes (log-log, over \
-the lengths from {first} on): {slopes}."""
+_OPERATOR = "dense, com.microsoft.MultiHeadAttention without a mask"
+_COMPILED = "compiled"
+_NOTE = """{layers} layers, hidden {hidden}, {heads} heads, batch 1, {threads} threads; median of {rounds} processes \
+in turn, each the median of {runs} runs after one to warm up. Memory is the peak of the whole process, runtime and \
+weights included. Slopes (log-log, over all lengths, and from {first} on): {slopes}."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +59,7 @@ class Figure:
     milliseconds: float
     megabytes: float
     fault: str = ""
+    remark: str = ""
 
 
 def main() -> None:
@@ -64,17 +70,35 @@ def main() -> None:
         return
     shape = Shape(layers=options.layers)
     with tempfile.TemporaryDirectory() as name:
-        models = _models(Path(name), shape, options.steps)
-        found = {
-            (label, length): _figure(path, length, shape, options)
-            for length in options.lengths
-            for label, path in models.items()
-        }
+        models, found = _models(Path(name), shape, options.steps), dict[tuple[str, int], Figure]()
+        for length in options.lengths:
+            there = models | (_compiled(Path(name), length, options.steps[0]) if options.compiled else {})
+            rounds = [
+                {label: _figure(path, length, shape, options) for label, path in there.items()}
+                for _ in range(options.rounds)
+            ]
+            found |= {(label, length): _middle([figures[label] for figures in rounds]) for label in there}
     _write(found, shape, options)
 
 
-def encoder(shape: Shape, seed: int = 0) -> ir.Model:
-    """A BERT-shaped encoder, from vectors `x` `[batch, length, hidden]` and a mask `[batch, length]` to vectors `y`."""
+def _middle(figures: Sequence[Figure]) -> Figure:
+    faults = [figure for figure in figures if figure.fault]
+    if faults:
+        return faults[0]
+    milliseconds, megabytes = (
+        float(np.median([getattr(figure, name) for figure in figures])) for name in ("milliseconds", "megabytes")
+    )
+    return Figure(milliseconds, megabytes, remark=figures[0].remark)
+
+
+def encoder(shape: Shape, seed: int = 0, *, operator: bool = False) -> ir.Model:
+    """A BERT-shaped encoder, from vectors `x` `[batch, length, hidden]` and a mask `[batch, length]` to vectors `y`.
+
+    Args:
+        shape: Its size.
+        seed: Of its weights.
+        operator: Its attention is ONNX Runtime's operator, which is fastest without a mask.
+    """
     rng, weights = np.random.default_rng(seed), dict[str, Array]()
     body = [
         "real = Cast<to=1>(mask)",
@@ -84,7 +108,7 @@ def encoder(shape: Shape, seed: int = 0) -> ir.Model:
     ]
     value = "x"
     for layer in range(shape.layers):
-        value = _layer(body, weights, f"l{layer}_", value, shape, rng)
+        value = _layer(body, weights, f"l{layer}_", value, shape, rng, operator=operator)
     constants = {
         "one": np.float32(1),
         "low": np.float32(-10000),
@@ -100,7 +124,7 @@ def encoder(shape: Shape, seed: int = 0) -> ir.Model:
     arrays = {name: np.asarray(array) for name, array in (constants | weights).items()}
     declared = ", ".join(f"{_element(a)}[{','.join(map(str, a.shape))}] {name}" for name, a in arrays.items())
     signature = f"(float[batch,length,{h}] x, int64[batch,length] mask) => (float[batch,length,{h}] y)"
-    opening = '<ir_version: 8, opset_import: ["" : 17]>'
+    opening = '<ir_version: 8, opset_import: ["" : 17, "com.microsoft" : 1]>'
     proto = onnx.parser.parse_model(f"{opening}\nencoder {signature} <{declared}> {{\n" + "\n".join(body) + "\n}")
     proto.graph.initializer.extend(onnx.numpy_helper.from_array(array, name) for name, array in arrays.items())
     return ir.from_proto(proto)
@@ -110,7 +134,16 @@ def _element(array: Array) -> str:
     return "float" if array.dtype == np.float32 else "int64"
 
 
-def _layer(body: list[str], weights: dict[str, Array], p: str, x: str, shape: Shape, rng: np.random.Generator) -> str:
+def _layer(
+    body: list[str],
+    weights: dict[str, Array],
+    p: str,
+    x: str,
+    shape: Shape,
+    rng: np.random.Generator,
+    *,
+    operator: bool,
+) -> str:
     """Add one layer; returns the name of its result."""
     h = shape.hidden
 
@@ -130,17 +163,23 @@ def _layer(body: list[str], weights: dict[str, Array], p: str, x: str, shape: Sh
     orders = {"q": "0,2,1,3", "k": "0,2,3,1", "v": "0,2,1,3"}
     for name, order in orders.items():
         linear(name, x, h, h)
-        body.append(f"{p}{name}4 = Reshape({p}{name}, split)")
-        body.append(f"{p}{name}t = Transpose<perm=[{order}]>({p}{name}4)")
-    body += [
-        f"{p}raw = MatMul({p}qt, {p}kt)",
-        f"{p}scaled = Div({p}raw, scale)",
-        f"{p}masked = Add({p}scaled, bias)",
-        f"{p}shares = Softmax<axis=-1>({p}masked)",
-        f"{p}mixed = MatMul({p}shares, {p}vt)",
-        f"{p}back = Transpose<perm=[0,2,1,3]>({p}mixed)",
-        f"{p}joined = Reshape({p}back, join)",
-    ]
+        if not operator:
+            body.append(f"{p}{name}4 = Reshape({p}{name}, split)")
+            body.append(f"{p}{name}t = Transpose<perm=[{order}]>({p}{name}4)")
+    fused = f"com.microsoft.MultiHeadAttention<num_heads={shape.heads}>({p}q, {p}k, {p}v)"
+    body += (
+        [f"{p}joined = {fused}"]
+        if operator
+        else [
+            f"{p}raw = MatMul({p}qt, {p}kt)",
+            f"{p}scaled = Div({p}raw, scale)",
+            f"{p}masked = Add({p}scaled, bias)",
+            f"{p}shares = Softmax<axis=-1>({p}masked)",
+            f"{p}mixed = MatMul({p}shares, {p}vt)",
+            f"{p}back = Transpose<perm=[0,2,1,3]>({p}mixed)",
+            f"{p}joined = Reshape({p}back, join)",
+        ]
+    )
     first = norm("n1", x, linear("o", f"{p}joined", h, h))
     wide = linear("f1", first, h, 4 * h)
     body += [
@@ -159,7 +198,9 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--steps", nargs="*", default=_STEPS, help="pipelines to compare")
     parser.add_argument("--layers", type=int, default=6)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--runs", type=int, default=5)
+    parser.add_argument("--runs", type=int, default=3, help="in one process")
+    parser.add_argument("--rounds", type=int, default=3, help="processes")
+    parser.add_argument("--compiled", action="store_true", help="compile the first pipeline for this machine as well")
     parser.add_argument("--name", default="sparse_attention", help="of the table")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     return parser.parse_args()
@@ -169,12 +210,21 @@ def _models(folder: Path, shape: Shape, steps: Sequence[str]) -> dict[str, Path]
     """The dense model and what each pipeline makes of it."""
     source = folder / "dense.onnx"
     save_model(encoder(shape), source)
-    found = {_DENSE: source}
+    found = {_DENSE: source, _OPERATOR: folder / "operator.onnx"}
+    save_model(encoder(shape, operator=True), found[_OPERATOR])
     for number, step in enumerate(steps):
         out = folder / f"out{number}"
         graphopt.optimize(source, step, out=out, check="none")
         found[step] = out / "model.onnx"
     return found
+
+
+def _compiled(folder: Path, length: int, step: str) -> dict[str, Path]:
+    """What a pipeline makes of the model, compiled for one length."""
+    out = folder / f"compiled{length}"
+    dims = {"batch": 1, "length": length}
+    graphopt.optimize(folder / "dense.onnx", step, target="x86", dims=dims, out=out, check="none")
+    return {f"{step}, {_COMPILED}": out / "model.so"}
 
 
 def _figure(path: Path, length: int, shape: Shape, options: argparse.Namespace) -> Figure:
@@ -198,20 +248,41 @@ def _figure(path: Path, length: int, shape: Shape, options: argparse.Namespace) 
 
 def _measured(job: Mapping[str, Any]) -> Figure:
     """Run one model at one length, in the child."""
+    path, length = Path(job["model"]), job["length"]
+    x = np.random.default_rng(0).standard_normal((1, length, job["hidden"])).astype(np.float32)
+    feed: Feed = {"x": x, "mask": np.ones((1, length), np.int64)}
+    if path.suffix == ".onnx":
+        return Figure(*_timed(_session(path, feed, job["threads"]), job["runs"]))
+    from graphopt_backends._engine import Engine
+
+    engine = Engine(path, held if (held := path.with_suffix(".weights")).exists() else None, job["threads"])
+    outputs, run = engine.bound([feed["x"], feed["mask"]])
+    milliseconds, megabytes = _timed(run, job["runs"])
+    expected = _session(path.with_name("model.onnx"), feed, job["threads"])()[0]
+    remark = f"differs from ONNX Runtime by at most {np.abs(outputs[0] - expected).max():.0e}"
+    return Figure(milliseconds, megabytes, remark=remark)
+
+
+def _session(path: Path, feed: Feed, threads: int) -> Callable[[], Any]:
+    """A run in ONNX Runtime."""
     import onnxruntime as ort
 
     options = ort.SessionOptions()
-    options.intra_op_num_threads, options.log_severity_level = job["threads"], 3
-    session = ort.InferenceSession(job["model"], options, providers=["CPUExecutionProvider"])
-    x = np.random.default_rng(0).standard_normal((1, job["length"], job["hidden"])).astype(np.float32)
-    feed = {"x": x, "mask": np.ones((1, job["length"]), np.int64)}
-    session.run(None, feed)
+    options.intra_op_num_threads, options.log_severity_level = threads, 3
+    session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    given = {port.name: feed[port.name] for port in session.get_inputs()}
+    return lambda: session.run(None, given)
+
+
+def _timed(run: Callable[[], object], runs: int) -> tuple[float, float]:
+    """Median milliseconds, and the peak of memory in MB."""
+    run()
     times: list[float] = []
-    for _ in range(job["runs"]):
+    for _ in range(runs):
         start = time.perf_counter()
-        session.run(None, feed)
+        run()
         times.append(time.perf_counter() - start)
-    return Figure(1e3 * float(np.median(times)), _status("VmHWM") / 1024)
+    return 1e3 * float(np.median(times)), _status("VmHWM") / 1024
 
 
 def _status(key: str) -> int:
@@ -231,10 +302,17 @@ def _write(found: Mapping[tuple[str, int], Figure], shape: Shape, options: argpa
     first = sorted(options.lengths)[len(options.lengths) // 2]
     labels = dict.fromkeys(label for label, _ in found)
     slopes = [
-        f"{label} time {_slope(found, label, first, 0)}, memory {_slope(found, label, first, 1)}" for label in labels
+        f"{label}: time {_slope(found, label, 0, 0)}, {_slope(found, label, first, 0)}; memory "
+        f"{_slope(found, label, 0, 1)}, {_slope(found, label, first, 1)}"
+        for label in labels
     ]
     notes = _NOTE.format(
-        **asdict(shape), threads=options.threads, runs=options.runs, first=first, slopes="; ".join(slopes)
+        **asdict(shape),
+        threads=options.threads,
+        runs=options.runs,
+        rounds=options.rounds,
+        first=first,
+        slopes="; ".join(slopes),
     )
     tables.write(options.name, "Sparse attention", head, rows, notes)
     (tables.RESULTS / f"{options.name}.svg").write_text(_plot(found), "utf8")
@@ -245,7 +323,7 @@ def _row(label: str, length: int, figure: Figure, dense: Figure) -> tuple[object
         return length, label, "", "", "", "", figure.fault
     faster, less = dense.milliseconds / figure.milliseconds, dense.megabytes / figure.megabytes
     gains = ("", "") if label == _DENSE or dense.fault else (f"{faster:.2f}", f"{less:.2f}")
-    return length, label, f"{figure.milliseconds:.0f}", f"{figure.megabytes:.0f}", *gains, ""
+    return length, label, f"{figure.milliseconds:.0f}", f"{figure.megabytes:.0f}", *gains, figure.remark
 
 
 def _slope(found: Mapping[tuple[str, int], Figure], label: str, first: int, column: int) -> str:

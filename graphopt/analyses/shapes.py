@@ -17,14 +17,14 @@ from graphopt.analyses._subgraph_shapes import carried_values, infer_carried, le
 from graphopt.analyses.constants import CONSTANTS
 from graphopt.analyses.names import Names
 from graphopt.errors import GraphoptError
-from graphopt.model_io import EMBED_LIMIT, input_specs
+from graphopt.model_io import input_specs
 from graphopt.pass_base import Analysis, Context
 from graphopt.reference import Reference, random_feed
 
 __all__ = ["CONCRETE_SHAPES", "SHAPES", "Shapes", "ShapesAnalysis"]
 
 Dims = tuple[int | str | None, ...]
-_LARGE = EMBED_LIMIT // 4  # elements of weights that are not read for shapes only
+_LARGE = 1 << 22  # elements of weights that are not read for shapes only
 _log = logging.getLogger(__name__)
 
 

@@ -28,7 +28,18 @@ from graphopt.report.figures import (
 )
 from graphopt.report.markup import EMPTY, Markup, join, page, tag
 from graphopt.report.plots import bar, pair, time_bar
-from graphopt.report.sections import backend, fidelity, how_badge, layers, model, reproduce, section, steps, table
+from graphopt.report.sections import (
+    backend,
+    fidelity,
+    heads,
+    how_badge,
+    layers,
+    model,
+    reproduce,
+    section,
+    steps,
+    table,
+)
 
 __all__ = ["render_html", "render_measured_html"]
 
@@ -41,6 +52,7 @@ def render_html(report: Report) -> str:
         _header(report),
         tag("div", *_cards(report), cls="cards"),
         _remarks(report),
+        heads(report),
         layers(report),
         steps(report),
         fidelity(report),

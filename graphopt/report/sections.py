@@ -7,10 +7,11 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from graphopt.pass_base import Change, Scalar
 from graphopt.report.data import LayerRow, Port, Report, StepReport
 from graphopt.report.figures import agreement_text, count, number, plural, quantity, ratio, scalar, size
+from graphopt.report.heads import is_of_head, maps
 from graphopt.report.markup import EMPTY, Markup, join, tag
 from graphopt.report.plots import layer_bars
 
-__all__ = ["backend", "fidelity", "how_badge", "layers", "model", "reproduce", "section", "steps", "table"]
+__all__ = ["backend", "fidelity", "heads", "how_badge", "layers", "model", "reproduce", "section", "steps", "table"]
 
 _SHOWN_LAYERS = 60
 _MOODS = {"executed": "good", "emulated": "warn", "compiled only": "warn", "estimated": "warn"}
@@ -86,6 +87,16 @@ def _largest(rows: Iterable[LayerRow], what: str) -> int:
     return max((cost.macs or 0 if what == "macs" else cost.weight_bytes for cost in costs), default=0)
 
 
+def heads(report: Report) -> Markup:
+    """What heads of attention keep, layer by layer, where a pass tells."""
+    pictures = maps(report)
+    lead = (
+        "Percent of what each head attended to that it still sees, on calibration data: layers from top to bottom, "
+        "heads from left to right. Darker cells keep more; letters say what a head sees."
+    )
+    return section("Attention kept", lead, *pictures) if pictures else EMPTY
+
+
 # ---------------------------------------------------------------- steps
 
 
@@ -124,7 +135,8 @@ def _step(step: StepReport) -> Markup:
 
 
 def _change(change: Change) -> tuple[str, str, str]:
-    figures = ", ".join(f"{key} {scalar(value)}" for key, value in sorted(change.details.items()))
+    details = sorted((key, value) for key, value in change.details.items() if not is_of_head(key))
+    figures = ", ".join(f"{key} {scalar(value)}" for key, value in details)
     site = tag("span", change.site, cls="name")
     return site, tag("span", change.action, cls="done" if change.done else "skip"), tag("span", figures, cls="soft")
 

@@ -26,6 +26,7 @@ from graphopt.report.figures import (
     slower,
     speedup,
 )
+from graphopt.report.heads import heads_text
 from graphopt.report.layout import Line, columns, cut, print_lines, width_of, wrapped
 
 if TYPE_CHECKING:
@@ -63,6 +64,8 @@ def _lines(report: Report, measured: Measured | None, width: int, verbose: bool)
     yield ()
     for label, text, how in _checked(report):
         yield from wrapped(label, text, how, width)
+    for text in filter(None, map(heads_text, report.steps)):
+        yield from wrapped("attention", text, "", width)
     yield from _left_alone(report, width, verbose)
     for note in (*report.notes, *(slower(measured) if measured else ())):
         yield from wrapped("note", clean(note), "", width, style="yellow")

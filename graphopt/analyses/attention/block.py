@@ -99,6 +99,8 @@ class AttentionBlock:
         zero_rows: True: a query whose keys are all hidden by infinity gets zeros. False: NaN, as the formula says.
         score_type: Type that the softmax is computed in.
         past: Whether caches of earlier tokens join keys and values.
+        besides: What an operator does that is not said here, and that whoever replaces it must spell out: masks that it
+            makes itself, projections, ...; empty where it does nothing else.
         dropped: Why nobody should replace the core: its scores are an output, windows make it local already, ...; empty
             where nothing speaks against it.
     """
@@ -129,4 +131,5 @@ class AttentionBlock:
     zero_rows: bool = False
     score_type: ir.DataType
     past: bool = False
+    besides: str = ""
     dropped: str = ""

@@ -1,10 +1,12 @@
 """Operators that are an attention by themselves.
 
-operator                     query, key, value                       not said by a block, so `dropped`
-Attention                    [N, H, L, W] or [N, L, H*W]             caches, lengths of keys, windows, scores as output
-MultiHeadAttention           [N, L, H*W], keys [N, H, L, W] too      bias, caches, masks of keys, packed inputs
-GroupQueryAttention          [N, L, H*W]                             lengths of keys, caches, rotation, packed inputs
-Attention of ONNX Runtime    all three one input, projected inside   the projection
+operator                     query, key, value                       not said by a block: `besides`, or `dropped` (!)
+Attention                    [N, H, L, W] or [N, L, H*W]             caches!, lengths of keys!, windows!, scores out!
+MultiHeadAttention           [N, L, H*W], keys [N, H, L, W] too      bias, masks of keys, packed inputs, keys as output,
+                                                                     caches!, scores out!
+GroupQueryAttention          [N, L, H*W]                             lengths of keys, packed inputs, keys as output,
+                                                                     caches!, rotation!, windows!, sinks!
+Attention of ONNX Runtime    all three one input, projected inside   the projection, caches!, rotation!
 """
 
 from __future__ import annotations
@@ -85,6 +87,7 @@ class _Found:
     zero_rows: bool = False
     axes: tuple[Axes, Axes, Axes] | None = None
     reasons: tuple[str, ...] = ()
+    besides: tuple[str, ...] = ()
     factor: float = 1.0
     nodes: tuple[ir.Node, ...] = ()
 
@@ -124,10 +127,16 @@ def read_operator(node: ir.Node, name: str, sizes: Sizes) -> AttentionBlock | No
         causal=causality(found.masks, sizes, operator=found.causal),
         softcap=found.softcap,
         zero_rows=found.zero_rows,
-        score_type=sizes.shapes[0].dtype(query) or ir.DataType.FLOAT,
+        score_type=_score_type(query, sizes),
         past=found.past,
+        besides=next(iter(found.besides), ""),
         dropped=next(iter(found.reasons), ""),
     )
+
+
+def _score_type(query: ir.Value, sizes: Sizes) -> ir.DataType:
+    known = sizes.shapes[0].dtype(query)
+    return ir.DataType.FLOAT if known is None or known.is_integer() else known  # quantized inputs: scales are floats
 
 
 def _standard(operator: _Operator) -> _Found | None:
@@ -259,9 +268,12 @@ def _multi_head(operator: _Operator) -> _Found | None:
         past=operator.reads(6, 7),
         axes=axes,
         reasons=_reasons(
-            ("query, key and value come packed", packed),
             ("a cache joins its keys", operator.reads(6, 7)),
-            ("its keys or scores are outputs", operator.used(1, 2, 3)),
+            ("its scores are an output", operator.used(3)),
+        ),
+        besides=_reasons(
+            ("query, key and value come packed", packed),
+            ("its keys are outputs", operator.used(1, 2)),
             ("it hides keys by a mask of samples and keys", operator.reads(4)),
             ("it adds a bias to query, key and value itself", bias is not None),
         ),
@@ -289,9 +301,13 @@ def _group_query(operator: _Operator) -> _Found | None:
         axes=_ALL_FLAT,
         reasons=_reasons(
             (f"its window of {window} is local already", window > 0),
-            ("query, key and value come packed", packed),
             ("a cache joins its keys", operator.reads(3, 4)),
             ("it turns query and key itself", bool(operator.int("do_rotary"))),
+            ("it weighs a sink as well", operator.reads(11) or bool(operator.int("smooth_softmax"))),
+            ("its scores are an output", operator.used(3)),
+        ),
+        besides=_reasons(
+            ("query, key and value come packed", packed),
             ("it hides keys behind a length for each sample", True),
         ),
     )
@@ -303,8 +319,7 @@ def _projecting(operator: _Operator) -> _Found | None:
     if source is None or not heads or total is None:
         return None
     parts = operator.node.attributes.get_ints("qkv_hidden_sizes", ()) or (total // 3,) * 3
-    quantized = operator.node.op_type == "QAttention"
-    past = operator.input(8 if quantized else 4) is not None
+    past = operator.reads(8 if operator.node.op_type == "QAttention" else 4)
     return _Found(
         heads=heads,
         kv_heads=heads,
@@ -314,7 +329,11 @@ def _projecting(operator: _Operator) -> _Found | None:
         causal=bool(operator.int("unidirectional")),
         past=past,
         axes=(_WHOLE, _WHOLE, _WHOLE),
-        reasons=("it projects its input itself",),
+        reasons=_reasons(
+            ("a cache joins its keys", past),
+            ("it turns query and key itself", bool(operator.int("do_rotary"))),
+        ),
+        besides=("it projects its input itself",),
     )
 
 

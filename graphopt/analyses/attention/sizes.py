@@ -7,11 +7,12 @@ every open dimension a prime number of its own, so that products of sizes come a
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import numpy as np
 import onnx_ir as ir
 
+from graphopt.analyses.attention.observed import Probe
 from graphopt.analyses.attention.settings import settings
 from graphopt.analyses.channels.rules.reshape import Block, match_blocks
 from graphopt.analyses.channels.shape_values import Content, Entry, constant_content, evaluate, numbers
@@ -141,10 +142,10 @@ def measure(model: ir.Model, ctx: Context) -> Sizes:
         shapes = ctx.fact(CONCRETE_SHAPES)
         inputs = {spec.name: spec.concrete(ctx.binding) for spec in specs}
         return Sizes((shapes, shapes), inferred, constants, (inputs, inputs))
-    computed = [value for node in model.graph for value in node.outputs if value.name]
+    computed, probe = [value for node in model.graph for value in node.outputs if value.name], Probe(model, ctx)
     found: list[tuple[int, Sizes]] = []
     for pair in settings(specs, ctx.binding):
-        seen = [CONCRETE_SHAPES.compute(model, replace(ctx, binding=setting, _facts={})) for setting in pair]
+        seen = [probe.shapes(setting) for setting in pair]
         inputs, others = ({spec.name: spec.concrete(setting) for spec in specs} for setting in pair)
         untold = sum(not _tells(shapes, value) for shapes in seen for value in computed)
         found.append((untold, Sizes((seen[0], seen[1]), inferred, constants, (inputs, others))))

@@ -19,7 +19,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-__all__ = ["Band", "Kind", "band_of", "visible"]
+__all__ = ["Band", "Kind", "band_of", "computed_scores", "seen_scores", "visible"]
 
 Array = np.ndarray[Any, np.dtype[Any]]
 Kind = Literal["window", "strided", "block"]
@@ -98,3 +98,22 @@ def visible(band: Band, length: int) -> Array:
     found |= key < band.leading
     found |= query < band.leading
     return found & (key <= query) if band.causal else found
+
+
+def computed_scores(band: Band, length: int) -> int:
+    """Scores that a head computes, those that are hidden afterwards and those of means of blocks among them."""
+    blocks = -(-length // band.rows)
+    means = blocks if band.pooled else 0
+    leading = 0 if band.causal else min(band.leading, length) * length
+    return blocks * band.rows * (band.columns + means) + leading
+
+
+def seen_scores(band: Band, length: int) -> int:
+    """Scores that a head uses; a mean of a block counts as one."""
+    own = int(visible(band, length).sum())
+    if not band.pooled:
+        return own
+    number = np.arange(length) // band.rows
+    back = number[:, None] - np.arange(number[-1] + 1)
+    far = back > 1 if band.causal else np.abs(back) > 1
+    return own + int(far[band.leading :].sum())

@@ -1,7 +1,8 @@
 """Attention on a band, in standard operators: time and memory grow with the length, not with its square.
 
-Queries are cut into blocks, and the keys that a block meets are gathered beside it (Longformer, Beltagy et al. 2020,
-keeps them in overlapping blocks). Then two products of small matrices, with a softmax between, do all blocks:
+Queries are cut into blocks, and the keys that a block meets are gathered beside it, in runs of neighbours where it can
+be (Longformer, Beltagy et al. 2020, keeps them in overlapping blocks). Then two products of small matrices, with a
+softmax between, do all blocks:
 
     [..., blocks, rows, width] x [..., blocks, width, columns] -> softmax -> x [..., blocks, columns, width]
 """
@@ -33,7 +34,7 @@ class Operands:
     """Queries, keys and values with their last axes length and width.
 
     Attributes:
-        query: Scaled.
+        query: Not yet scaled.
         key: Its heads repeat along an axis of size 1 where there are fewer of them.
         value: As `key`.
         lead: What lies along the axes of `query` before those two.
@@ -62,17 +63,7 @@ def operands(writer: Writer, block: AttentionBlock, length: ir.Value, shapes: Sh
     value = arranged(writer, block.value, block.value_axes, (*kv_lead, *last), value_sizes, kv_groups)
     if shapes.dtype(block.query) != block.score_type and block.score_type in _WIDER:
         query, key = (writer.op("Cast", each, to=int(block.score_type)) for each in (query, key))
-    return Operands(_scaled(writer, query, block, shapes), key, value, lead)
-
-
-def _scaled(writer: Writer, query: ir.Value, block: AttentionBlock, shapes: Shapes) -> ir.Value:
-    dtype = block.score_type if block.score_type in _WIDER else shapes.dtype(block.query) or block.score_type
-    if isinstance(block.scale, ir.Value):
-        scale = block.scale
-        return writer.op(
-            "Mul", query, scale if shapes.dtype(scale) == dtype else writer.op("Cast", scale, to=int(dtype))
-        )
-    return query if block.scale == 1 else writer.op("Mul", query, writer.number(block.scale, dtype))
+    return Operands(query, key, value, lead)
 
 
 def to_output(writer: Writer, block: AttentionBlock, value: ir.Value, lead: Axes, length: ir.Value) -> ir.Value:
@@ -110,8 +101,9 @@ class Core:
         if self._loop and frame.band is not None and not frame.band.pooled:
             return self._in_turns(given, frame, bands)
         writer, axis = self._writer, len(given.lead)
-        query = writer.op("Gather", given.query, frame.queries, axis=axis)
-        key, value = (self._met(each, frame, axis) for each in (given.key, given.value))
+        query = self._scaled(writer.op("Gather", given.query, frame.queries, axis=axis))
+        key = self._met(given.key, frame, axis, self._block.width)
+        value = self._met(given.value, frame, axis, self._block.value_width)
         bias = band_bias(writer, self._block, bands, frame)
         rank = axis + 3
         scores = self._added(self._masked_form(self._product(query, key, rank), frame, frame.columns), bias.value)
@@ -131,7 +123,7 @@ class Core:
 
         def step(writer: Writer, queries: ir.Value, keys: ir.Value) -> ir.Value:
             inner = Core(writer, self._block, self._shapes)
-            query = writer.op("Gather", given.query, queries, axis=axis)
+            query = inner._scaled(writer.op("Gather", given.query, queries, axis=axis))
             key, value = (writer.op("Gather", each, keys, axis=axis) for each in (given.key, given.value))
             scores = inner._masked_form(inner._product(query, key, axis + 2), frame, frame.columns)
             if bias.value is not None:
@@ -142,11 +134,28 @@ class Core:
         result = one_by_one(self._writer, frame, step, kind, axis + 2)
         return self._joined(self._zeroed(result, bias, frame, given.lead), frame, given.lead)
 
-    def _met(self, value: ir.Value, frame: Frame, axis: int) -> ir.Value:
+    def _scaled(self, query: ir.Value) -> ir.Value:
+        """Right before the product, into which runtimes take a constant factor."""
+        writer, block, shapes = self._writer, self._block, self._shapes
+        dtype = block.score_type if block.score_type in _WIDER else shapes.dtype(block.query) or block.score_type
+        if isinstance(block.scale, ir.Value):
+            scale = block.scale
+            return writer.op(
+                "Mul", query, scale if shapes.dtype(scale) == dtype else writer.op("Cast", scale, to=int(dtype))
+            )
+        return query if block.scale == 1 else writer.op("Mul", query, writer.number(block.scale, dtype))
+
+    def _met(self, value: ir.Value, frame: Frame, axis: int, width: int) -> ir.Value:
         """`[..., blocks, columns, width]`: what blocks of queries meet."""
+        writer, runs = self._writer, frame.runs
         if frame.band is None:
-            return self._writer.unsqueezed(value, axis)
-        return self._writer.op("Gather", value, frame.keys, axis=axis)
+            return writer.unsqueezed(value, axis)
+        if runs is None:
+            return writer.op("Gather", value, frame.keys, axis=axis)
+        lead = [0] * axis
+        whole = writer.reshaped(writer.op("Gather", value, runs.places, axis=axis), [*lead, -1, runs.size * width])
+        met = writer.op("Gather", whole, runs.numbers, axis=axis)
+        return writer.reshaped(met, [*lead, -1, frame.band.columns, width])
 
     def _product(self, query: ir.Value, key: ir.Value, rank: int) -> ir.Value:
         """`[lead, blocks, rows, columns]`, in the type of the softmax, bounded where the model bounds them."""
@@ -191,6 +200,7 @@ class Core:
         axis, last = len(self._block.score_axes), writer.constant([np.iinfo(np.int64).max])
         near = writer.part(weights, axis, 0, int(frame.columns) if isinstance(frame.columns, int) else frame.columns)
         rest = writer.part(weights, axis, frame.columns, last)
+        near, rest = (self._lead(w, lead, frame, n) for w, n in ((near, frame.columns), (rest, far.count)))
         return writer.op("Add", writer.op("MatMul", near, value), writer.op("MatMul", rest, far.values))
 
     def _zeroed(self, result: ir.Value, bias: Bias, frame: Frame, lead: Axes) -> ir.Value:

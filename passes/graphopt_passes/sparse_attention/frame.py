@@ -8,9 +8,10 @@ import numpy as np
 import onnx_ir as ir
 
 from graphopt_passes.sparse_attention._patterns import Band
+from graphopt_passes.sparse_attention._runs import in_runs
 from graphopt_passes.sparse_attention.writer import Writer
 
-__all__ = ["Frame", "Length", "band_frame", "block_queries", "dense_frame", "leading_frame"]
+__all__ = ["Frame", "Length", "Runs", "band_frame", "block_queries", "dense_frame", "leading_frame"]
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,21 @@ class Length:
 
 
 @dataclass(frozen=True, eq=False)
+class Runs:
+    """Keys of blocks as runs of neighbours.
+
+    Attributes:
+        size: Keys in a run.
+        places: `[runs * size]`, positions of the keys of all runs, clipped as `Frame.keys` are.
+        numbers: `[blocks, columns / size]`, the runs that a block meets.
+    """
+
+    size: int
+    places: ir.Value
+    numbers: ir.Value
+
+
+@dataclass(frozen=True, eq=False)
 class Frame:
     """`blocks` blocks of `rows` queries, each of which meets `columns` keys.
 
@@ -39,6 +55,7 @@ class Frame:
         queries: `[blocks, rows]`, positions; behind the end of the sequence the last one is repeated.
         keys: `[blocks, columns]`, positions; before the start and behind the end the first and last are repeated.
         seen: Boolean, broadcasts to `[blocks, rows, columns]`; None: all.
+        runs: The same keys as runs; None: they are met one by one.
     """
 
     length: Length
@@ -49,15 +66,17 @@ class Frame:
     queries: ir.Value
     keys: ir.Value
     seen: ir.Value | None
+    runs: Runs | None = None
 
 
 def band_frame(writer: Writer, band: Band, length: Length) -> Frame:
-    """The blocks of a band."""
+    """The blocks of a band, which gets whole runs of keys where that costs little."""
+    band, size = in_runs(band)
     n, rows = length.value, band.rows
     last = writer.op("Sub", n, writer.constant([1]))
     blocks, starts = _starts(writer, n, rows)
-    query = writer.op("Add", starts, writer.constant(range(rows)))
-    key = writer.op("Add", starts, writer.constant(band.offsets.astype(np.int64)))
+    query = _offset(writer, starts, np.arange(rows))
+    key = _offset(writer, starts, band.offsets)
     inside = writer.op("And", _at_least(writer, key, band.leading), _below(writer, key, n))
     seen = band.seen
     if band.leading:
@@ -71,8 +90,23 @@ def band_frame(writer: Writer, band: Band, length: Length) -> Frame:
     if band.leading and band.causal:
         earlier = writer.op("GreaterOrEqual", writer.unsqueezed(query, 2), writer.unsqueezed(key, 1))
         allowed = writer.op("And", allowed, earlier)
-    clipped = writer.op("Min", writer.op("Max", key, writer.constant([0])), last)
-    return Frame(length, band, blocks, rows, band.columns, writer.op("Min", query, last), clipped, allowed)
+    runs = None if size == 1 else _runs(writer, band, size, blocks, last)
+    query, key = writer.op("Min", query, last), _clipped(writer, key, last)
+    return Frame(length, band, blocks, rows, band.columns, query, key, allowed, runs)
+
+
+def _runs(writer: Writer, band: Band, size: int, blocks: ir.Value, last: ir.Value) -> Runs:
+    step, each = band.rows // size, band.columns // size
+    count = writer.op("Add", writer.op("Mul", blocks, writer.constant([step])), writer.constant([each - step]))
+    key = writer.op(
+        "Add", _range(writer, writer.op("Mul", count, writer.constant([size]))), writer.constant([int(band.offsets[0])])
+    )
+    starts = writer.unsqueezed(writer.op("Mul", _range(writer, blocks), writer.constant([step])), 1)
+    return Runs(size, _clipped(writer, key, last), _offset(writer, starts, np.arange(each)))
+
+
+def _clipped(writer: Writer, key: ir.Value, last: ir.Value) -> ir.Value:
+    return writer.op("Min", writer.op("Max", key, writer.constant([0])), last)
 
 
 def leading_frame(writer: Writer, leading: int, length: Length) -> Frame:
@@ -96,7 +130,7 @@ def dense_frame(writer: Writer, length: Length, *, causal: bool) -> Frame:
 
 def block_queries(writer: Writer, rows: int, length: Length) -> tuple[ir.Value, ir.Value]:
     """Positions in blocks, the last one repeated behind the end, and whether they lie within the sequence."""
-    position = writer.op("Add", _starts(writer, length.value, rows)[1], writer.constant(range(rows)))
+    position = _offset(writer, _starts(writer, length.value, rows)[1], np.arange(rows))
     last = writer.op("Sub", length.value, writer.constant([1]))
     return writer.op("Min", position, last), _below(writer, position, length.value)
 
@@ -106,6 +140,11 @@ def _starts(writer: Writer, n: ir.Value, rows: int) -> tuple[ir.Value, ir.Value]
     size = writer.constant([rows])
     blocks = writer.op("Div", writer.op("Add", n, writer.constant([rows - 1])), size)
     return blocks, writer.unsqueezed(writer.op("Mul", _range(writer, blocks), size), 1)
+
+
+def _offset(writer: Writer, starts: ir.Value, offsets: np.ndarray) -> ir.Value:
+    """`[blocks, offsets]`. With offsets as a vector, onnx' propagation of data takes `starts` for one too and fails."""
+    return writer.op("Add", starts, writer.constant(offsets.astype(np.int64)[None]))
 
 
 def _range(writer: Writer, count: ir.Value) -> ir.Value:

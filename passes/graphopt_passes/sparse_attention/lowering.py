@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import onnx_ir as ir
 
-from graphopt.analyses.attention import AttentionBlock
+from graphopt.analyses.attention import AttentionBlock, Axes
 from graphopt.analyses.constants import Constants
 from graphopt.analyses.shapes import Shapes
 from graphopt_passes.sparse_attention._patterns import Band
@@ -20,6 +20,9 @@ from graphopt_passes.sparse_attention.unit_axes import UnitAxes
 from graphopt_passes.sparse_attention.writer import Writer, sweep
 
 __all__ = ["Lowering", "Part"]
+
+_FEED_FORWARD = 4
+"""Sizes of the hidden layers of feed-forward networks, in those of all heads together."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,6 +69,8 @@ class Lowering:
         """
         writer, length = self._prepared(block)
         given = operands(writer, block, length.value, self._shapes)
+        if not self._loop:
+            parts = [piece for part in parts for piece in _pieces(block, part, given.lead)]
         if len(parts) == 1:
             result, dense = self._attended(writer, block, given, parts[0], length, None)
         else:
@@ -89,7 +94,9 @@ class Lowering:
             dense += [name for name in whole if name not in dense]
         order = np.argsort(np.concatenate([part.heads for part in parts]))
         joined = writer.op("Concat", *results, axis=axis)
-        return writer.op("Gather", joined, writer.constant(order.astype(np.int64)), axis=axis), tuple(dense)
+        if (np.diff(order) < 0).any():
+            joined = writer.op("Gather", joined, writer.constant(order.astype(np.int64)), axis=axis)
+        return joined, tuple(dense)
 
     def _prepared(self, block: AttentionBlock) -> tuple[Writer, Length]:
         last = block.output.producer()
@@ -164,6 +171,18 @@ class Lowering:
         self._instead[old] = new
         old.replace_all_uses_with(new, replace_graph_outputs=True)
         sweep(list(reversed(block.nodes)))
+
+
+def _pieces(block: AttentionBlock, part: Part, lead: Axes) -> list[Part]:
+    """The same heads, as many at once as make their scores no larger than the hidden layer of a feed-forward network.
+
+    What is computed one after another shares its memory, and what is smaller stays in caches.
+    """
+    if part.band is None or not {"head", "kv_head"} & set(lead):
+        return [part]
+    at_once = max(1, _FEED_FORWARD * block.kv_heads * block.value_width // part.band.columns)
+    count = -(-len(part.heads) // at_once)
+    return [Part(tuple(map(int, heads)), part.band) for heads in np.array_split(part.heads, count)]
 
 
 def _heads(block: AttentionBlock, numbers: Sequence[int]) -> Heads:

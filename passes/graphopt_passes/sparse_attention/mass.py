@@ -85,9 +85,9 @@ def _add(masses: Masses, weights: Array, maps: Sequence[Array], mask: Array | No
     """Add samples `[samples, heads, queries, keys]`."""
     samples, _, length, _ = weights.shape
     real = np.ones((samples, length), bool) if mask is None or mask.shape != (samples, length) else mask
+    together = np.einsum("bhqk,bq->hqk", weights, real, dtype=np.float32)
     for number, seen in enumerate(maps):
-        kept = np.einsum("bhqk,qk,bq->h", weights, seen, real, dtype=np.float64, optimize=True)
-        masses.kept[number] += kept
+        masses.kept[number] += np.sum(together, axis=(1, 2), where=seen, dtype=np.float64)
     masses.queries += int(real.sum())
     masses.longest = max(masses.longest, length)
 

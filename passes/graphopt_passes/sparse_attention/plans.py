@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
 import onnx_ir as ir
 
 from graphopt.analyses.attention import AttentionBlock
 from graphopt.pass_base import Context
-from graphopt_passes.sparse_attention._patterns import Band
+from graphopt_passes.sparse_attention._patterns import Band, computed_scores, seen_scores
 from graphopt_passes.sparse_attention.learned import Setting, choose
 from graphopt_passes.sparse_attention.lowering import Part
 from graphopt_passes.sparse_attention.mass import Masses, measured, shares_of_heads, weights_of
@@ -27,6 +28,8 @@ class Plan:
         kept: Share of its attention that each head keeps, where data tell.
         longest: Length of the longest sample; 0 without data.
         reason: Why it had better stay as it is; empty if it had not.
+        causal: Whether queries see no later key.
+        sees: What that is for each head, where heads differ.
     """
 
     parts: tuple[Part, ...] = ()
@@ -34,6 +37,8 @@ class Plan:
     kept: Mapping[str, float] = field(default_factory=dict[str, float])
     longest: int = 0
     reason: str = ""
+    causal: bool = False
+    sees: Mapping[str, str] = field(default_factory=dict[str, str])
 
 
 def fixed_plans(
@@ -57,7 +62,8 @@ def fixed_plans(
         parts = (Part(tuple(range(block.kv_heads)), band),) if band is not None else ()
         masses = kept.get(block)
         shares = {} if masses is None else shares_of_heads(masses, 0)
-        plans[block] = Plan(parts, kept=shares, longest=0 if masses is None else masses.longest)
+        longest = 0 if masses is None else masses.longest
+        plans[block] = Plan(parts, kept=shares, longest=longest, causal=block.causal == "yes")
     return plans
 
 
@@ -73,11 +79,12 @@ def learned_plans(
         choices = choose(block, masses, tried, own, keep)
         by_setting = dict(zip(tried, own, strict=True))
         parts = [Part(c.heads, None if c.setting is None else by_setting[c.setting]) for c in choices]
-        shares, each = dict[str, float](), block.heads // block.kv_heads
+        shares, sees, each = dict[str, float](), dict[str, str](), block.heads // block.kv_heads
         for choice in choices:
             row = None if choice.setting is None else masses.shares[tried.index(choice.setting)]
             for head in (number * each + i for number in choice.heads for i in range(each)):
                 shares[f"head {head}"] = 1.0 if row is None else round(float(row[head]), 4)
+                sees[f"head {head} sees"] = "everything" if choice.setting is None else str(choice.setting)
         texts = [f"{_numbers(c.heads)}: {'everything' if c.setting is None else c.setting}" for c in choices]
         alone = all(choice.setting is None for choice in choices)
         plans[block] = Plan(
@@ -86,16 +93,42 @@ def learned_plans(
             dict(sorted(shares.items(), key=lambda item: int(item[0].split()[1]))),
             masses.longest,
             f"no pattern keeps {keep:g} of what its heads attend to" if alone else "",
+            block.causal == "yes",
+            sees,
         )
     return plans
 
 
 def mass_metrics(plans: Iterable[Plan]) -> dict[str, int | float | str | bool]:
-    """The mean and the least share of its attention that a head keeps."""
+    """What heads keep of their attention, in the mean and at least, and what is left of the scores.
+
+    Scores are those of the longest sample: `scores_seen` that queries use, of those they used before, and
+    `scores_computed`, with what blocks compute in vain, of all that attention without a band computes.
+    """
+    plans = list(plans)
     shares = [share for plan in plans if not plan.reason for share in plan.kept.values()]
     if not shares:
         return {}
-    return {"attention_kept": round(sum(shares) / len(shares), 4), "attention_kept_least": min(shares)}
+    seen, all_seen, computed, every = np.sum([_scores(plan) for plan in plans], axis=0)
+    return {
+        "attention_kept": round(sum(shares) / len(shares), 4),
+        "attention_kept_least": min(shares),
+        "scores_seen": round(float(seen / all_seen), 4),
+        "scores_computed": round(float(computed / every), 4),
+    }
+
+
+def _scores(plan: Plan) -> tuple[int, int, int, int]:
+    """Scores of one sample that are seen, that were seen, that are computed, and that were computed."""
+    length, whole = plan.longest, plan.longest**2
+    visible = length * (length + 1) // 2 if plan.causal else whole
+    heads = len(plan.kept) // max(1, sum(len(part.heads) for part in plan.parts))
+    seen, computed = 0, 0
+    for part in plan.parts:
+        number = heads * len(part.heads)
+        seen += number * (visible if part.band is None else seen_scores(part.band, length))
+        computed += number * (whole if part.band is None else computed_scores(part.band, length))
+    return seen, len(plan.kept) * visible, computed, len(plan.kept) * whole
 
 
 def _numbers(heads: Sequence[int]) -> str:

@@ -65,8 +65,6 @@ def why_not_on(block: AttentionBlock, band: Band, units: UnitAxes) -> str:
     """Why a core cannot be computed on a band; empty if it can."""
     if not band.pooled:
         return ""
-    if block.kv_heads < block.heads:
-        return "blocks are not pooled where heads share keys"
     for value in (value for mask in masks_left(block) for value in mask_values(mask)):
         rank = units.shapes.rank(value) or 0
         if rank > 1 and not units.one(value, rank - 2):

@@ -12,6 +12,7 @@ import onnx_ir as ir
 
 from graphopt.analyses import CONSTANTS, SHAPES
 from graphopt.analyses.attention import ATTENTION, AttentionBlock
+from graphopt.analyses.shapes import Shapes
 from graphopt.errors import ModelError, OptionError, nearest
 from graphopt.opset import opset_version, raise_opset
 from graphopt.options import opt
@@ -22,6 +23,7 @@ from graphopt_passes.sparse_attention.lowering import Lowering
 from graphopt_passes.sparse_attention.mass import weights_of
 from graphopt_passes.sparse_attention.plans import Plan, fixed_plans, learned_plans, mass_metrics
 from graphopt_passes.sparse_attention.reasons import why_not, why_not_on, why_short
+from graphopt_passes.sparse_attention.spelled import Spelled, spell_out, why_not_spelled
 from graphopt_passes.sparse_attention.unit_axes import UnitAxes
 from graphopt_passes.sparse_attention.windowed import narrow, takes_window
 
@@ -48,6 +50,8 @@ class SparseAttention(Pass):
     learned  for every head the cheapest that keeps the share `keep` of its attention on calibration data: windows from
              an eighth of `width` to twice that, with and without global tokens, strided ones, or everything
     In all of them the first `global_tokens` tokens are seen by all queries, and see all keys.
+
+    Operators of ONNX Runtime are spelled out where they are rewritten; a causal GroupQueryAttention gets a window.
 
     Refused, and reported: cross-attention, caches, windows that are local already, sequences of a known length of at
     most twice the width, and masks that do not leave a band.
@@ -81,22 +85,31 @@ class SparseAttention(Pass):
 
     def run(self, model: ir.Model, ctx: Context) -> PassResult:
         """Rewrite every attention that can see less."""
+        before, to_spell = opset_version(model), self._to_spell(ctx)
+        kept = _why_not_raised(model, ctx) if to_spell else ""
+        spelled = [] if kept or not to_spell else spell_out(model, self._to_spell(ctx), ctx.fact(SHAPES))
+        if spelled:
+            ctx.drop_facts()
         blocks, plans = self._planned(model, ctx)
         if not all(plan.reason for plan in plans) and opset_version(model) < _OPSET:
-            why = _why_not_raised(model, ctx)
-            if why:
-                plans = [plan if plan.reason else Plan(reason=why) for plan in plans]
-            else:
-                blocks, plans = self._planned(model, ctx)
+            kept = kept or _why_not_raised(model, ctx)
+            blocks, plans = (blocks, plans) if kept else self._planned(model, ctx)
+        if kept:
+            unread = {block.name for block in to_spell}
+            plans = [
+                Plan(reason=kept) if not plan.reason or block.name in unread else plan
+                for block, plan in zip(blocks, plans, strict=True)
+            ]
+        blocks, plans = _put_back(spelled, blocks, plans, ctx)
         lowering = Lowering(model, ctx.fact(SHAPES), ctx.fact(CONSTANTS), loop=self.loop)
-        changes = dict[int, Change]()
+        changes, operators = dict[int, Change](), {each.name: each.node.op_type for each in spelled}
         for number in _in_order_of_outputs(blocks):
             block, plan = blocks[number], plans[number]
             skipped = Change.skipped(block.name, plan.reason) if plan.reason else None
-            changes[number] = skipped or self._change(block, plan, lowering)
+            changes[number] = skipped or self._change(block, plan, lowering, operators.get(block.name))
         done = sum(not plan.reason for plan in plans)
         return PassResult(
-            bool(done),
+            bool(done) or opset_version(model) != before,
             tuple(changes[i] for i in range(len(blocks))),
             metrics={"attentions": len(blocks), "rewritten": done} | mass_metrics(plans),
             notes=self._notes(plans),
@@ -119,10 +132,25 @@ class SparseAttention(Pass):
         return [
             self._left_out(block)
             or why_short(block.queries, self.width)
-            or ("" if self._by_operator(block) else why_not(block, shapes))
+            or ("" if self._by_operator(block) else why_not(block, shapes) or _besides(block, shapes))
             or (_UNSEEN if self.pattern == "learned" and weights_of(block) is None else "")
             or why_not_on(block, self._band(block), units)
             for block in blocks
+        ]
+
+    def _to_spell(self, ctx: Context) -> list[AttentionBlock]:
+        """Operators to spell out: for what they do besides attention, and so that what they attend to can be seen."""
+        shapes, weighed = ctx.fact(SHAPES), self.pattern == "learned" or ctx.calibration is not None
+        return [
+            block
+            for block in ctx.fact(ATTENTION)
+            if block.form == "operator"
+            and (block.besides or weighed)
+            and not self._left_out(block)
+            and not why_short(block.queries, self.width)
+            and not self._by_operator(block)
+            and not why_not(block, shapes)
+            and not why_not_spelled(block, shapes)
         ]
 
     def _by_operator(self, block: AttentionBlock) -> bool:
@@ -163,21 +191,45 @@ class SparseAttention(Pass):
             return ()
         return (f"the longest sample has {longest} positions: what heads attend to further away is not known",)
 
-    def _change(self, block: AttentionBlock, plan: Plan, lowering: Lowering) -> Change:
+    def _change(self, block: AttentionBlock, plan: Plan, lowering: Lowering, operator: str | None) -> Change:
         if self._by_operator(block):
             narrow(block, self.width)
             return Change(block.name, f"window of {self.width}, causal, by the operator itself: {_NO_FASTER}")
         dense = lowering.replace(block, plan.parts)
         what = plan.text or f"{self.pattern} of {self.width}"
         action = f"{what}{', causal' if block.causal == 'yes' else ''}"
+        action += f"; {operator} is spelled out" if operator else ""
         if dense:
             action += f"; the band is taken from {', '.join(map(repr, dense))}, which stays quadratic in the length"
         columns = max((part.band.columns for part in plan.parts if part.band is not None), default=0)
-        return Change(block.name, action, details={"heads": block.heads, "columns": columns, **plan.kept})
+        return Change(block.name, action, details={"heads": block.heads, "columns": columns, **plan.kept, **plan.sees})
+
+
+def _besides(block: AttentionBlock, shapes: Shapes) -> str:
+    """Why an operator that does more than attention keeps doing it; empty for all others."""
+    return why_not_spelled(block, shapes) or block.besides if block.besides else ""
+
+
+def _put_back(
+    spelled: Sequence[Spelled], blocks: Sequence[AttentionBlock], plans: list[Plan], ctx: Context
+) -> tuple[Sequence[AttentionBlock], list[Plan]]:
+    """Give attention that stays as it is its operators back; the cores and plans that there are then."""
+    found = {block.name: plan for block, plan in zip(blocks, plans, strict=True)}
+    staying = [each for each in reversed(spelled) if each.name not in found or found[each.name].reason]
+    if not staying:
+        return blocks, plans
+    for each in staying:
+        each.back()
+    ctx.drop_facts()
+    blocks = ctx.fact(ATTENTION)
+    unknown = Plan(reason="it is not found any more where its operator is spelled out")
+    return blocks, [found.get(block.name, unknown) for block in blocks]
 
 
 def _why_not_raised(model: ir.Model, ctx: Context) -> str:
-    """Raise the opset; says why that cannot be done."""
+    """Raise the opset if it is too low; says why that cannot be done."""
+    if opset_version(model) >= _OPSET:
+        return ""
     if ctx.keep_opset:
         return f"opset {opset_version(model)} is kept, {_OPSET} would be needed"
     try:

@@ -139,7 +139,8 @@ def rewrite(model: ir.Model, *, binding: ShapeBinding | None = None, **options: 
 
 def banded_twin(model: ir.Model, band: Band, length: int) -> ir.Model:
     """A copy for one length whose softmax sees what the band lets it see."""
-    twin, kind = model.clone(), model.graph.inputs[0].dtype
+    floats = [value.dtype for value in model.graph.inputs if value.dtype in (ir.DataType.FLOAT, ir.DataType.FLOAT16)]
+    twin, kind = model.clone(), floats[0] if floats else ir.DataType.FLOAT
     assert kind is not None
     for i, node in enumerate([node for node in twin.graph if node.op_type == "Softmax"]):
         scores = node.inputs[0]

@@ -7,6 +7,7 @@ import onnx
 import onnx_ir as ir
 import pytest
 
+from graphopt.analyses.streaming import expose
 from graphopt.calibration import Dataset
 from graphopt.errors import OptionError
 from graphopt.pass_base import Context, PassResult
@@ -14,7 +15,7 @@ from graphopt.reference import Feed, Reference
 from graphopt.targets import Target
 from graphopt.testing import check_pass
 from graphopt_passes.sparse_attention import SparseAttention
-from graphopt_passes.sparse_attention._patterns import band_of, visible
+from graphopt_passes.sparse_attention._patterns import Kind, band_of, computed_scores, seen_scores, visible
 
 LENGTH = 96
 # logarithms of what heads attend to: neighbours, a wide surrounding, the first two tokens, everything
@@ -28,7 +29,7 @@ RELATIVE = np.stack(
 )
 
 
-def model() -> ir.Model:
+def model(*, masked: bool = True) -> ir.Model:
     text = f"""<ir_version: 8, opset_import: ["" : 17]>
     main (float[B,{LENGTH},32] x) => (float[B,{LENGTH},32] y)
     <int64[4] split = {{0, 0, 4, 8}}, int64[3] join = {{0, 0, 32}}, float scale = {{0.01}},
@@ -36,6 +37,7 @@ def model() -> ir.Model:
     {{ q4 = Reshape(x, split) q = Transpose<perm=[0,2,1,3]>(q4) k = Transpose<perm=[0,2,3,1]>(q4)
        s = MatMul(q, k) t = Mul(s, scale) u = Add(t, m) p = Softmax<axis=-1>(u) o = MatMul(p, q)
        o4 = Transpose<perm=[0,2,1,3]>(o) y = Reshape(o4, join) }}"""
+    text = text if masked else text.replace("u = Add(t, m)", "u = Identity(t)")
     proto = onnx.parser.parse_model(text)
     proto.graph.initializer.append(onnx.numpy_helper.from_array(RELATIVE[None].astype(np.float32), "m"))
     return ir.from_proto(proto)
@@ -97,6 +99,11 @@ def test_a_lower_share_costs_less_and_a_share_of_all_keeps_everything() -> None:
     assert "no pattern keeps 1 of what its heads attend to" in whole.changes[0].action
 
 
+def test_a_head_gets_global_tokens_where_they_keep_much_more_for_little() -> None:
+    action = learn(model(), width=16, keep=1e-4).changes[0].action
+    assert "0,1,3: window 2; 2: window 2 and 4 global" in action
+
+
 def test_fixed_patterns_report_what_they_keep() -> None:
     made = model()
     ctx = Context(made, Target(name="ort"), calibration=samples())
@@ -105,6 +112,31 @@ def test_fixed_patterns_report_what_they_keep() -> None:
     expected = (weights * visible(band_of("window", 3, causal=False), LENGTH)).sum(axis=2).mean(axis=1)
     got = [result.changes[0].details[f"head {head}"] for head in range(4)]
     np.testing.assert_allclose(np.array(got, float), expected, atol=0.01)
+
+
+@pytest.mark.parametrize(
+    ("kind", "width", "leading"), [("window", 16, 0), ("window", 5, 3), ("strided", 8, 0), ("block", 16, 0)]
+)
+def test_scores_are_counted_as_the_model_computes_them(kind: Kind, width: int, leading: int) -> None:
+    made = model(masked=False)
+    ctx = Context(made, Target(name="ort"), calibration=samples())
+    result = SparseAttention(pattern=kind, width=width, global_tokens=leading).run(made, ctx)
+    weights = [node.outputs[0].name or "" for node in made.graph if node.op_type == "Softmax"]
+    feed = next(iter(samples().feeds(1)))
+    found = Reference(expose(made, weights)).run(feed, weights)
+    band = band_of(kind, width, causal=False, leading=leading)
+    assert sum(array.size for array in found.values()) == 4 * computed_scores(band, LENGTH)
+    if not leading:  # queries that are global are computed in their block as well
+        assert sum(np.count_nonzero(array) for array in found.values()) == 4 * seen_scores(band, LENGTH)
+    assert result.metrics["scores_computed"] == round(computed_scores(band, LENGTH) / LENGTH**2, 4)
+    assert result.metrics["scores_seen"] == round(seen_scores(band, LENGTH) / LENGTH**2, 4)
+
+
+def test_scores_of_causal_heads_are_a_share_of_their_half() -> None:
+    band = band_of("window", LENGTH, causal=True)
+    assert seen_scores(band, LENGTH) == LENGTH * (LENGTH + 1) // 2
+    narrow = band_of("window", 1, causal=True)
+    assert seen_scores(narrow, LENGTH) == LENGTH
 
 
 def test_learning_needs_samples() -> None:
