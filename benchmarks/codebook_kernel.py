@@ -25,8 +25,8 @@ from typing import Any
 import numpy as np
 import onnx
 import onnx_ir as ir
-import onnxruntime
 import tables
+from kernels import bound_session
 from onnx import TensorProto, helper, numpy_helper
 
 from graphopt.model_io import ShapeBinding
@@ -39,9 +39,6 @@ from graphopt_backends.network.blockwise import keeps
 from graphopt_backends.x86 import TARGETS
 
 Call = Callable[[], object]
-
-_RUNTIME: Any = onnxruntime
-"""Without types, which it has for a part of its functions only."""
 
 _SHAPES = ((2048, 2048), (3072, 768), (768, 3072), (4096, 4096))
 """Terms of a sum, columns."""
@@ -107,8 +104,8 @@ def _measured(isa: Isa, shape: tuple[int, int, int], options: argparse.Namespace
         packed = _model(shape, {"table": books if number > 1 else books[:, 0]}, codes)
         for threads in options.threads:
             os.sched_setaffinity(0, _CORES)
-            expected, floats = _session(plain.SerializeToString(), feed, columns, threads)
-            _, same = _session(packed.SerializeToString(), feed, columns, threads)
+            expected, floats = bound_session(plain.SerializeToString(), {"x": feed}, threads)
+            _, same = bound_session(packed.SerializeToString(), {"x": feed}, threads)
             with tempfile.TemporaryDirectory(prefix="graphopt-") as folder:
                 results, ours = _engine(packed, isa, Path(folder), threads).bound([feed])
             for call in (floats, same, ours):
@@ -150,26 +147,6 @@ def _engine(model: onnx.ModelProto, isa: Isa, folder: Path, threads: int) -> Eng
     path, cache = folder / "product.so", Path(tempfile.gettempdir()) / "graphopt-kernels"
     made = compile_network(lowered, isa, "x86", path, find_linker(isa, None), cache)
     return Engine(path, path.with_suffix(".weights") if made.separate else None, threads)
-
-
-def _session(model: bytes, feed: np.ndarray, columns: int, threads: int) -> tuple[Any, Call]:
-    """The output, and a call that fills it: everything is bound before, and no run options are given."""
-    options = _RUNTIME.SessionOptions()
-    options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
-    options.log_severity_level = 3
-    if threads == 2:
-        options.add_session_config_entry("session.intra_op_thread_affinities", "2")  # counted from 1
-    session = _RUNTIME.InferenceSession(model, options, providers=["CPUExecutionProvider"])
-    binding, held = session.io_binding(), _RUNTIME.OrtValue.ortvalue_from_numpy(feed)
-    result = _RUNTIME.OrtValue.ortvalue_from_numpy(np.zeros((len(feed), columns), np.float32))
-    binding.bind_ortvalue_input("x", held)
-    binding.bind_ortvalue_output("y", result)
-
-    def call() -> None:
-        _ = held  # which lives as long as its address
-        session.run_with_iobinding(binding)
-
-    return result, call
 
 
 def _interleaved(calls: Mapping[str, Call], threads: int, options: argparse.Namespace) -> dict[str, list[float]]:

@@ -137,7 +137,7 @@ def _measure(
         if not peaks:
             peaks |= {kind: engine.peak(kind) for kind in ("float", "integer")}
         results, ours[threads] = engine.bound(list(feeds.values()))
-        expected, theirs[threads] = _session(model, operator.feeds, threads)
+        expected, theirs[threads] = bound_session(model, operator.feeds, threads)
         ours[threads]()
         theirs[threads]()
         found = results[0].transpose(0, 3, 1, 2) if operator.image else results[0]
@@ -157,7 +157,7 @@ def _compiled(operator: Operator, isa: Isa, folder: Path) -> Path | str:
     return path
 
 
-def _session(model: bytes, feeds: Mapping[str, np.ndarray], threads: int) -> tuple[Any, Call]:
+def bound_session(model: bytes, feeds: Mapping[str, np.ndarray], threads: int) -> tuple[Any, Call]:
     """The output, and a call that fills it: everything is bound before, and no run options are given."""
     options = _RUNTIME.SessionOptions()
     options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
