@@ -25,8 +25,8 @@ from graphopt.analyses.names import Names
 from graphopt.analyses.unit_uses import UnitUse, unit_uses
 from graphopt.calibration import Dataset
 from graphopt.pass_base import Context
-from graphopt.reference import Feed, Reference
-from graphopt_passes.prune.criteria.output import output_distance
+from graphopt.reference import Feed
+from graphopt_passes.prune.allocation.rerun import Rerun, free_weight
 
 __all__ = ["add_offset", "cost_curve", "held_out", "is_affordable", "make_up", "sensitivity"]
 
@@ -35,10 +35,8 @@ Array = np.ndarray[Any, np.dtype[Any]]
 _DEPTHS = (0.3, 0.6, 1.0)
 _SAMPLES = 32
 _FEWEST_SAMPLES = 8
-_BATCH = 8
 _HOLD_OUT = 4
 _MACS = 5e11
-_KEPT_BYTES = 256 << 20
 _WIDEST = 4608
 _MOST_BYTES = 1 << 30
 _FLOATS = (ir.DataType.FLOAT, ir.DataType.DOUBLE, ir.DataType.FLOAT16)
@@ -235,7 +233,7 @@ class _Trial:
         copy, self._inputs = model.clone(), Feed()
         names, nodes = ctx.fact(CONSTANTS).names, {label: node for node, label in Names(copy).labels.items()}
         assert ctx.calibration is not None
-        seen_by_moments, self._data = held_out(ctx.calibration)
+        seen_by_moments, data = held_out(ctx.calibration)
         moments = _channel_moments(model, list(plain), replace(ctx, calibration=seen_by_moments))
         offsets = {layer: add_offset(copy, nodes[layer], self._inputs) for layer in plain}
         masks: dict[tuple[str, int, str, int], str] = {}
@@ -252,29 +250,14 @@ class _Trial:
                     if key not in masks:
                         masks[key] = _add_mask(copy, nodes[key[2]], use, self._inputs, ctx)
                     parts.append(_Mask(use.place, masks[key]))
-        self._session = Reference(copy, threads=ctx.threads, extensions=ctx.extensions)
-        self._feeds, self._wanted = list[Feed](), list[Feed]()
-        self._measure(samples)
-
-    def _measure(self, samples: int) -> None:
-        """Run the samples as they are, until there are enough or their outputs fill memory."""
-        kept = 0
-        for feed in self._data.batches(_BATCH, samples):
-            outputs = self._session.run({**feed, **self._inputs})
-            kept += sum(np.asarray(array).nbytes for array in outputs.values())
-            if self._feeds and kept > _KEPT_BYTES:
-                return
-            self._feeds.append(feed)
-            self._wanted.append(outputs)
+        self._rerun = Rerun(copy, self._inputs, data, samples, ctx)
 
     def change(self, group: int, units: Array) -> float:
         """How far the outputs are from what they were without some units of a group, in parts of their energy."""
         inputs = dict(self._inputs)
         for part in self._parts[group]:
             inputs |= part.without(units, inputs)
-        found = [self._session.run({**feed, **inputs}) for feed in self._feeds]
-        changes = [output_distance([w[k] for w in self._wanted], [f[k] for f in found]) for k in self._wanted[0]]
-        return float(np.mean(changes))
+        return self._rerun.moved(inputs)
 
 
 def _is_plain(use: UnitUse, ctx: Context) -> bool:
@@ -314,16 +297,14 @@ def add_offset(model: ir.Model, node: ir.Node, inputs: Feed) -> str:
     assert weight is not None
     assert weight.const_value is not None
     array, dtype = weight.const_value.numpy(), weight.const_value.dtype
-    inputs[weight.name or ""] = array
-    del model.graph.initializers[weight.name or ""]
-    weight.const_value, weight.type, weight.shape = None, ir.TensorType(dtype), ir.Shape(array.shape)
+    free_weight(model, weight, inputs)
     if node.op_type == "Conv":
         zeros = np.zeros((len(array), *[1] * (array.ndim - 2)), array.dtype)
     else:
         zeros = np.zeros(array.shape[0 if node.attributes.get_int("transB", 0) else 1], array.dtype)
     name = f"graphopt.offset{len(inputs)}"
     offset = ir.Value(name=name, type=ir.TensorType(dtype), shape=ir.Shape(zeros.shape))
-    model.graph.inputs.extend([weight, offset])
+    model.graph.inputs.append(offset)
     inputs[name] = zeros
     output, total = node.outputs[0], ir.node("Add", [None, offset], name=f"{name}.add")
     total.outputs[0].name = f"{name}.sum"

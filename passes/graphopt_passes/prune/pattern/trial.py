@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,19 +11,17 @@ import onnx_ir as ir
 from graphopt.analyses import CONSTANTS, COST
 from graphopt.analyses.names import Names
 from graphopt.pass_base import Context
-from graphopt.reference import Feed, Reference
+from graphopt.reference import Feed
+from graphopt_passes.prune.allocation.rerun import Rerun, free_weight
 from graphopt_passes.prune.allocation.sensitivity import add_offset
-from graphopt_passes.prune.criteria.output import output_distance
 from graphopt_passes.prune.pattern.sites import Site
 
 __all__ = ["Replacement", "Trial"]
 
 _SAMPLES = 64
 _FEWEST_SAMPLES = 8
-_BATCH = 8
 _MACS = 1e12
 _MOST_BYTES = 1 << 30
-_KEPT_BYTES = 256 << 20
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,25 +62,12 @@ class Trial:
             if site.name in self.known and offsets[site.name]:
                 self._offsets[site.name] = add_offset(copy, nodes[names.label(site.node)], self._inputs)
             elif site.name in self.known:
-                _feed_weight(copy, site, self._inputs)
-        self._session = Reference(copy, threads=ctx.threads, extensions=ctx.extensions)
-        most = _MACS / (max(1, ctx.fact(COST).macs) * max(1, runs))
-        self._feeds, self._wanted = list[Feed](), list[Feed]()
-        for feed, outputs in self._runs(int(np.clip(most, _FEWEST_SAMPLES, _SAMPLES)), ctx):
-            self._feeds.append(feed)
-            self._wanted.append(outputs)
-
-    def _runs(self, samples: int, ctx: Context) -> Iterator[tuple[Feed, Feed]]:
-        """Batches with their outputs, until there are enough or they fill memory."""
+                free_weight(copy, copy.graph.initializers[site.value.name or ""], self._inputs)
         if ctx.calibration is None:
             raise TypeError("a trial needs samples")
-        kept = 0
-        for feed in ctx.calibration.batches(_BATCH, samples):
-            outputs = self._session.run({**feed, **self._inputs})
-            yield feed, outputs
-            kept += sum(np.asarray(array).nbytes for array in outputs.values())
-            if kept > _KEPT_BYTES:
-                return
+        most = _MACS / (max(1, ctx.fact(COST).macs) * max(1, runs))
+        samples = int(np.clip(most, _FEWEST_SAMPLES, _SAMPLES))
+        self._rerun = Rerun(copy, self._inputs, ctx.calibration, samples, ctx)
 
     def change(self, replaced: Mapping[Site, Replacement]) -> float:
         """How far the outputs move, in parts of their energy, if some weights are others.
@@ -97,9 +82,7 @@ class Trial:
                 inputs[name] = site.layout.array(other.matrix, inputs[name].shape).astype(inputs[name].dtype)
             if (name := self._offsets.get(site.name)) is not None and other.offset.any():
                 inputs[name] = other.offset.reshape(inputs[name].shape).astype(inputs[name].dtype)
-        found = [self._session.run({**feed, **inputs}) for feed in self._feeds]
-        keys = list(self._wanted[0])
-        return float(np.mean([output_distance([w[k] for w in self._wanted], [f[k] for f in found]) for k in keys]))
+        return self._rerun.moved(inputs)
 
 
 def _replaceable(model: ir.Model, sites: Sequence[Site]) -> list[Site]:
@@ -110,12 +93,3 @@ def _replaceable(model: ir.Model, sites: Sequence[Site]) -> list[Site]:
         if model.graph.initializers.get(site.value.name or "") is site.value and total <= _MOST_BYTES:
             found.append(site)
     return found
-
-
-def _feed_weight(model: ir.Model, site: Site, inputs: Feed) -> None:
-    """Make an initializer an input of the model."""
-    name = site.value.name or ""
-    value, tensor = model.graph.initializers.pop(name), site.tensor
-    inputs[name] = tensor.numpy()
-    value.const_value, value.type, value.shape = None, ir.TensorType(tensor.dtype), ir.Shape(inputs[name].shape)
-    model.graph.inputs.append(value)
