@@ -1,15 +1,22 @@
 """What sparse attention costs in quality: GRAPHOPT_ZOO=... python benchmarks/sparse_attention_quality.py [CASE ...].
 
-Two trained models on long inputs, with windows, strided windows, blocks and learned patterns: the metric, and how far
-the outputs move, against the share of attention scores that is left.
+Two trained models on inputs of 512 positions, with windows, strided windows, blocks and learned patterns: the metric,
+and how far the outputs move, against the share of attention scores that is left.
 
-    stories260k  next tokens in 512 tokens: the samples one behind another, as the model was trained
-    minilm       pairs of texts of 256 tokens and more, each made of sentences of STS-B one behind another; the score of
-                 a pair of texts is the mean of those of its pairs of sentences. Every sentence is used once
+    stories260k        next tokens: the samples one behind another, as the model was trained. Two stories in a text have
+                       nothing to do with each other: a window that forgets the first one can beat the dense model
+    stories260k_drawn  next tokens of texts that the model itself wrote, each token drawn from all before it: no other
+                       distribution can be better than that of the dense model, but for the noise of drawing
+    minilm_repeated    pairs of sentences of STS-B, each repeated until the text is full, scored as people did: the
+                       texts say what the sentences say
+    minilm_joined      pairs of texts made of different sentences one behind another, every sentence used once; the
+                       score of a pair is the mean of those of its pairs of sentences. It rewards a model that keeps
+                       sentences apart: windows can beat the dense model
 
 Calibration data are other texts: stories that are not scored, and sentences of SST-2, put together in the same way.
-Figures are kept in the cache folder, as in quant_static.py. All takes about 40 minutes on one core (an estimate),
-`--quick` (stories260k alone) about 5.
+Intervals come from drawing pairs of texts, or stretches of 64 tokens, again and again with all models scored on the
+same ones. Figures are kept in the cache folder, as in quant_static.py. All takes about an hour on one core (an
+estimate), `--quick` (stories260k alone) about 5.
 """
 
 from __future__ import annotations
@@ -18,27 +25,37 @@ import argparse
 import json
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import tables
+from long_inputs import task_of
 from quant_figures import Figure, arguments, kept
 from zoo_quant import load_zoo
 
 import graphopt
 
 Array = np.ndarray[Any, np.dtype[Any]]
-_CASES = ("stories260k", "minilm")
+_CASES = ("stories260k", "stories260k_drawn", "minilm_repeated", "minilm_joined")
 _DENSE = "dense"
-_LENGTH = {"stories260k": 512, "minilm": 256}
-_CLS, _SEP = 101, 102
-_SPREAD = 1.5
-"""Of the pairs of sentences in a text, in points: in any order, means would all be alike."""
 _CALIBRATION = 16
-_KEEPS = {"stories260k": (0.7, 0.8, 0.9, 0.95, 0.98, 0.99), "minilm": (0.15, 0.2, 0.3, 0.5, 0.8, 0.9)}
+_STRETCH = 64
+_DRAWS = 2000
+_WIDTHS = {
+    "stories260k": (32, 64, 128, 192, 255),
+    "stories260k_drawn": (32, 64, 128, 192, 255),
+    "minilm_repeated": (8, 16, 32, 64, 96, 128),
+    "minilm_joined": (16, 64, 128),
+}
+_LEARNED = {
+    "stories260k": [(128, keep) for keep in (0.7, 0.8, 0.9, 0.95, 0.98, 0.99)],
+    "stories260k_drawn": [(128, keep) for keep in (0.7, 0.8, 0.9, 0.95, 0.98, 0.99)],
+    "minilm_repeated": [(16, 0.1)] + [(64, keep) for keep in (0.15, 0.3, 0.4, 0.6, 0.7, 0.8, 0.9)],
+    "minilm_joined": [(64, keep) for keep in (0.15, 0.4, 0.7)],
+}
+"""Width and share to keep."""
 _KINDS = ("strided", "block")
 _ZOO_STEP = "sparse-attention{pattern=learned width=32}"
 _COLOURS = {
@@ -52,99 +69,15 @@ _COLOURS = {
 _FONT = 'font-family="sans-serif" font-size="12"'
 _NOTE = """Scores seen: of those that the dense model uses, the causal half where it is causal. Scores computed: of \
 all that the dense model computes, with those that blocks of queries compute in vain; both for the longest \
-calibration sample. `moved`: how far outputs are from those of the dense model, nats between distributions of the \
-next token, or 1 minus the cosine of embeddings: less noisy than the metric on few samples. A learned pattern \
-dominates a window where it computes no more, is no worse by the metric, and moves the outputs less.
+calibration sample. `against dense`: the metric less that of the dense model, and the interval in which 95 % of \
+differences lie when pairs of texts, or stretches of 64 tokens, are drawn again: one that holds 0 is noise. `moved`: \
+how far outputs are from those of the dense model, nats between distributions of the next token, or 1 minus the \
+cosine of embeddings: hardly noisy, as it needs no labels. A learned pattern dominates a window where it computes no \
+more, moves the outputs less, and is not worse by the metric beyond noise. Where anything sparse beats the dense model \
+beyond noise, learned patterns of few scores on minilm_repeated among it, the metric does not measure what attention \
+loses, and `moved` does. Texts drawn, and sentences repeated, were added after joined ones had shown windows above the \
+dense model; repeated sentences were settled on by what dense and windows scored, before learned patterns were.
 """
-
-
-@dataclass(frozen=True)
-class Task:
-    """Long inputs of one model.
-
-    Attributes:
-        case: Of the zoo.
-        calibration: Arrays by the names of the inputs.
-        inputs: What is scored.
-        labels: What the metric compares with.
-    """
-
-    case: str
-    calibration: dict[str, Array]
-    inputs: dict[str, Array]
-    labels: Array
-
-
-def task_of(case: str) -> Task:
-    """The long inputs of a model."""
-    return _stories() if case == "stories260k" else _texts()
-
-
-def _stories() -> Task:
-    zoo, length = load_zoo(), _LENGTH["stories260k"]
-    whole = {split: zoo.load("stories260k", split) for split in ("calib", "samples", "stories")}
-    rows = {split: _rows(data) for split, data in whole.items()}
-    calibration = _cut(rows["calib"], length + 1)
-    scored = _cut(rows["samples"] + rows["stories"], length + 1)
-    return Task("stories260k", {"input_ids": calibration[:, :-1]}, {"input_ids": scored[:, :-1]}, scored[:, 1:])
-
-
-def _rows(data: Any) -> list[Array]:
-    """Samples of different lengths with their last label, which no input has."""
-    found: list[Array] = []
-    for ids, labels in zip(data.inputs["input_ids"], data.target["labels"], strict=True):
-        real = labels >= 0
-        found.append(np.concatenate([ids[:1], labels[real]]))
-    return found
-
-
-def _cut(rows: Sequence[Array], length: int) -> Array:
-    joined = np.concatenate(rows)
-    return joined[: len(joined) // length * length].reshape(-1, length)
-
-
-def _texts() -> Task:
-    """Pairs of texts; rows 2i and 2i + 1 are one."""
-    zoo, rng = load_zoo(), np.random.default_rng(0)
-    stsb = zoo.load("minilm", "stsb")
-    sentences, scores = _words(stsb.inputs["input_ids"]), stsb.target["labels"]
-    order = np.argsort(scores + _SPREAD * rng.standard_normal(len(scores)), kind="stable")
-    texts, labels = list[list[Array]](), list[float]()
-    start = 0
-    for end in range(1, len(order) + 1):
-        some = order[start:end]
-        sides = [[sentences[2 * i + side] for i in some] for side in (0, 1)]
-        if min(sum(map(len, side)) for side in sides) >= _LENGTH["minilm"] - 2:
-            texts += sides
-            labels.append(float(scores[some].mean()))
-            start = end
-    others = _words(zoo.load("minilm", "calib").inputs["input_ids"])
-    return Task("minilm", _padded(_filled(others)), _padded(texts), np.array(labels))
-
-
-def _words(ids: Array) -> list[Array]:
-    """Sentences without what marks their start and end."""
-    return [row[(row != 0) & (row != _CLS) & (row != _SEP)] for row in ids]
-
-
-def _filled(sentences: Sequence[Array]) -> list[list[Array]]:
-    """Calibration texts of the length of the others."""
-    texts: list[list[Array]] = [[]]
-    for sentence in sentences:
-        if sum(map(len, texts[-1])) >= _LENGTH["minilm"] - 2:
-            if len(texts) == _CALIBRATION:
-                break
-            texts.append([])
-        texts[-1].append(sentence)
-    return texts
-
-
-def _padded(texts: Sequence[Sequence[Array]]) -> dict[str, Array]:
-    rows = [np.concatenate([[_CLS], *text, [_SEP]]) for text in texts]
-    ids = np.zeros((len(rows), max(map(len, rows))), np.int64)
-    for row, into in zip(rows, ids, strict=True):
-        into[: len(row)] = row
-    return {"input_ids": ids, "attention_mask": (ids != 0).astype(np.int64)}
 
 
 def main() -> None:
@@ -176,16 +109,18 @@ def _options() -> argparse.Namespace:
 
 def _steps(case: str) -> Iterator[str]:
     """Pipelines to compare."""
-    widths, reach = ((32, 64, 128, 192, 255), 128) if case == "stories260k" else ((8, 16, 32, 64), 64)
+    widths = _WIDTHS[case]
     yield from (f"sparse-attention{{width={width}}}" for width in widths)
-    yield from (f"sparse-attention{{pattern=learned width={reach} keep={keep}}}" for keep in _KEEPS[case])
-    yield from (f"sparse-attention{{width={width} global_tokens=1}}" for width in widths[:3])
-    yield from (f"sparse-attention{{pattern={kind} width={width}}}" for kind in _KINDS for width in widths[:2])
+    yield from (f"sparse-attention{{pattern=learned width={width} keep={keep}}}" for width, keep in _LEARNED[case])
+    others = {"stories260k": (64, 128), "minilm_repeated": (32,)}.get(case, ())
+    yield from (f"sparse-attention{{width={width} global_tokens=1}}" for width in others)
+    yield from (f"sparse-attention{{pattern={kind} width={width}}}" for kind in _KINDS for width in others)
 
 
 def _measured(job: Mapping[str, Any]) -> Figure:
     """Rewrite and score, in the child."""
-    zoo, task, dense = load_zoo(), task_of(job["case"]), Path(job["cache"]) / f"{job['case']}.npz"
+    zoo, cache = load_zoo(), Path(job["cache"])
+    task, dense = task_of(job["case"], cache), cache / f"{job['case']}.npz"
     case = zoo.cases()[task.case]
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -203,7 +138,42 @@ def _measured(job: Mapping[str, Any]) -> Figure:
     value, count = zoo.METRICS[metric](outputs, {"labels": task.labels})
     with np.load(dense) as before:
         moved = _moved(metric, before["outputs"].astype(np.float64), after.astype(np.float64))
-    return {**figure, "metric": metric, "value": value, "count": count, "moved": moved}
+    units = _units(metric, after.astype(np.float64), task.labels)
+    return {**figure, "metric": metric, "value": value, "count": count, "moved": moved, "units": units}
+
+
+def _units(metric: str, outputs: Array, labels: Array) -> list[list[float]]:
+    """What the metric is made of: the loss of every stretch of tokens, or similarity and score of every pair."""
+    if metric == "perplexity":
+        losses = -np.take_along_axis(_log_softmax(outputs), labels[..., None].astype(np.int64), -1)
+        return losses.reshape(-1, _STRETCH).mean(axis=1, keepdims=True).tolist()
+    outputs = outputs / np.linalg.norm(outputs, axis=-1, keepdims=True)
+    return np.stack([(outputs[::2] * outputs[1::2]).sum(-1), labels], axis=1).tolist()
+
+
+def _interval(one: Figure, other: Figure) -> tuple[float, float]:
+    """In which 95 % of the differences of the metric lie, both scored on the same units, drawn again and again."""
+    first, second = np.array(one["units"]), np.array(other["units"])
+    metric, draws = _value[one["metric"]], np.random.default_rng(0).integers(len(first), size=(_DRAWS, len(first)))
+    low, high = np.percentile([metric(first[draw]) - metric(second[draw]) for draw in draws], (2.5, 97.5))
+    return float(low), float(high)
+
+
+def _spearman(units: Array) -> float:
+    first, second = (_ranks(column) for column in units.T)
+    return float(np.corrcoef(first, second)[0, 1])
+
+
+def _ranks(numbers: Array) -> Array:
+    """Ranks, ties averaged."""
+    _, places, counts = np.unique(numbers, return_inverse=True, return_counts=True)
+    return (np.cumsum(counts) - (counts - 1) / 2)[places]
+
+
+_value: Mapping[str, Callable[[Array], float]] = {
+    "perplexity": lambda units: float(np.exp(units.mean())),
+    "spearman": _spearman,
+}
 
 
 def _rewritten(step: str, calibration: Mapping[str, Array], folder: Path) -> Figure:
@@ -241,7 +211,7 @@ def _looked_at(case: str) -> Figure:
 
 
 def _write(found: Mapping[tuple[str, str], Figure], zoo: Mapping[str, Figure], options: argparse.Namespace) -> None:
-    rows = [_row(case, step, figure) for (case, step), figure in found.items()]
+    rows = [_row(case, step, figure, found.get((case, _DENSE), {})) for (case, step), figure in found.items()]
     heads = [
         f"- {case}, `{step}`, {site}: {action}"
         for (case, step), figure in found.items()
@@ -253,18 +223,25 @@ def _write(found: Mapping[tuple[str, str], Figure], zoo: Mapping[str, Figure], o
     notes = [_NOTE, *verdicts, "", "What learned heads see:", "", *heads]
     if zoo:
         notes += ["", f"`{_ZOO_STEP}` on every model of the zoo, with its own, shorter data:", "", *looked]
-    head = ("case", "step", "scores seen", "scores computed", "attention kept", "metric", "value", "moved", "remarks")
+    head = ("case", "step", "scores seen", "scores computed", "attention kept", "metric", "value")
+    head += ("against dense", "moved", "remarks")
     tables.write(options.name, "What sparse attention costs in quality", head, rows, "\n".join(notes))
     (tables.RESULTS / f"{options.name}.svg").write_text(_plot(found), "utf8")
 
 
-def _row(case: str, step: str, figure: Figure) -> tuple[object, ...]:
+def _row(case: str, step: str, figure: Figure, dense: Figure) -> tuple[object, ...]:
     if "value" not in figure:
-        return (case, f"`{step}`", *[""] * 6, figure["fault"])
+        return (case, f"`{step}`", *[""] * 7, figure["fault"])
     same = step != _DENSE and figure["computed"] == 1
     shares = (f"{100 * figure[key]:.1f} %" if key in figure else "" for key in ("seen", "computed", "kept"))
-    shown = f"{figure['value']:.4f}", f"{figure['moved']:.2g}"
+    against = "" if step == _DENSE or same or "value" not in dense else _shown(figure, dense)
+    shown = f"{figure['value']:.4f}", against, f"{figure['moved']:.2g}"
     return (case, f"`{step}`", *shares, figure["metric"], *shown, "left as it is" if same else "")
+
+
+def _shown(figure: Figure, other: Figure) -> str:
+    low, high = _interval(figure, other)
+    return f"{figure['value'] - other['value']:+.4f} ({low:+.4f} .. {high:+.4f})"
 
 
 def _zoo_row(case: str, figure: Figure) -> str:
@@ -286,15 +263,23 @@ def _verdicts(found: Mapping[tuple[str, str], Figure]) -> Iterator[str]:
             yield f"{case}, `{step}`: no learned pattern computes as little"
             continue
         best = min(fits, key=lambda key: learned[key]["moved"])
-        ours, sign = learned[best], 1 if figure["metric"] == "perplexity" else -1
-        better = ours["moved"] <= figure["moved"], sign * ours["value"] <= sign * figure["value"]
-        words = (
-            "dominates it" if all(better) else "closer to the dense outputs, worse by the metric" if better[0] else "no"
-        )
+        ours = learned[best]
         yield (
-            f"{case}, `{step}` computes {100 * figure['computed']:.1f} % and gets {figure['value']:.4f}: `{best[1]}` "
-            f"computes {100 * ours['computed']:.1f} % and gets {ours['value']:.4f}: {words}"
+            f"{case}, `{step}` computes {100 * figure['computed']:.1f} % and gets {figure['value']:.4f}, moved "
+            f"{figure['moved']:.2g}: `{best[1]}` computes {100 * ours['computed']:.1f} % and gets {ours['value']:.4f}, "
+            f"moved {ours['moved']:.2g}; metric {_shown(ours, figure)}: {_verdict(ours, figure)}"
         )
+
+
+def _verdict(ours: Figure, window: Figure) -> str:
+    """Of a pattern that computes no more than a window."""
+    low, high = _interval(ours, window)
+    worse, better = (low, -high) if ours["metric"] == "perplexity" else (-high, low)
+    if ours["moved"] > window["moved"]:
+        return "no"
+    if worse > 0:
+        return "closer to the dense outputs, but worse by the metric beyond noise"
+    return f"dominates it{', by the metric beyond noise too' if better > 0 else ''}"
 
 
 def _series(step: str) -> str:
@@ -327,13 +312,14 @@ def _panel(left: int, top: int, case: str, figures: Mapping[str, Figure], key: s
 
     metric = next(iter(figures.values()))["metric"]
     title = f"{case}: {metric}" if key == "value" else f"{case}: distance from the dense outputs"
-    yield f'<text x="{left}" y="{top - 14}">{title}, against scores computed</text>'
+    yield f'<text x="{left}" y="{top - 14}">{title}</text>'
     yield f'<rect x="{left}" y="{top}" width="340" height="250" fill="none" stroke="#bbbbbb"/>'
     for height in np.linspace(low, high, 5):
         label = 10**height if key == "moved" else height
-        yield f'<text x="{left - 6}" y="{place(0, height)[1] + 4:.1f}" text-anchor="end">{label:.3g}</text>'
+        yield f'<text x="{left - 6}" y="{place(0, height)[1] + 4:.1f}" text-anchor="end">{label:.4g}</text>'
     for share in (0, 0.25, 0.5, 0.75, 1):
         yield f'<text x="{left + 340 * share}" y="{top + 268}" text-anchor="middle">{100 * share:.0f} %</text>'
+    yield f'<text x="{left + 170}" y="{top + 284}" text-anchor="middle">scores computed</text>'
     for number, (name, colour) in enumerate(_COLOURS.items()):
         points = sorted(
             place(f["computed"], np.log10(f[key]) if key == "moved" else f[key])

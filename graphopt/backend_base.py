@@ -6,7 +6,7 @@ import abc
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import onnx_ir as ir
 
@@ -15,8 +15,8 @@ from graphopt.reference import Feed
 from graphopt.targets import Target
 
 __all__ = [
-    "Backend", "Build", "BuildOptions", "Finding", "Obtained", "Profile", "Runnable", "Runner", "StepTime",
-    "Unsupported",
+    "Backend", "Build", "BuildOptions", "Estimate", "EstimatedStep", "Finding", "Obtained", "Profile", "Runnable",
+    "Runner", "StepTime", "Unsupported",
 ]  # fmt: skip
 
 Obtained = Literal["executed", "emulated", "compiled only", "estimated"]
@@ -97,6 +97,7 @@ class BuildOptions:
         emit: Further outputs: `source`, `asm`.
         cache: The user's cache folder, where fetched runtimes lie.
         threads: Threads that kernels are made for; 0: as many as the target has cores.
+        target: Options of the target, an instance of `Backend.options`; None: all as by default.
     """
 
     binding: ShapeBinding = field(default_factory=ShapeBinding)
@@ -105,6 +106,7 @@ class BuildOptions:
     emit: tuple[str, ...] = ()
     cache: Path = Path()
     threads: int = 0
+    target: Any = None
 
 
 @dataclass(frozen=True)
@@ -113,13 +115,73 @@ class Runner:
 
     Attributes:
         operator: Its type, as it stands in the graph that was compiled: constants folded, others rewritten.
-        runner: `kernels`, `tvm` for TVM's own lowering, or `onnxruntime`.
+        runner: `kernels`, `tvm` for TVM's own lowering, `onnxruntime`, `npu`, or `c` for C source.
         nodes: How many of them.
     """
 
     operator: str
     runner: str
     nodes: int
+
+
+@dataclass(frozen=True)
+class EstimatedStep:
+    """What one step of a compiled model would take, by a model of the hardware.
+
+    Attributes:
+        name: What the compiler calls it.
+        operator: Its kind, as the compiler calls it.
+        sites: Names of the nodes that it computes, as far as they are known.
+        cycles: Until it is done.
+        busy: Cycles for which it keeps arithmetic and memories busy, by name; they overlap, and the longest decides.
+        macs: Multiply-accumulates.
+        utilisation: Share of the multipliers that work in these cycles, from 0 to 1.
+        memory_bytes: Fast memory in use while it runs.
+    """
+
+    name: str
+    operator: str
+    sites: tuple[str, ...] = ()
+    cycles: int = 0
+    busy: Mapping[str, int] = field(default_factory=dict[str, int])
+    macs: int = 0
+    utilisation: float = 0.0
+    memory_bytes: int = 0
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What a compiled part would take, by a model of the hardware: nothing was run.
+
+    Attributes:
+        part: File of the part, relative to the bundle.
+        by: Who says so, with the version.
+        settings: What it holds for: device, clock, memories.
+        cycles: Of one run.
+        seconds: Of one run.
+        busy: Cycles for which it keeps arithmetic and memories busy, by name; they overlap.
+        macs: Multiply-accumulates of one run.
+        utilisation: Share of the multipliers that work, from 0 to 1.
+        memory: Bytes in use by memory.
+        traffic: Bytes that one run reads and writes by memory.
+        weight_bytes: Weights as the model holds them.
+        encoded_bytes: Weights as the device reads them.
+        steps: In order.
+    """
+
+    part: str
+    by: str
+    settings: str
+    cycles: int
+    seconds: float
+    busy: Mapping[str, int] = field(default_factory=dict[str, int])
+    macs: int = 0
+    utilisation: float = 0.0
+    memory: Mapping[str, int] = field(default_factory=dict[str, int])
+    traffic: Mapping[str, int] = field(default_factory=dict[str, int])
+    weight_bytes: int = 0
+    encoded_bytes: int = 0
+    steps: tuple[EstimatedStep, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -132,6 +194,8 @@ class Build:
         facts: Figures and statements for the report, the same on every run: engine, ISA, compiler, sizes, parts.
         fallbacks: Operators that ONNX Runtime runs.
         runners: What runs each operator, sorted.
+        estimates: What parts would take on the target, where their compiler says so.
+        declined: Operators that an accelerator leaves to what runs beside it.
     """
 
     kernel: str | None = None
@@ -139,12 +203,31 @@ class Build:
     facts: Mapping[str, str | int | float | bool] = field(default_factory=dict[str, "str | int | float | bool"])
     fallbacks: tuple[Unsupported, ...] = ()
     runners: tuple[Runner, ...] = ()
+    estimates: tuple[Estimate, ...] = ()
+    declined: tuple[Unsupported, ...] = ()
 
 
 class Backend(abc.ABC):
-    """Base of all backends; stateless, one instance serves every call."""
+    """Base of all backends; stateless, one instance serves every call.
+
+    Attributes:
+        name: How targets name it.
+        options: What can be asked of a build for its targets, as in `NAME:DEVICE{option=value}`: a frozen dataclass
+            whose fields are declared with `graphopt.options.opt`; None: nothing.
+        libraries: Distributions whose versions a build hangs on, beside those that graphopt itself requires.
+    """
 
     name: ClassVar[str]
+    options: ClassVar[type[Any] | None] = None
+    libraries: ClassVar[tuple[str, ...]] = ()
+
+    def reads(self, options: Any) -> Sequence[Path]:
+        """Name the files that options of a target tell a build to read; the result then hangs on what they hold."""
+        return ()
+
+    def explain(self, target: Target) -> Sequence[str]:
+        """Lines that `graphopt explain` adds for a target, such as a table of operators."""
+        return ()
 
     def ready(self, target: Target, options: BuildOptions) -> None:  # noqa: B027
         """Check that this machine can build for the target, before any other work is done.

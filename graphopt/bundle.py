@@ -55,7 +55,7 @@ class Manifest:
         graphopt: Version that wrote it.
         model: Name of the input model's file.
         digest: sha256 of the input model with its weights.
-        target: Name and device, as resolved.
+        target: Name and device, as resolved, with its options.
         pipeline: The pipeline as resolved.
         shapes: Sizes fixed with `--shape` and `--dim`.
         seed: Seed of all random streams.

@@ -43,12 +43,14 @@ class Change:
         action: What was done; for a skipped site `skipped: ` and the reason.
         done: False if the site was left alone.
         details: Figures for the report, such as `{"channels_before": 64, "channels_after": 40}`.
+        replaced: Names of nodes that are gone because something else was put in their place.
     """
 
     site: str
     action: str
     done: bool = True
     details: Mapping[str, Scalar] = field(default_factory=dict[str, Scalar])
+    replaced: tuple[str, ...] = ()
 
     @classmethod
     def skipped(cls, site: str, reason: str) -> Change:

@@ -1,7 +1,8 @@
-"""The text form of a pipeline, parsed and printed back identically.
+"""The text form of a pipeline and of a target with its options, parsed and printed back identically.
 
     pipeline ::= step ("," step)*
     step     ::= NAME [ "{" [option (SPACE option)*] "}" ]
+    target   ::= NAME [ ":" NAME ] [ "{" [option (SPACE option)*] "}" ]
     option   ::= NAME [ "=" value ("," value)* ]          no value means true
     value    ::= bare | '"' text '"'                      bare has no , { } = " or space
 
@@ -16,9 +17,10 @@ from dataclasses import dataclass
 
 from graphopt.errors import OptionError
 
-__all__ = ["Step", "format_pipeline", "parse_pipeline"]
+__all__ = ["Step", "format_pipeline", "parse_pipeline", "parse_target"]
 
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_.\-]*")
+_TARGET = re.compile(r"[^{}\s]+")  # any text: what is no target is refused where all are known
 _BARE = re.compile(r'[^,{}="\s]+')
 _SPACE = re.compile(r"\s*")
 
@@ -53,7 +55,16 @@ def parse_pipeline(text: str) -> tuple[Step, ...]:
     Raises:
         OptionError: The text does not follow the grammar; the message names the column.
     """
-    return _Parser(text).pipeline()
+    return _Parser(text, "--passes").pipeline()
+
+
+def parse_target(text: str) -> Step:
+    """Parse a target with its options, such as `npu:ethos-u55-128{memory_mode=Sram_Only}`.
+
+    Raises:
+        OptionError: What stands in braces does not follow the grammar; the message names the column.
+    """
+    return _Parser(text, "--target").target() if "{" in text else Step(text)
 
 
 def _quote(word: str) -> str:
@@ -64,8 +75,9 @@ def _quote(word: str) -> str:
 
 
 class _Parser:
-    def __init__(self, text: str) -> None:
+    def __init__(self, text: str, given_by: str) -> None:
         self.text = text
+        self.given_by = given_by
         self.at = 0
 
     def pipeline(self) -> tuple[Step, ...]:
@@ -78,8 +90,15 @@ class _Parser:
             raise self.error("expected ',' or the end")
         return tuple(steps)
 
-    def step(self) -> Step:
-        name = self.name("a pass name")
+    def target(self) -> Step:
+        step = self.step("a target", _TARGET)
+        self.skip()
+        if self.at < len(self.text):
+            raise self.error("expected the end")
+        return step
+
+    def step(self, what: str = "a pass name", pattern: re.Pattern[str] = _NAME) -> Step:
+        name = self.name(what, pattern)
         options: list[tuple[str, tuple[str, ...]]] = []
         if self.take("{"):
             while not self.take("}"):
@@ -102,9 +121,9 @@ class _Parser:
             words.append(self.value())
         return name, tuple(words)
 
-    def name(self, what: str) -> str:
+    def name(self, what: str, pattern: re.Pattern[str] = _NAME) -> str:
         self.skip()
-        match = _NAME.match(self.text, self.at)
+        match = pattern.match(self.text, self.at)
         if match is None:
             raise self.error(f"expected {what}")
         self.at = match.end()
@@ -149,4 +168,4 @@ class _Parser:
     def error(self, fact: str, hint: str | None = None) -> OptionError:
         found = repr(self.text[self.at]) if self.at < len(self.text) else "the end"
         fact = fact if hint else f"{fact}, found {found}"
-        return OptionError(f"--passes {self.text!r}", f"column {self.at + 1}: {fact}", hint)
+        return OptionError(f"{self.given_by} {self.text!r}", f"column {self.at + 1}: {fact}", hint)

@@ -8,12 +8,13 @@ import re
 from dataclasses import dataclass
 from typing import Any, cast
 
+from graphopt.backend_base import Backend
 from graphopt.criterion_base import RESERVED, Criterion
 from graphopt.errors import PluginError
 from graphopt.options import specs
 from graphopt.pass_base import Pass
 
-__all__ = ["PluginInfo", "checked_criterion", "checked_pass", "reason", "way_out"]
+__all__ = ["PluginInfo", "checked_backend", "checked_criterion", "checked_pass", "reason", "way_out"]
 
 _NAME = re.compile(r"[a-z][a-z0-9]*(-[a-z0-9]+)*")
 
@@ -57,6 +58,25 @@ def checked_pass(plugin: PluginInfo, cls: Any) -> tuple[str, PluginInfo, type[Pa
         raise plugin.broken(f"{where} needs a name of lower-case letters, digits and dashes, not {name!r}")
     if not isinstance(lossy, bool):
         raise plugin.broken(f"{where} needs lossy = True or lossy = False")
+    _check_options(plugin, cls, where)
+    return name, plugin, cls
+
+
+def checked_backend(plugin: PluginInfo, item: Any) -> tuple[str, PluginInfo, Backend]:
+    """Name, plugin and instance of a backend that a plugin brings.
+
+    Raises:
+        PluginError: It is no backend, or its options break the contract of options.
+    """
+    if not isinstance(item, Backend) or not isinstance(getattr(item, "name", None), str):
+        raise plugin.broken(f"graphopt_backends: {item!r} is not an instance of Backend with a name")
+    if item.options is not None:
+        _check_options(plugin, item.options, f"the class of options of backend {item.name!r}")
+    return item.name, plugin, item
+
+
+def _check_options(plugin: PluginInfo, cls: type[Any], where: str) -> None:
+    """Refuse a class whose fields are not options."""
     parameters = vars(cls).get("__dataclass_params__")
     if parameters is None or not parameters.frozen:
         raise plugin.broken(f"{where} needs the decorator @dataclass(frozen=True, kw_only=True)")
@@ -69,7 +89,6 @@ def checked_pass(plugin: PluginInfo, cls: Any) -> tuple[str, PluginInfo, type[Pa
     for item in dataclasses.fields(cast("Any", cls)):
         if item.init and item.name not in options:
             raise plugin.broken(f"{where}: field {item.name!r} is not declared with opt(...)")
-    return name, plugin, cls
 
 
 def checked_criterion(plugin: PluginInfo, cls: Any) -> tuple[str, PluginInfo, Criterion]:

@@ -28,10 +28,10 @@ from graphopt.backend_base import Backend
 from graphopt.calibration import Dataset
 from graphopt.criterion_base import Criterion
 from graphopt.errors import GraphoptError, OptionError, PluginError, UsageError, nearest
-from graphopt.options import build
+from graphopt.options import build, specs
 from graphopt.pass_base import Pass
-from graphopt.pipeline_text import Step, parse_pipeline
-from graphopt.plugin_checks import PluginInfo, checked_criterion, checked_pass, reason, way_out
+from graphopt.pipeline_text import Step, parse_pipeline, parse_target
+from graphopt.plugin_checks import PluginInfo, checked_backend, checked_criterion, checked_pass, reason, way_out
 from graphopt.targets import Target, TargetTable
 
 if TYPE_CHECKING:
@@ -89,6 +89,39 @@ class Registry:
             OptionError: The text does not parse, names an unknown pass, or an option does not fit.
         """
         return tuple(self.pass_from_step(step) for step in parse_pipeline(text))
+
+    def target_from_text(self, text: str, more: Mapping[str, Any] | None = None) -> tuple[Target, Any]:
+        """Find a target and build its options.
+
+        Args:
+            text: The target as written: `NAME[:DEVICE][{option=value ...}]`.
+            more: Options given beside the text; they win.
+
+        Returns:
+            The target, and an instance of the options of its backend; None if that has none.
+
+        Raises:
+            UsageError: There is no such target.
+            OptionError: The text does not parse, or an option does not fit.
+        """
+        step = parse_target(text)
+        target = self.targets.resolve(step.name)
+        options, given = self.options_of(target), {**step.values, **(more or {})}
+        if options is not None:
+            return target, build(options, given, str(target))
+        if given:
+            raise OptionError(f"{target}.{next(iter(given))}", "no such option", "this target has none")
+        return target, None
+
+    def options_of(self, target: Target) -> type[Any] | None:
+        """What can be asked of a build for a target: a dataclass of options; None: nothing."""
+        backend = self.backends.get(target.backend or "")
+        return None if backend is None else backend.options
+
+    def targets_with(self, option: str) -> tuple[Target, ...]:
+        """Targets that have an option of this name."""
+        having = ((target, self.options_of(target)) for target in self.targets)
+        return tuple(target for target, cls in having if cls and option in {spec.name for spec in specs(cls)})
 
     def backend_of(self, target: Target) -> Backend | None:
         """The backend that compiles for a target; None where the ONNX model itself ships.
@@ -167,9 +200,7 @@ def load_plugins(*, disable: Collection[str] = (), only: Collection[str] | None 
             _claim(passes, *checked_pass(plugin, item), "pass")
     for plugin, items in hooks.lists("graphopt_backends"):
         for item in items:
-            if not isinstance(item, Backend) or not isinstance(getattr(item, "name", None), str):
-                raise plugin.broken(f"graphopt_backends: {item!r} is not an instance of Backend with a name")
-            _claim(backends, item.name, plugin, item, "backend")
+            _claim(backends, *checked_backend(plugin, item), "backend")
     for plugin, items in hooks.lists("graphopt_targets"):
         for item in items:
             if not isinstance(item, Target):

@@ -9,11 +9,13 @@ from pathlib import Path
 import numpy as np
 import onnx_ir as ir
 
-from graphopt.errors import UsageError
+from graphopt.errors import ModelError, UsageError
 from graphopt.model_io import EMBED_LIMIT, InputSpec, ShapeBinding, model_bytes, save_model, weight_bytes
 from graphopt.session import Feed, Session
 
-__all__ = ["Feed", "Reference", "random_feed"]
+__all__ = ["Feed", "Reference", "check_runnable", "random_feed"]
+
+_BIAS = 2
 
 
 class Reference(Session):
@@ -26,7 +28,7 @@ class Reference(Session):
         extensions: Libraries with custom operators (`--ort-extension`).
 
     Raises:
-        ModelError: ONNX Runtime cannot load the model.
+        ModelError: ONNX Runtime cannot load the model, or would crash when it runs it.
     """
 
     def __init__(
@@ -39,6 +41,8 @@ class Reference(Session):
     ) -> None:
         self._folder: tempfile.TemporaryDirectory[str] | None = None
         source: str | bytes
+        if isinstance(model, ir.Model):
+            check_runnable(model)
         if isinstance(model, Path):
             source = str(model)
         elif weight_bytes(model) <= EMBED_LIMIT:
@@ -48,6 +52,21 @@ class Reference(Session):
             source = str(save_model(model, Path(self._folder.name) / "model.onnx")[0])
         name = str(model) if isinstance(model, Path) else model.graph.name or "model"
         super().__init__(source, name, threads=threads, optimize=optimize, extensions=extensions)
+
+
+def check_runnable(model: ir.Model) -> None:
+    """Refuse a model that would end the process that runs it.
+
+    The bias of ONNX Runtime's own Attention is optional, so that a model without loads; when it runs, its kernel for
+    CPUs reads the bias all the same (seen in 1.20.1 and 1.31.1, whatever its other inputs and attributes are).
+
+    Raises:
+        ModelError: It has such an Attention.
+    """
+    for node in (node for owner in (model.graph, *model.functions.values()) for node in owner.all_nodes()):
+        if (node.domain, node.op_type) == ("com.microsoft", "Attention") and not any(node.inputs[_BIAS : _BIAS + 1]):
+            fact = f"its Attention {node.name!r} has no bias, on which ONNX Runtime crashes"
+            raise ModelError(model.graph.name or "model", fact, "give it a bias of zeros")
 
 
 def random_feed(specs: Sequence[InputSpec], binding: ShapeBinding, rng: np.random.Generator) -> Feed:

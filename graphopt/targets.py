@@ -138,6 +138,9 @@ class IntegerRules:
         per_channel: One scale per output channel of a weight, along the axis of `WEIGHT_AXES`.
         power_of_two: All scales are powers of two, as shifts want.
         static_only: Activation ranges must be known before; dynamic and weight-only forms do not run.
+        integers_only: Nothing is computed in float: every operator of `operators` stands between integers wherever its
+            inputs come from and its results go, results of the model included; functions of one number are tables.
+            What else a model has runs on another processor.
         weights_at_load: What depends on constants alone is computed once, when a model is loaded, except for
             DequantizeLinear, which runs on every run.
     """
@@ -149,6 +152,7 @@ class IntegerRules:
     per_channel: bool = True
     power_of_two: bool = False
     static_only: bool = False
+    integers_only: bool = False
     weights_at_load: bool = False
 
 
@@ -198,11 +202,12 @@ class TargetTable:
         return sorted((t for t in self._targets.values() if t.name == name), key=lambda t: (not t.default, str(t)))
 
     def resolve(self, text: str) -> Target:
-        """Find the target written NAME or NAME:DEVICE.
+        """Find the target written NAME or NAME:DEVICE; options in braces after it are not looked at.
 
         Raises:
             UsageError: There is no such target.
         """
+        text = text.partition("{")[0].rstrip()
         if text in self._targets:
             return self._targets[text]
         devices = self.devices(text)

@@ -99,6 +99,65 @@ _LAYOUTS: dict[str, Case] = {
         {**HEADS, "output_axes": ("batch*head", "length", "width")},
         {**WEIGHTS, "rows": ints(0, -1, 8)},
     ),
+    "a tracer's length: open, and written into a Reshape all the same": Case(
+        """m (float[N,T,32] x) => (float[T,N,32] y) {
+            a = MatMul(x, wq)
+            b = MatMul(x, wk)
+            c = MatMul(x, wv)
+            first = Transpose<perm=[1,0,2]>(a)
+            second = Transpose<perm=[1,0,2]>(b)
+            third = Transpose<perm=[1,0,2]>(c)
+            shape = Shape(first)
+            samples = Slice(shape, one, two)
+            length = Slice(shape, zero, one)
+            many = Mul(samples, four)
+            size = Concat<axis=0>(length, many, eight)
+            traced = Concat<axis=0>(seven, many, eight)
+            q3 = Reshape(first, size)
+            k3 = Reshape(second, traced)
+            v3 = Reshape(third, traced)
+            q = Transpose<perm=[1,0,2]>(q3)
+            kt = Transpose<perm=[1,2,0]>(k3)
+            v = Transpose<perm=[1,0,2]>(v3)
+            m = MatMul(q, kt)
+            w = Softmax<axis=-1>(m)
+            z = MatMul(w, v)
+            back = Transpose<perm=[1,0,2]>(z)
+            y = Reshape(back, shape)
+        }""",
+        {**HEADS, "queries": 7, "keys": 7, "same_length": True, "score_axes": ("batch*head", "length", "length")},
+        {**WEIGHTS, "zero": ints(0), "one": ints(1), "two": ints(2), "four": ints(4), "seven": ints(7),
+         "eight": ints(8)},
+    ),
+    "torch's own module: masks of samples and heads on one axis": Case(
+        """m (float[N,T,32] x, float[N,T] low, float[T,T] later) => (float[N,4,T,8] z) {
+            a = MatMul(x, wq)
+            a4 = Reshape(a, split)
+            q = Transpose<perm=[0,2,1,3]>(a4)
+            kt = Transpose<perm=[0,2,3,1]>(a4)
+            shape = Shape(x)
+            samples = Slice(shape, zero, one)
+            length = Slice(shape, one, two)
+            many = Mul(samples, four)
+            by_key = Concat<axis=0>(samples, one, one, length)
+            low4 = Reshape(low, by_key)
+            lows = Expand(low4, heads)
+            by_row = Concat<axis=0>(many, one, length)
+            rows = Reshape(lows, by_row)
+            later3 = Unsqueeze(later, zero)
+            both = Add(later3, rows)
+            apart = Concat<axis=0>(samples, four, minus, length)
+            mask = Reshape(both, apart)
+            s = MatMul(q, kt)
+            m = Add(s, mask)
+            w = Softmax<axis=-1>(m)
+            z = MatMul(w, q)
+        }""",
+        {**HEADS, "causal": "unknown", "same_length": True},
+        {**WEIGHTS, "zero": ints(0), "one": ints(1), "two": ints(2), "four": ints(4), "minus": ints(-1),
+         "heads": ints(1, 4, 1, 1)},
+        masks=("add", "add"),
+    ),
     "one head without an axis for it": Case(
         core("""
             kt = Transpose<perm=[0,2,1]>(k)

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from graphopt.errors import OptionError
-from graphopt.pipeline_text import Step, format_pipeline, parse_pipeline
+from graphopt.pipeline_text import Step, format_pipeline, parse_pipeline, parse_target
 
 names = st.from_regex(r"[A-Za-z_][A-Za-z0-9_.\-]{0,8}", fullmatch=True)
 values = st.lists(st.text(max_size=8), max_size=3).map(tuple)
@@ -20,6 +20,13 @@ def test_printed_pipelines_parse_back(steps: tuple[Step, ...]) -> None:
     text = format_pipeline(steps)
     assert parse_pipeline(text) == steps
     assert format_pipeline(parse_pipeline(text)) == text
+
+
+@given(st.lists(names, min_size=1, max_size=2).map(":".join), options)
+def test_printed_targets_parse_back(name: str, given: tuple[tuple[str, tuple[str, ...]], ...]) -> None:
+    target = Step(name, given)
+    assert parse_target(str(target)) == target
+    assert str(parse_target(str(target))) == str(target)
 
 
 @given(st.text())

@@ -88,7 +88,8 @@ class ShapesAnalysis(Analysis[Shapes]):
         _infer(copy)
         if self.concrete and (open_values := [v for v in _computed(copy.graph) if not _is_static(v)]):
             _observe(model, copy, open_values, ctx)
-            _infer(copy)
+            if not all(_is_told(value) for graph in copy.graphs() for value in _computed(graph)):
+                _infer(copy)
         for value, dims in declared.items():
             if not _is_static(value):
                 value.shape = ir.Shape(dims)
@@ -149,8 +150,9 @@ def _infer(model: ir.Model) -> None:
         for value in graph.initializers.values():
             if value.const_value is not None:
                 value.shape, value.dtype = ir.Shape(value.const_value.shape.numpy()), value.const_value.dtype
-    ShapeInferencePass()(model)
-    infer_carried(model, ShapeInferencePass())
+    leniently = ShapeInferencePass(strict_mode=False)  # one node that makes no sense leaves all others their shapes
+    leniently(model)
+    infer_carried(model, leniently)
 
 
 def _observe(model: ir.Model, copy: ir.Model, values: list[ir.Value], ctx: Context) -> None:
@@ -175,6 +177,11 @@ def _observe(model: ir.Model, copy: ir.Model, values: list[ir.Value], ctx: Conte
 
 def _is_static(value: ir.Value) -> bool:
     return value.shape is not None and value.shape.is_static()
+
+
+def _is_told(value: ir.Value) -> bool:
+    """Whether inference can say nothing more of a value."""
+    return _is_static(value) and value.dtype is not None
 
 
 def _computed(graph: ir.Graph) -> Iterator[ir.Value]:

@@ -28,7 +28,10 @@ dims_option = click.option(
 @click.argument("model", type=click.Path(path_type=Path))
 @click.option("--passes", metavar="TEXT", help="Pipeline, such as 'fold,prune{ratio=0.3},quant'.")
 @click.option("--recipe", metavar="FILE|NAME", help="Pipeline, target and limits from a TOML recipe.")
-@click.option("--target", metavar="NAME[:DEVICE]", help="What to make it for; see: graphopt list.  [default: ort]")
+@click.option(
+    "--target", metavar="NAME[:DEVICE]", help="What to make it for, 'NAME{option=value}' with options.  [default: ort]"
+)
+@click.option("--require-npu", is_flag=True, help="Fail if an operator cannot run on the target's NPU.")
 @click.option("-o", "--out", type=click.Path(path_type=Path), help="Output folder.  [default: <model>.<target>]")
 @click.option("--overwrite", is_flag=True, help="Replace an output folder that graphopt did not write.")
 @click.option("--calibration", metavar="DATA", help="Samples: .npz, folder, module:function or synthetic:SEED.")
@@ -110,6 +113,7 @@ def compile_command(model: Path, **given: Any) -> int:
         force=given["force"],
         disable=given["no_plugin"],
         pack=given["pack"],
+        require_npu=given["require_npu"],
     )
     if given["dry_run"]:
         _show_plan(plan(request), as_json=given["as_json"])
@@ -178,7 +182,7 @@ def _show_plan(plan: Mapping[str, Any], *, as_json: bool) -> None:
 
 def _files(request: Any) -> list[Path]:
     origins = [data.origin for data in (request.calibration, request.evaluation) if data is not None]
-    return [Path(origin) for origin in origins if Path(origin).exists()]
+    return [*request.reads, *(Path(origin) for origin in origins if Path(origin).exists())]
 
 
 def _write_depfile(path: Path, result: Result, inputs: Sequence[Path]) -> None:

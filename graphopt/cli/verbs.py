@@ -65,23 +65,28 @@ def list_command(no_plugin: Any, as_json: bool) -> int:
 
 
 @click.command("explain")
-@click.argument("name")
+@click.argument("name", required=False)
+@click.option("--target", metavar="NAME[:DEVICE]", help="Explain a target, as its name alone does.")
 @_plugin_option
-def explain_command(name: str, no_plugin: Any) -> int:
-    """Explain a pass with its options, or a target."""
+def explain_command(name: str | None, target: str | None, no_plugin: Any) -> int:
+    """Explain a pass or a target, with its options."""
     from graphopt.cli.explanation import explain_pass, explain_target
     from graphopt.plugins import load_plugins
 
     registry = load_plugins(disable=no_plugin)
-    if name in registry.passes:
+    if (name is None) == (target is None):
+        raise UsageError("explain", "needs the name of one pass or one target", "see: graphopt list")
+    if name is not None and name in registry.passes:
         click.echo(explain_pass(registry.passes[name]))
         return ExitCode.OK
     try:
-        target = registry.targets.resolve(name)
+        found = registry.targets.resolve(name or target or "")
     except UsageError as e:
+        if name is None:
+            raise
         known = [*registry.passes, *map(str, registry.targets)]
         raise UsageError(name, "neither a pass nor a target", nearest(name, known)) from e
-    click.echo(explain_target(target))
+    click.echo(explain_target(found, registry.backend_of(found)))
     return ExitCode.OK
 
 

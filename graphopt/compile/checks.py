@@ -19,7 +19,7 @@ from graphopt.compile.request import Request
 from graphopt.errors import DataError, ModelError, PassError
 from graphopt.fidelity import compare, free_memory, needed_memory, run_apart
 from graphopt.model_io import input_specs
-from graphopt.reference import Feed, Reference, random_feed
+from graphopt.reference import Feed, Reference, check_runnable, random_feed
 from graphopt.report.data import Accuracy, Agreement, Fidelity, Inputs
 from graphopt.session import FeedFolder
 
@@ -111,6 +111,7 @@ class Checker:
         feeds = self._stack.enter_context(FeedFolder.temporary(self._source()))
         expected = self._stack.enter_context(FeedFolder.temporary())
         try:
+            check_runnable(self._model)
             self._run(request.model, feeds, expected)
         except ModelError as e:
             match = _UNKNOWN_OPERATOR.search(e.fact)

@@ -63,7 +63,7 @@ def plan(request: Request) -> dict[str, Any]:
     key = cache_key(request)
     return {
         "model": str(request.model),
-        "target": str(request.target),
+        "target": request.target_text,
         "passes": [str(step) for step in request.passes],
         "out": str(request.out),
         "calibration": request.calibration.origin if request.calibration else None,
@@ -82,8 +82,9 @@ def optimize(model: str | Path, passes: Any = None, target: str | None = None, *
         target: What to make it for, such as `"arm"`; `"ort"`, portable ONNX, by default.
         **options: As the command's options: `out`, `recipe`, `calibration`, `evaluation`, `metric_name`, `limits`,
             `shapes`, `dims`, `check`, `verify`, `measure`, `seed`, `threads`, `keep_opset`, `extensions`, `force`,
-            `overwrite`, `fallback`, `emit`, `cc`, `cache`, `disable`, `pack`; and `progress`, a function that
-            wraps loops. Data may be a path, `module:function`, or arrays by input name.
+            `overwrite`, `fallback`, `emit`, `cc`, `cache`, `disable`, `pack`; `target_options`, options of the target
+            by name, which may also stand in its text; `require_npu`; and `progress`, a function that wraps loops. Data
+            may be a path, `module:function`, or arrays by input name.
 
     Returns:
         The bundle with its report. A missed limit is no error: see `exit_code`.
@@ -111,6 +112,7 @@ def run(request: Request, model: ir.Model, progress: Progress | None = None) -> 
         emit=request.emit,
         cache=request.cache,
         threads=request.threads,
+        target=request.target_options,
     )
     if backend is not None:
         backend.ready(request.target, options)
@@ -146,7 +148,7 @@ def _start(request: Request, model: ir.Model, progress: Progress | None, started
     limit = request.limits.time_limit
     deadline = None if limit is None else started + seconds(limit, "--time-limit")
     before = model_summary(model, ctx, input_bytes)
-    notes, words = _opening_notes(request, before), {"target": str(request.target), "pipeline": request.pipeline}
+    notes, words = _opening_notes(request, before), {"target": request.target_text, "pipeline": request.pipeline}
     instruments = instruments_for(request.registry, words)
     return Run(request, ctx, before, ctx.fact(COST), input_bytes, deadline, notes, instruments)
 
@@ -228,6 +230,8 @@ def _compile(
         facts=dict(sorted(built.facts.items())),
         fallbacks=built.fallbacks,
         runners=built.runners,
+        estimates=built.estimates,
+        declined=built.declined,
     )
     how = backend.how(request.target)
     if how not in ("executed", "emulated"):
@@ -261,12 +265,12 @@ def _report(
     data = {"--calibration": request.calibration, "--eval": request.evaluation}
     given = {option: dataset for option, dataset in data.items() if dataset is not None}
     shipped = "" if candidate.limits == missed else _shipped(state.steps)
-    used = versions(request.registry)
+    used = versions(request)
     return Report(
         version=used["graphopt"],
         model=request.model.name,
         digest=request.digest,
-        target=str(request.target),
+        target=request.target_text,
         pipeline=request.pipeline,
         seed=request.seed,
         before=state.before,

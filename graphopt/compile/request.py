@@ -14,8 +14,9 @@ from typing import Any, Literal, cast
 from graphopt.calibration import Dataset, Metric
 from graphopt.compile.decisions import Decisions
 from graphopt.model_io import ShapeBinding
+from graphopt.options import non_defaults
 from graphopt.pass_base import Pass
-from graphopt.pipeline_text import format_pipeline
+from graphopt.pipeline_text import Step, format_pipeline
 from graphopt.plugins import Registry
 from graphopt.recipe import Limits
 from graphopt.targets import Target
@@ -29,7 +30,11 @@ _LIBRARIES = ("apache-tvm", "apache-tvm-ffi", "numpy", "onnx", "onnx-graphsurgeo
 
 @dataclass(frozen=True)
 class Request:
-    """A resolved compile command."""
+    """A resolved compile command.
+
+    Of its fields these are no options of the command: `target_options` is an instance of the options of the target's
+    backend, None where that has none, and `reads` are the files that they name.
+    """
 
     model: Path
     digest: str
@@ -57,6 +62,18 @@ class Request:
     cache: Path = Path()
     force: bool = False
     pack: bool = False
+    target_options: Any = None
+    reads: tuple[Path, ...] = ()
+
+    @property
+    def target_text(self) -> str:
+        """The target with its options as text that parses back; files by their names, as all data."""
+        if self.target_options is None:
+            return str(self.target)
+        names = {str(path): path.name for path in self.reads}
+        given = non_defaults(self.target_options)
+        shown = ((key, tuple(names.get(word, word) for word in words)) for key, words in given.items())
+        return str(Step(str(self.target), tuple(shown)))
 
     @property
     def pipeline(self) -> str:
@@ -64,10 +81,11 @@ class Request:
         return format_pipeline(step.step() for step in self.passes)
 
 
-def versions(registry: Registry) -> dict[str, str]:
+def versions(request: Request) -> dict[str, str]:
     """Versions of the libraries and plugins that take part, sorted by name."""
-    found = {plugin.name: plugin.version for plugin in registry.plugins}
-    for name in _LIBRARIES:
+    found = {plugin.name: plugin.version for plugin in request.registry.plugins}
+    backend = request.registry.backends.get(request.target.backend or "")
+    for name in (*_LIBRARIES, *(backend.libraries if backend else ())):
         try:
             found[name] = version(name)
         except PackageNotFoundError:
@@ -86,7 +104,7 @@ def cache_key(request: Request) -> str | None:
     parts: dict[str, Any] = {
         "model": request.digest,
         "name": request.model.name,
-        "target": asdict(request.target),
+        "target": [asdict(request.target), request.target_text, [_file_digest(path) for path in request.reads]],
         "pipeline": request.pipeline,
         "shapes": [sorted(request.binding.shapes.items()), sorted(request.binding.dims.items())],
         "limits": repr(request.limits),
@@ -94,7 +112,7 @@ def cache_key(request: Request) -> str | None:
         "clock": [request.guard, None if request.decisions is None else asdict(request.decisions)],
         "build": [request.emit, request.cc, request.fallback, request.keep_opset, request.seed, request.threads],
         "pack": request.pack,
-        "versions": versions(request.registry),
+        "versions": versions(request),
         "sources": [_source_digest(plugin.module) for plugin in request.registry.plugins],
         "host": _source_digest("graphopt"),
         "extensions": [_file_digest(Path(name)) for name in request.extensions],
@@ -112,7 +130,8 @@ def cache_key(request: Request) -> str | None:
 
 def command_line(request: Request, data: Mapping[str, str]) -> str:
     """The command that makes the bundle again, without what differs between machines."""
-    words = ["graphopt", request.model.name, "--passes", f"'{request.pipeline}'", "--target", str(request.target)]
+    target = request.target_text if request.target_text == str(request.target) else f"'{request.target_text}'"
+    words = ["graphopt", request.model.name, "--passes", f"'{request.pipeline}'", "--target", target]
     for option, value in data.items():
         words += [option, value]
     for name, shape in request.binding.shapes.items():

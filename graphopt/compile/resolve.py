@@ -18,15 +18,17 @@ from graphopt.errors import UsageError
 from graphopt.model_io import InputSpec, ShapeBinding, check_binding, input_specs, load_model, model_digest
 from graphopt.pack import check_coder
 from graphopt.pass_base import Pass
-from graphopt.pipeline_text import format_pipeline
+from graphopt.pipeline_text import format_pipeline, parse_target
 from graphopt.plugins import Registry, load_plugins
 from graphopt.recipe import Limits, Recipe, load_recipe
+from graphopt.targets import Target
 
 __all__ = ["Arrays", "Data", "resolve"]
 
 Arrays = Mapping[str, np.ndarray[Any, Any]]
 Data = str | Path | Arrays | Dataset
 _MAX_THREADS = 8
+_REQUIRE = "require"
 
 
 def resolve(
@@ -58,6 +60,8 @@ def resolve(
     cache: str | Path | None = None,
     force: bool = False,
     pack: bool = False,
+    target_options: Mapping[str, Any] | None = None,
+    require_npu: bool = False,
     disable: Sequence[str] = (),
     registry: Registry | None = None,
 ) -> tuple[Request, ir.Model]:
@@ -74,7 +78,9 @@ def resolve(
     if pack:
         check_coder()
     wanted = target or (given.target if given else None) or "ort"
-    chosen = registry.targets.resolve(wanted)
+    chosen, options = _target(wanted, target_options or {}, registry, require_npu=require_npu)
+    backend = registry.backends.get(chosen.backend or "")
+    reads = () if backend is None else tuple(backend.reads(options))
     path = Path(model)
     loaded = load_model(path)
     specs = input_specs(loaded)
@@ -94,8 +100,8 @@ def resolve(
     if metric_name and evaluation_data is None:
         raise UsageError("--metric", "needs labelled data", "give it with --eval")
     pipeline = format_pipeline(step.step() for step in steps)
-    folder = Path(out) if out is not None else Path(f"{path.stem}.{wanted}".replace(":", "-"))
-    check_out(folder, [path], overwrite=overwrite)
+    folder = Path(out) if out is not None else Path(f"{path.stem}.{parse_target(wanted).name}".replace(":", "-"))
+    check_out(folder, [path, *reads], overwrite=overwrite)
     return Request(
         model=path,
         digest=model_digest(path),
@@ -123,7 +129,21 @@ def resolve(
         cache=Path(cache) if cache else Path.home() / ".cache" / "graphopt",
         force=force,
         pack=pack,
+        target_options=options,
+        reads=reads,
     ), loaded
+
+
+def _target(wanted: str, given: Mapping[str, Any], registry: Registry, *, require_npu: bool) -> tuple[Target, Any]:
+    """The target and its options; `--require-npu` stands for the option `require` of targets that have one."""
+    if require_npu:
+        target, having = registry.targets.resolve(wanted), registry.targets_with(_REQUIRE)
+        if target not in having:
+            names = ", ".join(sorted({other.name for other in having}))
+            hint = f"give one that has: --target {names}" if names else "no loaded plugin brings one that has"
+            raise UsageError("--require-npu", f"the target {target} has no NPU", hint)
+        given = {**given, _REQUIRE: True}
+    return registry.target_from_text(wanted, given)
 
 
 def _steps(

@@ -50,7 +50,12 @@ def layer_rows(before: Cost, after: Cost, steps: Sequence[StepReport]) -> tuple[
     notes: dict[str, list[LayerNote]] = {}
     for step in steps:
         for change in step.changes:
-            notes.setdefault(change.site, []).append(LayerNote(step.step, change.action, change.done))
+            own = LayerNote(step.step, change.action, change.done, replaced=change.site in change.replaced)
+            notes.setdefault(change.site, []).append(own)
+            for name in change.replaced:
+                if name != change.site:
+                    said = f"replaced together with {change.site}: {change.action}"
+                    notes.setdefault(name, []).append(LayerNote(step.step, said, done=True, replaced=True))
     rows: list[LayerRow] = []
     for cost in before.nodes.values():
         if cost.macs == 0 and cost.params < _LEAST_PARAMS:

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
-from graphopt.backend_base import Obtained, Runner, Unsupported
+from graphopt.backend_base import Estimate, Obtained, Runner, Unsupported
 from graphopt.fidelity import OutputFidelity
 from graphopt.pass_base import Change, Scalar
 
@@ -221,6 +221,8 @@ class BackendReport:
         agreement: Distance from the bundle's `model.onnx`; None if it was not run.
         not_run: Why it was not run, such as `compiled only: qemu-aarch64 not found`.
         runners: What runs each operator.
+        estimates: What parts would take on the target, where their compiler says so.
+        declined: Operators that an accelerator leaves to what runs beside it.
     """
 
     backend: str
@@ -234,6 +236,8 @@ class BackendReport:
     agreement: Agreement | None = None
     not_run: str | None = None
     runners: tuple[Runner, ...] = ()
+    estimates: tuple[Estimate, ...] = ()
+    declined: tuple[Unsupported, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -247,11 +251,19 @@ class LayerCost:
 
 @dataclass(frozen=True)
 class LayerNote:
-    """What one step did to a layer, or why it left it alone."""
+    """What one step did to a layer, or why it left it alone.
+
+    Attributes:
+        step: The step as resolved.
+        action: What it says.
+        done: The step changed something.
+        replaced: The step put something else in the layer's place.
+    """
 
     step: str
     action: str
     done: bool
+    replaced: bool = False
 
 
 @dataclass(frozen=True)
@@ -311,7 +323,7 @@ class Report:
         version: Version of graphopt.
         model: Name of the input model's file.
         digest: sha256 of the input model with its weights.
-        target: Name and device, as resolved.
+        target: Name and device, as resolved, with its options; parses back.
         pipeline: The pipeline as resolved; parses back.
         seed: Seed of all random streams.
         before: The input model.

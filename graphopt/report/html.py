@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 from graphopt.measured import Breakdown, Measured, Measurement
 from graphopt.report.data import Report
+from graphopt.report.estimates import estimated_ms, estimates
 from graphopt.report.figures import (
     accuracy_change,
     fidelity_text,
@@ -54,6 +55,7 @@ def render_html(report: Report) -> str:
         _remarks(report),
         heads(report),
         layers(report),
+        estimates(report),
         steps(report),
         fidelity(report),
         backend(report),
@@ -106,6 +108,9 @@ def _cards(report: Report) -> Iterator[Markup]:
         yield _card(f"Accuracy, {got.metric}", score(got.metric, got.after), accuracy_change(got), got.how, bars)
     else:
         yield _distance_card(report)
+    if report.backend is not None and (found := report.backend.estimates):
+        cycles = tag("div", f"{quantity(sum(part.cycles for part in found))} cycles of one run", cls="small soft")
+        yield _card("Device time", milliseconds(estimated_ms(found)), "", "estimated", cycles)
 
 
 def _sizes(report: Report) -> tuple[int, int]:

@@ -62,9 +62,9 @@ def _layer(row: LayerRow, most_macs: int, most_bytes: int) -> Markup:
     weights = (before.weight_bytes, after.weight_bytes if after else 0)
     name = tag("div", tag("div", row.name, cls="name"), tag("div", row.operator, cls="small soft"))
     notes = [tag("div", note.step, ": ", note.action, cls="done" if note.done else "skip") for note in row.notes]
-    if after is None:
+    if after is None and not any(note.replaced for note in row.notes):
         notes.append(tag("div", "gone: merged into another layer, or removed", cls="soft"))
-    elif not row.notes:
+    elif after is not None and not row.notes:
         notes.append(tag("div", "no step looked at it", cls="soft"))
     return tag(
         "div", name, _cost("MACs", macs, most_macs, quantity, fill), _cost("weights", weights, most_bytes, size, fill),
@@ -193,8 +193,10 @@ def backend(report: Report) -> Markup:
     items += [(key, scalar(value)) for key, value in sorted(made.facts.items())]
     if made.files:
         items.append(("Files", ", ".join(made.files)))
-    rows = [(tag("span", f.site, cls="name"), f.operator, f.reason) for f in made.fallbacks]
-    parts = (tag("h3", "Run by ONNX Runtime"), table(("node", "operator", "reason"), rows)) if rows else ()
+    parts: tuple[Markup, ...] = ()
+    for title, found in (("Left to the host", made.declined), ("Run by ONNX Runtime", made.fallbacks)):
+        rows = [(tag("span", f.site, cls="name"), f.operator, f.reason) for f in found]
+        parts += (tag("h3", title), table(("node", "operator", "reason"), rows)) if rows else ()
     runners = [(r.operator, r.runner, count(r.nodes)) for r in made.runners]
     if runners:
         parts += (tag("h3", "What runs each operator"), table(("operator", "runner", "nodes"), runners, numbers=(2,)))

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from graphopt.measured import Measured
 from graphopt.report.benchmark import render_bench
 from graphopt.report.data import Report
+from graphopt.report.estimates import estimate_line
 from graphopt.report.figures import (
     accuracy_change,
     agreement_text,
@@ -127,6 +128,11 @@ def _checked(report: Report) -> Iterator[tuple[str, str, str]]:
     agreement = backend.agreement
     how = f"{backend.how} on {plural(agreement.samples, 'sample')}, {agreement.inputs}" if agreement else ""
     yield "agreement", agreement_text(backend), how
+    if backend.estimates:
+        yield "estimate", *estimate_line(backend.estimates)
+    if backend.declined:
+        names = sorted({clean(f.operator) for f in backend.declined})
+        yield "host", f"runs {plural(len(backend.declined), 'node')}: {', '.join(names)}", ""
     if backend.fallbacks:
         names = sorted({clean(f.operator) for f in backend.fallbacks})
         yield "fallback", f"ONNX Runtime runs {plural(len(backend.fallbacks), 'node')}: {', '.join(names)}", ""

@@ -20,6 +20,7 @@ _HIDES = -1e30
 """Below this a number swallows every score that is added to it in float32."""
 _FOR_SURE = -1e3
 _DEPTH = 24
+_MERGED, _SEPARATE = 3, 4  # ranks of masks with samples and heads on one axis, and on two
 
 
 @dataclass
@@ -60,6 +61,8 @@ def added_mask(value: ir.Value, masks: Masks, sizes: Sizes) -> None:
         return
     if node is not None and node.op_type == "Where" and _chosen(node, masks, sizes):
         return
+    if node is not None and node.op_type == "Reshape" and _told_apart(node, masks, sizes):
+        return
     bounds = order_of_mask(value, sizes)
     causal = masks.is_causal(bounds)
     fill = bounds.fill if bounds is not None and causal else -np.inf
@@ -68,6 +71,37 @@ def added_mask(value: ir.Value, masks: Masks, sizes: Sizes) -> None:
 
 def _both_vary(node: ir.Node, sizes: Sizes) -> bool:
     return all(uniform(value, sizes) is None for value in node.inputs)
+
+
+def _told_apart(node: ir.Node, masks: Masks, sizes: Sizes) -> bool:
+    """`Reshape(a + b)` from samples and heads on one axis to an axis for each, where a and b were there before."""
+    source, made = node.inputs[0], node.outputs[0]
+    if source is None or (sizes.rank(source), sizes.rank(made)) != (_MERGED, _SEPARATE):
+        return False
+    if any(sizes.size(source, axis) is None or sizes.size(source, axis) != sizes.size(made, axis) for axis in (-1, -2)):
+        return False
+    adding = source.producer()
+    nodes = [node] if adding is None or adding.op_type != "Add" else [node, adding]
+    parts = [_before_merging(value, made, sizes) for value in (nodes[-1].inputs if len(nodes) > 1 else (source,))]
+    if None in parts:
+        return False
+    masks.nodes.extend(nodes)
+    for part in parts:
+        if part is not None:
+            added_mask(part, masks, sizes)
+    return True
+
+
+def _before_merging(value: ir.Value | None, made: ir.Value, sizes: Sizes) -> ir.Value | None:
+    """What broadcasts to `[batch, heads, queries, keys]` as `[batch * heads, queries, keys]` would behind a Reshape."""
+    rank, node = sizes.rank(value), None if value is None else value.producer()
+    if rank is None or rank < _MERGED or sizes.size(value, 0) == (1, 1):
+        return value if rank is not None and rank <= _MERGED else None
+    source = node.inputs[0] if node is not None and node.op_type == "Reshape" else None
+    if source is None or sizes.rank(source) != _SEPARATE:
+        return None
+    wanted = [sizes.size(made, 0), sizes.size(made, 1), sizes.size(value, -2), sizes.size(value, -1)]
+    return source if None not in wanted and wanted == [sizes.size(source, axis) for axis in range(_SEPARATE)] else None
 
 
 def _chosen(node: ir.Node, masks: Masks, sizes: Sizes) -> bool:

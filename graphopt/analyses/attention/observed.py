@@ -30,6 +30,9 @@ class Probe:
     Args:
         model: The model; it does not change.
         ctx: For facts about it.
+
+    Attributes:
+        failed: Whether the model did not run at some setting.
     """
 
     def __init__(self, model: ir.Model, ctx: Context) -> None:
@@ -37,23 +40,29 @@ class Probe:
         self._ctx = ctx
         self._inferred = ctx.fact(SHAPES)
         self._names = sorted({value.name for node in model.graph for value in node.outputs if value.name})
+        self.failed = False
 
-    def shapes(self, binding: ShapeBinding) -> Shapes:
-        """Shapes of all values where inputs have these sizes."""
+    def observed(self, binding: ShapeBinding) -> Shapes | None:
+        """Shapes of all values where inputs have these sizes.
+
+        None where the model does not run, or running it would take longer than inference.
+        """
         fed = sum(math.prod(spec.concrete(binding)) for spec in self._specs)
         if fed > _ELEMENTS_A_NODE * len(self._model.graph) or self._session is None:
-            return self._inferred_at(binding)
+            return None
         feed = random_feed(self._specs, binding, np.random.default_rng(0))
         try:
             seen = self._session.run(feed, self._names)
         except GraphoptError as e:
+            self.failed = True
             self._ctx.log.debug("shapes are inferred where %s", e)
-            return self._inferred_at(binding)
+            return None
         found = {name: np.shape(array) for name, array in (*feed.items(), *seen.items()) if hasattr(array, "shape")}
         known = {name: dims for name, dims in self._inferred.shapes.items() if name not in self._computed}
         return Shapes({**known, **found}, self._inferred.types, self._inferred.names)
 
-    def _inferred_at(self, binding: ShapeBinding) -> Shapes:
+    def inferred(self, binding: ShapeBinding) -> Shapes:
+        """The same without running it."""
         return CONCRETE_SHAPES.compute(self._model, replace(self._ctx, binding=binding, _facts={}))
 
     @cached_property

@@ -13,7 +13,7 @@ import numpy as np
 import onnx_ir as ir
 
 from graphopt.analyses.attention.observed import Probe
-from graphopt.analyses.attention.settings import settings
+from graphopt.analyses.attention.settings import Setting, settings, settings_at, written_sizes
 from graphopt.analyses.channels.rules.reshape import Block, match_blocks
 from graphopt.analyses.channels.shape_values import Content, Entry, constant_content, evaluate, numbers
 from graphopt.analyses.constants import CONSTANTS, Constants
@@ -89,16 +89,21 @@ class Sizes:
 
     def number(self, value: ir.Value | None) -> Pair | None:
         """The one number that a value consists of at either setting, None where it is more or depends on data."""
-        pair = [self._contents_of(value, side, _DEPTH) for side in (0, 1)]
-        known = [numbers(content) for content in pair]
+        known = self._numbers(value)
         if known[0] is None or known[1] is None or len(known[0]) != 1 or len(known[1]) != 1:
             return None
         return known[0][0], known[1][0]
 
     def content(self, value: ir.Value | None) -> tuple[float, ...] | None:
         """Numbers of a small value that depend on no size and no data."""
-        pair = [numbers(self._contents_of(value, side, _DEPTH)) for side in (0, 1)]
+        pair = self._numbers(value)
         return pair[0] if pair[0] == pair[1] else None
+
+    def _numbers(self, value: ir.Value | None) -> tuple[tuple[float, ...] | None, tuple[float, ...] | None]:
+        """What a value holds at either setting; without open dimensions both are one."""
+        first = numbers(self._contents_of(value, 0, _DEPTH))
+        alike = self.shapes[0] is self.shapes[1]
+        return first, first if alike else numbers(self._contents_of(value, 1, _DEPTH))
 
     def _contents_of(self, value: ir.Value | None, side: int, depth: int) -> Content | None:
         if value is None or depth == 0:
@@ -133,6 +138,8 @@ class Sizes:
 def measure(model: ir.Model, ctx: Context) -> Sizes:
     """Find sizes at two settings: the first ones that tell the sizes of all values, else those that tell most.
 
+    A model that runs at none of them may run at a size that its exporter wrote down: those are tried last.
+
     Args:
         model: The model.
         ctx: For facts about it; sizes that the user fixed stay.
@@ -143,14 +150,24 @@ def measure(model: ir.Model, ctx: Context) -> Sizes:
         inputs = {spec.name: spec.concrete(ctx.binding) for spec in specs}
         return Sizes((shapes, shapes), inferred, constants, (inputs, inputs))
     computed, probe = [value for node in model.graph for value in node.outputs if value.name], Probe(model, ctx)
-    found: list[tuple[int, Sizes]] = []
+
+    def at(pair: Setting, seen: tuple[Shapes, Shapes]) -> Sizes:
+        inputs, others = ({spec.name: spec.concrete(binding) for spec in specs} for binding in pair)
+        return Sizes(seen, inferred, constants, (inputs, others))
+
+    found, ran = list[tuple[int, Sizes]](), False
     for pair in settings(specs, ctx.binding):
-        seen = [probe.shapes(setting) for setting in pair]
-        inputs, others = ({spec.name: spec.concrete(setting) for spec in specs} for setting in pair)
+        runs = [probe.observed(setting) for setting in pair]
+        ran = ran or None not in runs
+        seen = runs[0] or probe.inferred(pair[0]), runs[1] or probe.inferred(pair[1])
         untold = sum(not _tells(shapes, value) for shapes in seen for value in computed)
-        found.append((untold, Sizes((seen[0], seen[1]), inferred, constants, (inputs, others))))
+        found.append((untold, at(pair, seen)))
         if not untold:
             break
+    if probe.failed and not ran:
+        for pair in settings_at(written_sizes(model, constants), specs, ctx.binding):
+            if (first := probe.observed(pair[0])) and (second := probe.observed(pair[1])):
+                return at(pair, (first, second))
     return min(found, key=lambda entry: entry[0])[1]
 
 

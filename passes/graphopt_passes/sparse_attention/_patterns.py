@@ -19,7 +19,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-__all__ = ["Band", "Kind", "band_of", "computed_scores", "seen_scores", "visible"]
+__all__ = ["Band", "Kind", "band_of", "computed_scores", "seen_scores", "visible", "visible_rows"]
 
 Array = np.ndarray[Any, np.dtype[Any]]
 Kind = Literal["window", "strided", "block"]
@@ -88,16 +88,19 @@ def band_of(kind: Kind, width: int, *, causal: bool, leading: int = 0, stride: i
 
 def visible(band: Band, length: int) -> Array:
     """`[length, length]`: whether a query sees a key itself; what it sees as means of blocks is left out."""
-    query, key = np.arange(length)[:, None], np.arange(length)
-    found = np.zeros((length, length), bool)
-    for start in range(0, length, band.rows):
-        rows = min(band.rows, length - start)
-        columns = start + band.offsets
-        inside = (columns >= 0) & (columns < length)
-        found[start : start + rows, columns[inside]] = band.seen[:rows, inside]
-    found |= key < band.leading
-    found |= query < band.leading
-    return found & (key <= query) if band.causal else found
+    return visible_rows(band, np.arange(length), length)
+
+
+def visible_rows(band: Band, queries: Array, length: int) -> Array:
+    """`[queries, length]`: the same for some queries, given by their positions."""
+    row = queries % band.rows
+    columns = (queries - row)[:, None] + band.offsets
+    inside = band.seen[row] & (columns >= 0) & (columns < length)
+    found = np.zeros((len(queries), length), bool)
+    found[np.nonzero(inside)[0], columns[inside]] = True
+    found[:, : band.leading] = True
+    found[queries < band.leading] = True
+    return found & (np.arange(length) <= queries[:, None]) if band.causal else found
 
 
 def computed_scores(band: Band, length: int) -> int:

@@ -53,6 +53,7 @@ class Lowering:
         self._model = model
         self._shapes = shapes
         self.units = UnitAxes(shapes, constants)
+        self.labels = constants.names.labels  # looked up on first use: later, nodes are gone
         self._instead: dict[ir.Value, ir.Value] = {}
         self._writers: dict[ir.Graph, Writer] = {}
         self._lengths: dict[tuple[ir.Graph, str | ir.Value], Length] = {}

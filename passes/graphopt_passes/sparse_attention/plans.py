@@ -11,7 +11,8 @@ import onnx_ir as ir
 from graphopt.analyses.attention import AttentionBlock
 from graphopt.pass_base import Context
 from graphopt_passes.sparse_attention._patterns import Band, computed_scores, seen_scores
-from graphopt_passes.sparse_attention.learned import Setting, choose
+from graphopt_passes.sparse_attention._runs import in_runs
+from graphopt_passes.sparse_attention.learned import Choice, Setting, Tried, choose
 from graphopt_passes.sparse_attention.lowering import Part
 from graphopt_passes.sparse_attention.mass import Masses, measured, shares_of_heads, weights_of
 
@@ -70,33 +71,43 @@ def fixed_plans(
 def learned_plans(
     model: ir.Model, blocks: Sequence[AttentionBlock], tried: Sequence[Setting], keep: float, ctx: Context
 ) -> dict[AttentionBlock, Plan]:
-    """Every head sees the cheapest pattern that keeps enough of its attention."""
+    """Every head sees what is worth most to the outputs of its layer; `choose` says how."""
     if not blocks:
         return {}
     bands = [[setting.band(causal=block.causal == "yes") for setting in tried] for block in blocks]
-    plans = dict[AttentionBlock, Plan]()
-    for block, own, masses in zip(blocks, bands, measured(model, blocks, bands, ctx), strict=True):
-        choices = choose(block, masses, tried, own, keep)
-        by_setting = dict(zip(tried, own, strict=True))
-        parts = [Part(c.heads, None if c.setting is None else by_setting[c.setting]) for c in choices]
-        shares, sees, each = dict[str, float](), dict[str, str](), block.heads // block.kv_heads
-        for choice in choices:
-            row = None if choice.setting is None else masses.shares[tried.index(choice.setting)]
-            for head in (number * each + i for number in choice.heads for i in range(each)):
-                shares[f"head {head}"] = 1.0 if row is None else round(float(row[head]), 4)
-                sees[f"head {head} sees"] = "everything" if choice.setting is None else str(choice.setting)
-        texts = [f"{_numbers(c.heads)}: {'everything' if c.setting is None else c.setting}" for c in choices]
-        alone = all(choice.setting is None for choice in choices)
-        plans[block] = Plan(
-            tuple(parts),
-            f"learned, heads {'; '.join(texts)}",
-            dict(sorted(shares.items(), key=lambda item: int(item[0].split()[1]))),
-            masses.longest,
-            f"no pattern keeps {keep:g} of what its heads attend to" if alone else "",
-            block.causal == "yes",
-            sees,
-        )
-    return plans
+    found = measured(model, blocks, bands, ctx)
+    cores = [Tried(block, masses, own) for block, masses, own in zip(blocks, found, bands, strict=True)]
+    chosen = choose(cores, keep)
+    return {core.block: _learned_plan(core, tried, choices, keep) for core, choices in zip(cores, chosen, strict=True)}
+
+
+def _learned_plan(core: Tried, tried: Sequence[Setting], choices: Sequence[Choice], keep: float) -> Plan:
+    kept, sees, texts = dict[int, float](), dict[int, str](), list[str]()
+    for choice in choices:
+        number = choice.setting
+        text = "everything" if number is None else str(tried[number])
+        for head in core.heads(choice.heads):
+            kept[head] = 1.0 if number is None else round(float(core.masses.shares[number, head]), 4)
+            sees[head] = text
+        texts.append(f"{_numbers(choice.heads)}: {text}")
+    alone = all(choice.setting is None for choice in choices)
+    return Plan(
+        tuple(Part(c.heads, None if c.setting is None else core.bands[c.setting]) for c in choices),
+        f"learned, heads {'; '.join(texts)}",
+        {f"head {head}": kept[head] for head in sorted(kept)},
+        core.masses.longest,
+        _why_everything(core, keep) if alone else "",
+        core.block.causal == "yes",
+        {f"head {head} sees": sees[head] for head in sorted(sees)},
+    )
+
+
+def _why_everything(core: Tried, keep: float) -> str:
+    """Why a core keeps all its scores."""
+    cheaper = core.costs[:-1] < core.costs[-1]
+    if (core.masses.shares[cheaper] >= keep).any():
+        return f"of the scores that keep={keep:g} leaves to all heads together, those of its heads matter most"
+    return f"no pattern keeps {keep:g} of what its heads attend to"
 
 
 def mass_metrics(plans: Iterable[Plan]) -> dict[str, int | float | str | bool]:
@@ -127,7 +138,7 @@ def _scores(plan: Plan) -> tuple[int, int, int, int]:
     for part in plan.parts:
         number = heads * len(part.heads)
         seen += number * (visible if part.band is None else seen_scores(part.band, length))
-        computed += number * (whole if part.band is None else computed_scores(part.band, length))
+        computed += number * (whole if part.band is None else computed_scores(in_runs(part.band)[0], length))
     return seen, len(plan.kept) * visible, computed, len(plan.kept) * whole
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from glob import escape
@@ -30,6 +30,7 @@ from graphopt_passes.sparse_attention.windowed import narrow, takes_window
 __all__ = ["SparseAttention"]
 
 _OPSET = 13
+_LAYERS = frozenset({"Attention", "Einsum", "FusedMatMul", "Gemm", "MatMul", "MultiHeadAttention"})
 _UNSEEN = "no value of the model says what its heads attend to"
 _NO_FASTER = "ONNX Runtime computes less with it on GPUs only"
 
@@ -47,8 +48,10 @@ class SparseAttention(Pass):
     strided  these, and k a multiple of `stride` with |q - k| < stride * width
     block    k in the same block of `width` keys, or in one beside it; of every block further away the mean of its keys
              and values, which counts as often as the block has keys. The number of means still grows with the length
-    learned  for every head the cheapest that keeps the share `keep` of its attention on calibration data: windows from
-             an eighth of `width` to twice that, with and without global tokens, strided ones, or everything
+    learned  for every head one of these: windows from an eighth of `width` to twice that, strided ones, both with and
+             without global tokens, or everything. All heads together compute as many scores as if each took the
+             cheapest that keeps the share `keep` of its attention on calibration data; they are spent where they keep
+             the outputs of layers closest to what they were: heads that matter keep more, others less
     In all of them the first `global_tokens` tokens are seen by all queries, and see all keys.
 
     Operators of ONNX Runtime are spelled out where they are rewritten; a causal GroupQueryAttention gets a window.
@@ -63,7 +66,7 @@ class SparseAttention(Pass):
     pattern: Literal["window", "strided", "block", "learned"] = opt("window", help="which keys a query sees")
     width: int = opt(256, help="a query sees keys at a distance below this", ge=1)
     global_tokens: int = opt(0, help="tokens at the start that see all, and that all see", ge=0)
-    keep: float = opt(0.95, help="of pattern=learned: mean share of its attention that every head keeps", gt=0, le=1)
+    keep: float = opt(0.95, help="of pattern=learned: scores for all heads to keep this share of attention", gt=0, le=1)
     stride: int = opt(4, help="of pattern=strided: further away every so manyth key is seen", ge=2)
     loop: bool = opt(False, help="compute blocks one after another in a Loop: far less memory, but not every runtime")
     only: tuple[str, ...] = opt((), help="attentions to rewrite: names, with wildcards; none: all")
@@ -202,7 +205,15 @@ class SparseAttention(Pass):
         if dense:
             action += f"; the band is taken from {', '.join(map(repr, dense))}, which stays quadratic in the length"
         columns = max((part.band.columns for part in plan.parts if part.band is not None), default=0)
-        return Change(block.name, action, details={"heads": block.heads, "columns": columns, **plan.kept, **plan.sees})
+        details = {"heads": block.heads, "columns": columns, **plan.kept, **plan.sees}
+        gone = (block.name,) if operator else _gone(block, lowering.labels)
+        return Change(block.name, action, details=details, replaced=gone)
+
+
+def _gone(block: AttentionBlock, labels: Mapping[ir.Node, str]) -> tuple[str, ...]:
+    """What a core that was replaced had of layers that reports count."""
+    layers = (node for node in block.nodes if node.op_type in _LAYERS and node.graph is None)
+    return tuple(labels[node] for node in layers)
 
 
 def _besides(block: AttentionBlock, shapes: Shapes) -> str:

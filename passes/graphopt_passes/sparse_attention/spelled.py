@@ -87,14 +87,15 @@ def why_not_spelled(block: AttentionBlock, shapes: Shapes) -> str:
         return "its operator cannot be taken apart"
     if not (block.output.uses() or block.output.is_graph_output()):
         return "nothing reads it"
-    if _by_head(node, shapes) and node.inputs[3:4] not in ([], [None]):
+    if _by_head(node, shapes) and any(node.inputs[3:4]):
         return "nothing says whether its bias is meant for keys that come by head"
     return why_no_mask(node, shapes)
 
 
 def _by_head(node: ir.Node, shapes: Shapes) -> bool:
     """Whether keys of MultiHeadAttention come by head."""
-    return node.op_type == "MultiHeadAttention" and shapes.rank(node.inputs[1]) == _SPLIT
+    keys = next(iter(node.inputs[1:2]), None)
+    return node.op_type == "MultiHeadAttention" and shapes.rank(keys) == _SPLIT
 
 
 def spell_out(model: ir.Model, blocks: Sequence[AttentionBlock], shapes: Shapes) -> list[Spelled]:

@@ -79,7 +79,7 @@ def test_names_that_are_sums_are_sums() -> None:
 
 def test_masks_of_another_name_are_tried_at_the_length_of_the_tokens() -> None:
     ids = [spec(name, "batch", f"length of {name}", kind=ir.DataType.INT64) for name in ("ids", "mask")]
-    apart, tied, _ = settings(ids, ShapeBinding())
+    apart, tied = settings(ids, ShapeBinding())
     assert apart[0].dims["length of ids"] != apart[0].dims["length of mask"]
     assert tied[0].dims["length of ids"] == tied[0].dims["length of mask"]
 

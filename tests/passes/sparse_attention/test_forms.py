@@ -1,8 +1,11 @@
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import numpy as np
+import onnx
+import onnx_ir as ir
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -16,11 +19,16 @@ from passes.sparse_attention.attention_models import (
     rewrite,
 )
 
+from graphopt.analyses import SHAPES
+from graphopt.analyses.attention import ATTENTION
+from graphopt.analyses.shapes import CONCRETE_SHAPES
+from graphopt.pass_base import Context
+from graphopt.targets import Target
 from graphopt.testing import check_pass
 from graphopt_passes.sparse_attention import SparseAttention
 from graphopt_passes.sparse_attention._patterns import band_of
 
-CAUSAL = ("causal by positions, padding", "causal by a triangle")
+CAUSAL = tuple(form for form in FORMS if form.startswith("causal"))
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -84,6 +92,29 @@ def test_half_precision_stays_finite_and_close(form: str) -> None:
     rewrite(sparse, width=6)
     band = band_of("window", 6, causal=is_causal(dense))
     assert distance(banded_twin(dense, band, 50), sparse, feeds(dense, 3, 50, 4)) < 2e-2
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_nothing_is_logged_and_no_rank_is_lost(form: str, caplog: pytest.LogCaptureFixture) -> None:
+    cases: list[tuple[int | None, dict[str, Any]]] = [(None, {"width": 5}), (512, {"width": 16, "pattern": "strided"})]
+    for length, options in cases:
+        model = attention(form)
+        if length is not None:
+            for value in (*model.graph.inputs, *model.graph.outputs):
+                value.shape = ir.Shape([2, length, *list(value.shape or ())[2:]])
+        assert rewrite(model, **options).modified
+        ctx = Context(model, Target(name="ort"))
+        ctx.fact(ATTENTION)
+        shapes = [ctx.fact(SHAPES), ctx.fact(CONCRETE_SHAPES)]
+        values = [value for node in model.graph for value in node.outputs]
+        assert [value.name for value in values for each in shapes if each.rank(value) is None] == []
+        for value in values:
+            dims, dtype = shapes[1].static(value), shapes[1].dtype(value)
+            assert dims is not None
+            assert dtype is not None
+            value.shape, value.dtype = ir.Shape(dims), dtype
+        onnx.shape_inference.infer_shapes(ir.to_proto(model), check_type=True, strict_mode=True, data_prop=True)
+    assert [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING] == []
 
 
 def test_causality_is_found_where_it_stands() -> None:

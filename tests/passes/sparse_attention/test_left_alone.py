@@ -49,6 +49,22 @@ def test_cross_attention_is_left_alone() -> None:
     assert "nothing shows that there are as many keys as queries" in reason(model)
 
 
+def test_windows_of_an_image_are_left_alone() -> None:
+    """Swin cuts its image into windows ahead of the heads: whatever its length, a query sees its window."""
+    model = parsed(
+        """<ir_version: 8, opset_import: ["" : 17]>
+        main (float[B,64,32] x) => (float[B,64,32] y)
+        <int64[6] cut = {-1, 2, 4, 2, 4, 32}, int64[3] rows = {-1, 16, 32}, int64[4] split = {0, 0, 4, 8},
+         int64[3] join = {0, 0, 32}, int64[6] back = {-1, 2, 2, 4, 4, 32}, int64[3] whole = {-1, 64, 32}>
+        { grid = Reshape(x, cut) windows = Transpose<perm=[0,1,3,2,4,5]>(grid) w = Reshape(windows, rows)
+          p4 = Reshape(w, split) q = Transpose<perm=[0,2,1,3]>(p4) k = Transpose<perm=[0,2,3,1]>(p4)
+          s = MatMul(q, k) p = Softmax<axis=-1>(s) o = MatMul(p, q) o4 = Transpose<perm=[0,2,1,3]>(o)
+          joined = Reshape(o4, join) parts = Reshape(joined, back) turned = Transpose<perm=[0,1,3,2,4,5]>(parts)
+          y = Reshape(turned, whole) }"""
+    )
+    assert reason(model, width=4) == "skipped: its windows of 16 are local already"
+
+
 def test_scores_that_the_model_returns_are_left_alone() -> None:
     model = parsed(
         """<ir_version: 8, opset_import: ["" : 17]>
