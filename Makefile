@@ -8,10 +8,11 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DELETE_ON_ERROR:
-.PHONY: demo test lint format tools analyser clean
+.PHONY: demo test test-npu lint format tools analyser clean
 
 VENV := .venv
 BIN := $(VENV)/bin
+NPU := .venv-npu
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 FIXTURE := fixtures/digits_cnn
 
@@ -21,6 +22,11 @@ demo: $(VENV)/.run tools
 
 test: $(VENV)/.dev tools analyser
 	$(BIN)/python -m pytest -n 2 --dist loadfile
+	@$(MAKE) --no-print-directory test-npu
+
+# with Vela and the TOSA reference model, which want older versions of what others want new
+test-npu: $(NPU)/.test
+	PATH="$(CURDIR)/$(NPU)/bin:$$PATH" $(NPU)/bin/python -m pytest -n 2 --dist loadfile tests/backends/npu tests/cli/test_verbs.py
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
@@ -33,7 +39,7 @@ format: $(VENV)/.dev
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) demo
+	rm -rf $(VENV) $(NPU) demo
 
 # ---- what they need
 
@@ -53,6 +59,12 @@ $(VENV)/.run: pyproject.toml | $(BIN)/python
 
 $(VENV)/.dev: $(VENV)/.run
 	$(PIP) --group dev
+	@touch $@
+
+$(NPU)/.test: pyproject.toml | $(BIN)/python
+	$(BIN)/python -m venv --clear $(NPU)
+	$(NPU)/bin/python -m pip install --quiet --disable-pip-version-check --upgrade 'pip>=25.1'
+	$(NPU)/bin/python -m pip install --quiet --disable-pip-version-check -e '.[npu]' --group test
 	@touch $@
 
 # cross compiler and emulator: from apt where that is possible, else a compiler from PyPI and no emulator

@@ -19,7 +19,7 @@ _WEIGHTED = {"Conv", "ConvTranspose", "Gemm", "MatMul", "LSTM", "GRU"}
 
 @pytest.mark.parametrize("case", CASES)
 def test_every_model_goes_through_fold_and_quant(case: str, zoo: Callable[[str], Path], tmp_path: Path) -> None:
-    folder = zoo(case)
+    folder = zoo(case, samples=16, limit=16)
     result = graphopt.optimize(
         folder / "model.onnx", "fold,quant", calibration=folder / "calib.npz", out=tmp_path / "out", check="sample"
     )
@@ -32,6 +32,7 @@ def test_every_model_goes_through_fold_and_quant(case: str, zoo: Callable[[str],
     report = result.report
     assert report.fidelity.not_run is None, "it runs in ONNX Runtime, on real data"
     assert not any(output.nan for output in report.fidelity.outputs)
+    assert all(output.sqnr_db > 8 for output in report.fidelity.outputs)
     assert report.after.file_bytes < report.before.file_bytes
     untold = [layer.name for layer in report.layers if layer.operator in _WEIGHTED and layer.after and not layer.notes]
     assert untold == [], "every layer that was left alone has a reason"

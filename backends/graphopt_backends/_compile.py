@@ -10,7 +10,7 @@ from graphopt.targets import Isa
 from graphopt_backends._link import Linker
 from graphopt_backends._schedule import schedule_module
 
-__all__ = ["compile_library", "llvm_target"]
+__all__ = ["as_loops", "compile_library", "llvm_target"]
 
 
 def llvm_target(isa: Isa, threads: int) -> dict[str, Any]:
@@ -51,8 +51,19 @@ def compile_library(module: Any, isa: Isa, path: Path, linker: Linker, threads: 
 
 
 def _optimize(module: Any, isa: Isa) -> Any:
-    import tvm
     from tvm import relax
+
+    return schedule_module(as_loops(module, relax.backend.DispatchSampling(), relax.backend.DispatchSortScan()), isa)
+
+
+def as_loops(module: Any, *dispatch: Any) -> Any:
+    """Turn an imported module into calls of primitive functions on plain loops, fused, integers kept as such.
+
+    Args:
+        module: What the importer made.
+        dispatch: Passes that choose a library for some operators.
+    """
+    import tvm
     from tvm.relax import transform
 
     from graphopt_backends._integer import use_integers
@@ -61,8 +72,7 @@ def _optimize(module: Any, isa: Isa) -> Any:
     keep = ["relax.dequantize"]
     passes = [
         transform.DeadCodeElimination(),
-        relax.backend.DispatchSampling(),
-        relax.backend.DispatchSortScan(),
+        *dispatch,
         transform.DecomposeOpsForInference(),
         # constants are folded before dequantize becomes a function, so that weights stay integers in the library
         transform.LegalizeOps(skip_ops=keep),
@@ -73,7 +83,7 @@ def _optimize(module: Any, isa: Isa) -> Any:
         transform.FuseTIR(),
         transform.DeadCodeElimination(),
     ]
-    return schedule_module(tvm.transform.Sequential(passes)(module), isa)
+    return tvm.transform.Sequential(passes)(module)
 
 
 def _finish() -> Any:

@@ -15,7 +15,7 @@ from graphopt.errors import BackendError
 from graphopt.model_io import to_proto
 from graphopt_backends._fold import is_constant
 
-__all__ = ["import_model", "unsupported_nodes"]
+__all__ = ["alone", "import_model", "unsupported_nodes"]
 
 _MICROSOFT = frozenset({"BiasGelu", "FastGelu", "Gelu", "SkipLayerNormalization"})
 """Operators of com.microsoft that the importer implements as ONNX Runtime does; it looks at the name alone."""
@@ -104,7 +104,7 @@ def _probe(model: ir.Model) -> dict[str, Unsupported]:
         if any(a.type in (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS) for a in node.attributes.values()):
             continue
         try:
-            _convert(to_proto(_alone(model, node)))
+            _convert(to_proto(alone(model, node)))
         except Exception as e:  # the importer raises whatever its converters raise
             found[node.name or ""] = Unsupported(node.name or "", node.op_type, f"TVM cannot import it: {_reason(e)}")
     return found
@@ -119,7 +119,7 @@ def _blame_all(model: ir.Model, e: Exception) -> dict[str, Unsupported]:
     }
 
 
-def _alone(model: ir.Model, node: ir.Node) -> ir.Model:
+def alone(model: ir.Model, node: ir.Node) -> ir.Model:
     """A model of one node; constants stay constants, all other inputs are fed."""
     inputs: list[ir.Value] = []
     initializers: list[ir.Value] = []

@@ -9,9 +9,9 @@ import sys
 import tempfile
 from collections.abc import Iterator
 
-__all__ = ["quiet"]
+__all__ = ["quiet", "silent"]
 
-_STDERR = 2
+_STDOUT, _STDERR = 1, 2
 _log = logging.getLogger(__name__)
 
 
@@ -39,6 +39,20 @@ def quiet() -> Iterator[None]:
             text = captured.read().decode("utf8", "replace").strip()
             if text:
                 _log.debug("native log: %s", text)
+
+
+@contextlib.contextmanager
+def silent() -> Iterator[None]:
+    """`quiet`, for native code that writes to standard output as well, which is for answers; Python writes nothing."""
+    sys.stdout.flush()
+    saved = os.dup(_STDOUT)
+    with quiet():
+        os.dup2(_STDERR, _STDOUT)
+        try:
+            yield
+        finally:
+            os.dup2(saved, _STDOUT)
+            os.close(saved)
 
 
 def _reopened(saved: int):

@@ -57,10 +57,27 @@ def cut(model: ir.Model, engines: Mapping[str, Engine]) -> list[GraphPart]:
                 changes = engines.get(producer.name or "", "kernels") != engine
                 level = max(level, levels[producer] + changes)
         levels[node] = level
+    _sink(model, engines, levels)
     parts: dict[tuple[int, Engine], list[ir.Node]] = {}
     for node in model.graph:
         parts.setdefault((levels[node], engines.get(node.name or "", "kernels")), []).append(node)
     return [GraphPart(_extract(model, parts[key]), key[1]) for key in sorted(parts)]
+
+
+def _sink(model: ir.Model, engines: Mapping[str, Engine], levels: dict[ir.Node, int]) -> None:
+    """Give nodes that read constants alone, or dequantize, the level of their first reader on the same engine.
+
+    Parts then hand integers to each other, not the floats that are made of them.
+    """
+    users = _users(model)
+    for node in reversed(list(model.graph)):
+        readers = [user for output in node.outputs for user in users.get(output, ())]
+        engine = engines.get(node.name or "", "kernels")
+        free = node.op_type == "DequantizeLinear" or all(is_constant(value) for value in _read_values(node))
+        if readers and free and not any(output.is_graph_output() for output in node.outputs):
+            first = min(readers, key=levels.__getitem__)
+            if engines.get(first.name or "", "kernels") == engine:
+                levels[node] = levels[first]
 
 
 def data_dependent(model: ir.Model) -> dict[str, ir.Node]:

@@ -18,8 +18,8 @@ ANY = "any"
 _FORMAT = 2
 
 
-Engine = Literal["kernels", "tvm", "onnxruntime"]
-"""What runs a part: kernels written by hand, TVM's own lowering, or ONNX Runtime."""
+Engine = Literal["kernels", "tvm", "onnxruntime", "npu", "c"]
+"""What runs a part: kernels written by hand, TVM's own lowering, ONNX Runtime, an NPU, or C source."""
 
 
 @dataclass(frozen=True)
@@ -45,8 +45,8 @@ class Part:
 
     Attributes:
         engine: `kernels` for a library that runs by itself, `tvm` for one that needs TVM's runtime, `onnxruntime` for a
-            model.
-        file: The library or model.
+            model, `npu` for what Vela made, `c` for source.
+        file: The library, model or source.
         inputs: Names of the tensors it takes.
         outputs: Names of the tensors it makes.
         weights: File of weights of a library, if it has one.

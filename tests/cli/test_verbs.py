@@ -86,7 +86,7 @@ def test_list_names_passes_targets_and_backends(capsys: pytest.CaptureFixture[st
     found = json.loads(capsys.readouterr().out)
     assert {"fold", "prune", "quant"} <= set(found["passes"])
     assert {"ort", "x86:native", "arm:cortex-a76"} <= set(found["targets"])
-    assert {"ort", "x86", "arm"} == set(found["backends"])
+    assert {"ort", "x86", "arm", "npu"} == set(found["backends"])
     assert {"int8", "small"} <= set(found["recipes"])
     assert _run(["list"]) == 0
     assert all(text for text in found["passes"].values()), "every pass says what the user gets"
@@ -136,7 +136,7 @@ def test_extract_cuts_a_part_out(model: str, tmp_path: Path, capsys: pytest.Capt
 def test_doctor_says_what_is_there(capsys: pytest.CaptureFixture[str]) -> None:
     assert _run(["doctor", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
-    assert set(found) == {"arm", "ort", "x86"}
+    assert set(found) == {"arm", "npu", "ort", "x86"}
     assert all(entry["ok"] or entry["hint"] for entries in found.values() for entry in entries)
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from graphopt_passes.quant._maths import Grid, decibel, quantize_weight, raise_scales, weight_scales
+from graphopt_passes.quant._maths import Grid, decibel, quantize, quantize_weight, raise_scales, weight_scales
 from graphopt_passes.quant.adjust.prepared import prepared_weight
 from graphopt_passes.quant.borders import existing_pair
 from graphopt_passes.quant.sites import graph_of
@@ -67,6 +67,7 @@ class Builder:
         self._scales: dict[tuple[ir.Value, int | None, int], Array] = {}
         self._dequantized: dict[tuple[ir.Value, ir.Graph], ir.Value] = {}  # integers -> their real numbers
         self._multiplied: dict[ir.Value, ir.Value] = {}
+        self._operands: dict[tuple[ir.Value, ir.Graph], ir.Value] = {}
         self._spare: list[ir.Value] = []
         self._places: dict[ir.Value, ir.Graph] = {}
         self._pairs: dict[tuple[ir.Value, ir.Graph], ir.Value] = {}
@@ -136,6 +137,18 @@ class Builder:
             insert_behind(value, graph, [down, up])
             self._pairs[key] = up.outputs[0]
         return self._pairs[key]
+
+    def operand(self, value: ir.Value, tensor: ir.TensorProtocol, grid: Grid, graph: ir.Graph) -> ir.Value:
+        """A constant that is added or multiplied, as integers behind DequantizeLinear, made once a graph."""
+        key = (value, graph)
+        if key not in self._operands:
+            scale = self.scalar(f"{value.name}_scale", np.array(grid.scale, np.float32))
+            zero = self.scalar(f"{value.name}_zero", np.array(grid.zero_point, grid.dtype))
+            stored = self.constant(f"{value.name}_q", quantize(tensor.numpy(), grid), graph)
+            up = self.node("DequantizeLinear", [stored, scale, zero], f"{value.name}_dq")
+            graph.insert_before(self.first_user(value, graph), up)
+            self._operands[key] = up.outputs[0]
+        return self._operands[key]
 
     def integers(
         self,

@@ -16,7 +16,8 @@ from graphopt.targets import IntegerRules
 from graphopt_passes.quant._maths import Grid
 from graphopt_passes.quant.builder import Builder
 from graphopt_passes.quant.dynamic import Rounding, quantize_dynamic, why_not_dynamic
-from graphopt_passes.quant.plan import Plan, make_plan
+from graphopt_passes.quant.plan import Plan
+from graphopt_passes.quant.planning import plan_for
 from graphopt_passes.quant.sites import Site, keyed_nodes
 from graphopt_passes.quant.static import adds_pairs, apply_plan, make_grids, why_not_static
 from graphopt_passes.quant.weight import quantize_weights, why_not_weight
@@ -34,8 +35,8 @@ class Settings:
         calibrator: How ranges are cut; auto: as `Workbench.methods` says, else minmax.
         per_channel: One scale for each output channel.
         bits: Bits of weights.
-        min_sqnr: Least signal to noise of one layer in dB.
-        min_output_sqnr: Least signal to noise of every output in dB.
+        min_sqnr: Least signal to noise of one layer in dB; minus infinity: any will do.
+        min_output_sqnr: Least signal to noise of every output in dB, likewise.
         dynamic: Layers may find input ranges on every run.
         dynamic_convs: So may Conv, which is slower than in float.
         weight_only: Layers may keep float arithmetic and store integers.
@@ -100,9 +101,9 @@ class Workbench:
         """Plan the static layers and fit the grids."""
         static = [d.site for d in decisions if d.kind == "static"]
         products = self.allowed_products
-        if not (static or products) or self.ranges is None:
+        if not (static or products or self.settings.rules.integers_only) or self.ranges is None:
             return Plan(), {}
-        plan = make_plan(self.model, static, self.shapes, self.settings.rules, products)
+        plan = plan_for(self.model, static, self.shapes, self.settings.rules, products)
         usual = "minmax" if self.settings.calibrator == "auto" else self.settings.calibrator
         return plan, make_grids(self.model, plan, self.ranges, usual, self.settings.rules, self.methods)
 
@@ -181,9 +182,10 @@ def assemble(bench: Workbench, decisions: Sequence[Decision]) -> tuple[ir.Model,
     changes = [by_key[d.site.key] for d in decisions]
     names = keyed_nodes(bench.model)
     for key, role in plan.nodes.items():
-        if role in ("curve", "join", "product"):
+        if role in ("curve", "end", "join", "product"):
             changes.append(Change(names[key].name or key, f"{names[key].op_type} on int8"))
-    changes += [Change.skipped(names[key].name or key, why) for key, why in bench.products.items() if why]
+    left = (*bench.products.items(), *plan.left.items())
+    changes += [Change.skipped(names[key].name or key, why) for key, why in left if why]
     return model, changes
 
 

@@ -86,7 +86,7 @@ def guard_layers(bench: Workbench, decisions: Sequence[Decision]) -> list[Decisi
         level = quality.get(decision.site.key)
         if level is None:
             judged.append(decision)
-        elif level < settings.min_sqnr and not settings.rules.static_only:
+        elif level < settings.min_sqnr:
             why = f"8-bit activations would leave {level:.1f} dB of signal to noise"
             judged.append(fall_back(decision, nodes[decision.site.key], settings, why, level))
         else:
@@ -105,7 +105,7 @@ def guard_outputs(
     Returns:
         The model, what happened at each site, the decisions, and the signal to noise of each output in dB.
     """
-    settings, current, round_ = bench.settings, _stored_once(decisions), 0
+    current, round_ = _stored_once(decisions), 0
     shares, floors = _Shares(bench, current), floors_of(bench)
     comfort = _COMFORT if weight_bytes(bench.model) <= _LARGE else 0.0
     original = Reference(bench.model, threads=bench.context.threads, extensions=bench.context.extensions)
@@ -114,11 +114,11 @@ def guard_outputs(
         result = Reference(model, threads=bench.context.threads, extensions=bench.context.extensions)
         quality = output_quality(original, result, bench.feeds, bench.context)
         margin = min((level - floors[name] for name, level in quality.items()), default=comfort)
-        if margin < 0 and bench.allowed_products and not settings.rules.static_only:
+        if margin < 0 and bench.allowed_products:
             why = "with it and others in int8 an output would be too noisy"
             bench = replace(bench, products={key: old or why for key, old in bench.products.items()})
             continue
-        if margin >= comfort or settings.rules.static_only or all(d.kind == "float" for d in current):
+        if margin >= comfort or all(d.kind == "float" for d in current):
             return model, changes, current, quality
         stepped = _step_back(bench, current, round_, margin, shares)
         if stepped == current:

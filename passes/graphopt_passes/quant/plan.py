@@ -26,10 +26,11 @@ from graphopt.analyses import Shapes
 from graphopt.analyses.lifting import steady_dimensions, why_hidden
 from graphopt.analyses.names import subgraphs
 from graphopt.targets import IntegerRules
+from graphopt_passes.quant._maths import Grid
 from graphopt_passes.quant.borders import leads_to_other_integers
 from graphopt_passes.quant.sites import Site, key_of, tensor_of
 
-__all__ = ["CURVES", "Plan", "make_plan", "result_of"]
+__all__ = ["CURVES", "MOVES", "Plan", "fused_activation", "keeps_range", "make_plan", "result_of"]
 
 _JOINS = frozenset({"Add", "AveragePool", "Concat", "GlobalAveragePool", "Mul", "Sub"})
 CURVES = frozenset(
@@ -38,7 +39,7 @@ CURVES = frozenset(
 )  # fmt: skip
 """Operators that compute on integers only where a target lists them or the user asks for it."""
 
-_MOVES = frozenset(
+MOVES = frozenset(
     {"Flatten", "Identity", "MaxPool", "Pad", "Relu", "Reshape", "Resize", "Slice", "Split", "Squeeze", "Transpose",
      "Unsqueeze", "DepthToSpace", "SpaceToDepth", "Clip"}
 )  # fmt: skip
@@ -57,12 +58,18 @@ class Plan:
         inputs: For each of them, the indices of its inputs that are integer activations.
         results: Values rounded where they are made; every reader gets the rounded ones.
         like: Value -> the value whose grid it shares.
+        constants: For nodes with operands that are stored as integers, their grids by input.
+        to_outputs: The model hands out results in their rounded form, too.
+        left: Keys of nodes that compute on floats although the target does not, with the reason.
     """
 
     nodes: dict[str, str] = field(default_factory=dict[str, str])
     inputs: dict[str, tuple[int, ...]] = field(default_factory=dict[str, tuple[int, ...]])
     results: set[str] = field(default_factory=set[str])
     like: dict[str, str] = field(default_factory=dict[str, str])
+    constants: dict[str, dict[int, Grid]] = field(default_factory=dict[str, dict[int, Grid]])
+    to_outputs: bool = False
+    left: dict[str, str] = field(default_factory=dict[str, str])
 
     def values(self, model: ir.Model) -> tuple[str, ...]:
         """Names of all values that need a grid of their own, in graph order."""
@@ -84,6 +91,7 @@ class Plan:
                 found[value.name or "" if value is not None else ""] = None
             if key_of(node) in self.nodes:
                 found |= dict.fromkeys(value.name or "" for value in (*node.outputs, result_of(node)))
+        found |= dict.fromkeys(sorted(self.results))
         found.pop("", None)
         return tuple(found)
 
@@ -136,7 +144,7 @@ def result_of(node: ir.Node) -> ir.Value:
 def fused_activation(value: ir.Value) -> ir.Node | None:
     """The Relu or Clip that belongs to the maker of a value."""
     producer = value.producer()
-    if producer is None or producer.op_type in _MOVES or value.is_graph_output():
+    if producer is None or producer.op_type in MOVES or value.is_graph_output():
         return None
     uses = value.uses()
     if len(uses) != 1:
@@ -181,10 +189,10 @@ def _role(node: ir.Node, facts: _Facts) -> str | None:
         return "join"
     if node.op_type in CURVES:
         return "curve"
-    return "move" if node.op_type in _MOVES and _keeps_range(node) else None
+    return "move" if node.op_type in MOVES and keeps_range(node) else None
 
 
-def _keeps_range(node: ir.Node) -> bool:
+def keeps_range(node: ir.Node) -> bool:
     """Padding with anything but zero, and cubic interpolation, make values outside of the input's grid."""
     if node.op_type == "Pad" and node.attributes.get_string("mode", "constant") == "constant":
         if "value" in node.attributes:

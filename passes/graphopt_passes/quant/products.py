@@ -63,15 +63,17 @@ def judge_products(bench: Workbench, decisions: Sequence[Decision]) -> Workbench
         bench.model, plan, grids, (), ranges, bench.feeds, bench.context, products=bench.allowed_products,
         bits=settings.bits, per_channel=settings.per_channel, power_of_two=settings.rules.power_of_two,
     )  # fmt: skip
-    if not settings.rules.static_only:
-        noisy = {key: level for key, level in quality.items() if level < settings.min_sqnr}
-        why = "8-bit activations would leave {:.1f} dB of signal to noise"
-        refused = {key: why.format(level) for key, level in noisy.items()}
+    noisy = {key: level for key, level in quality.items() if level < settings.min_sqnr}
+    why = "8-bit activations would leave {:.1f} dB of signal to noise"
+    refused = {key: why.format(level) for key, level in noisy.items()}
     return replace(bench, products={**bench.products, **refused})
 
 
-def told_before(changes: Sequence[Change], bench: Workbench) -> tuple[Change, ...]:
-    """Changes without those of the products that are told of later."""
-    nodes = keyed_nodes(bench.model)
-    later = {nodes[key].name or key for key in bench.products}
+def told_before(changes: Sequence[Change], bench: Workbench, decisions: Sequence[Decision]) -> tuple[Change, ...]:
+    """Changes without those of nodes that are told of later: products, and whatever a plan for all nodes decides."""
+    nodes, told = keyed_nodes(bench.model), [*bench.products]
+    if bench.settings.rules.integers_only:
+        plan, _ = bench.plan(decisions)
+        told += [*plan.nodes, *plan.left]
+    later = {nodes[key].name or key for key in told}
     return tuple(change for change in changes if change.site not in later)

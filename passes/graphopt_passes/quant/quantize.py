@@ -15,6 +15,7 @@ from graphopt.opset import opset_version
 from graphopt.options import opt
 from graphopt.pass_base import Change, Context, Pass, PassResult
 from graphopt.reference import Feed
+from graphopt.targets import IntegerRules
 from graphopt_passes.fold.affine import fold_affine
 from graphopt_passes.fold.rewiring import FreshNames
 from graphopt_passes.quant.adjust.steps import Help, adjust_floats, adjust_integers
@@ -23,9 +24,11 @@ from graphopt_passes.quant.blockwise.store import BLOCKWISE_SINCE
 from graphopt_passes.quant.decide import Decision, Settings, Workbench, first_choice
 from graphopt_passes.quant.dynamic import note_ranks
 from graphopt_passes.quant.existing import as_floats
+from graphopt_passes.quant.few_values import have_few_values
 from graphopt_passes.quant.floats import Choice, FloatSettings, check_patterns, convert, noise_by_site
 from graphopt_passes.quant.gemm import plain_gemms
 from graphopt_passes.quant.guards import fit_ranges, guard_layers, guard_outputs
+from graphopt_passes.quant.limits import LAYER_SQNR, OUTPUT_SQNR, limit_of, metrics_of, notes_of
 from graphopt_passes.quant.mixed.auto import Aim, Mixed, mix
 from graphopt_passes.quant.mixed.forms import current_forms, switchboard
 from graphopt_passes.quant.mixed.ranking import rank_alone, rank_by_leaving_out
@@ -41,7 +44,7 @@ from graphopt_passes.quant.prepare import (
 )
 from graphopt_passes.quant.products import PRODUCTS, find_products, judge_products, told_before
 from graphopt_passes.quant.seen import hidden_layers, with_data, workbench
-from graphopt_passes.quant.sites import Site, choose, find_sites, keyed_nodes, tell_apart, usable
+from graphopt_passes.quant.sites import Site, choose, find_sites, keep_named, keyed_nodes, tell_apart, usable
 
 __all__ = ["Quant"]
 
@@ -59,8 +62,14 @@ class Quant(Pass):
     bits. Without data, MatMul and Gemm find the range of their input on every run, and all other layers store int8
     weights and compute in float. The result is plain ONNX: QuantizeLinear, DequantizeLinear and MatMulInteger.
 
+    On a target that computes on integers only, such as an NPU, everything that it can compute stands between integers,
+    results of the model included: layers, sums, products, tables of functions of one number. What it cannot compute
+    stays in float for another processor. There no layer steps back unless `min_sqnr` or `min_output_sqnr` asks for it.
+
     Before that, channels whose ranges differ are scaled in one layer and scaled back in the next (`equalize`,
-    `smooth`); afterwards biases take up what rounding adds to the mean of a result (`bias_correction`).
+    `smooth`); afterwards biases take up what rounding adds to the mean of a result (`bias_correction`). On a target
+    that computes on integers only, weights of few values (see `share`) have one scale for the tensor and no channel is
+    scaled: as few integers come of them, which its compiler codes in few bits.
 
     Batch norms are folded into the layers before them. Outputs of the model and everything else stay float, Softmax
     and normalizations unless `also` names them. A layer whose result 8 bits would drown in noise, measured on the
@@ -104,11 +113,15 @@ class Quant(Pass):
     )
     dynamic_convs: bool = opt(False, help="ranges found on every run for Conv too; ONNX Runtime is slower that way")
     per_channel: bool = opt(True, help="one weight scale for each output channel instead of one for the tensor")
-    min_sqnr: float = opt(22.0, help="signal to noise in dB below which a layer leaves static int8")
-    min_output_sqnr: float = opt(
-        16.0,
-        help="signal to noise of outputs in dB below which the noisiest layers step back; class scores: 8 less, and 4 "
-        "more where weights are stored in blocks",
+    min_sqnr: float | None = opt(
+        None,
+        help="signal to noise in dB below which a layer leaves static int8; none: 22, and no limit on targets that "
+        "compute on integers only, where such a layer would leave the target",
+    )
+    min_output_sqnr: float | None = opt(
+        None,
+        help="signal to noise of outputs in dB below which the noisiest layers step back; none: 16, and no limit on "
+        "targets that compute on integers only; class scores: 8 less, and 4 more where weights are stored in blocks",
     )
     equalize: bool = opt(True, help="move ranges of channels between layers, so that 8 bits fit them all")
     smooth: bool = opt(True, help="move outliers of activations into weights, by data, normalizations included")
@@ -162,7 +175,7 @@ class Quant(Pass):
                 fact = f"{ctx.target} computes on static int8 only, which needs calibration data"
                 raise OptionError("quant", fact, "give --calibration")
         if self._blocks() is None:  # blocks see layers behind a Transpose as well, and check by themselves
-            self._choose(self._floats(model))
+            self._choose(self._floats(model), ctx.target.integers)
 
     def _check_combination(self) -> None:
         if self.dtype != "int":
@@ -222,8 +235,11 @@ class Quant(Pass):
         group = 32 if self.group_size is None else self.group_size
         return Method(self.bits, group, self.symmetric, self.algorithm, self.damping, self.act_order)
 
+    def _output_floor(self) -> float:
+        return OUTPUT_SQNR if self.min_output_sqnr is None else self.min_output_sqnr
+
     def _float_settings(self, dtype: Narrow) -> FloatSettings:
-        return FloatSettings(dtype, self._float_choice(), self.min_output_sqnr)
+        return FloatSettings(dtype, self._float_choice(), self._output_floor())
 
     def _float_choice(self) -> Choice:
         return Choice(only=self.only, skip=self.skip, keep=self.keep)
@@ -232,9 +248,9 @@ class Quant(Pass):
         """Quantize a copy and, if it is better, let its graph replace the model's."""
         method = self._blocks()
         if method is not None:
-            return quantize_blocks(model, ctx, method, only=self.only, skip=self.skip, floor=self.min_output_sqnr)
-        sites, skipped = self._sites(model)
-        if not sites:
+            return quantize_blocks(model, ctx, method, only=self.only, skip=self.skip, floor=self._output_floor())
+        sites, skipped = self._sites(model, ctx.target.integers)
+        if not sites and not ctx.target.integers.integers_only:
             return PassResult(False, skipped)
         bench, decisions, told = self._prepare(model.clone(), ctx)
         settings = bench.settings
@@ -248,7 +264,9 @@ class Quant(Pass):
         if grown:
             return PassResult(False, tuple(Change.skipped(c.site, grown) if c.done else c for c in changes))
         model.graph, model.ir_version = result.graph, result.ir_version
-        return PassResult(True, changes, metrics=_metrics(decisions, quality))
+        return PassResult(
+            True, changes, metrics=metrics_of(decisions, quality), notes=notes_of(quality, settings.rules)
+        )
 
     def _aim(self, bench: Workbench) -> Aim:
         """What `bits=auto` is to reach."""
@@ -256,7 +274,7 @@ class Quant(Pass):
         method = Method(4, group, self.symmetric, self.algorithm, self.damping, self.act_order)
         opset = opset_version(bench.model)
         few = "" if opset >= BLOCKWISE_SINCE else f"blocks of 4 bits need opset {BLOCKWISE_SINCE}, this is {opset}"
-        return Aim(self.size, self.min_output_sqnr, method, few)
+        return Aim(self.size, self._output_floor(), method, few)
 
     def _take_mixed(self, model: ir.Model, mixed: Mixed, told: tuple[Change, ...]) -> PassResult:
         """Let the mixed model replace the model, if it is smaller."""
@@ -275,15 +293,20 @@ class Quant(Pass):
         static = ctx.calibration is not None and self.mode in ("auto", "static")
         inner = replace(ctx, model=work, _facts={})
         if static:
+            if settings.rules.integers_only:
+                keep_named(work, self.skip)
             fold_affine(work, inner.fact(SHAPES), FreshNames(work), 0)
             drop_unread(work)
             tell_apart(work)
-            plain_gemms(work, self._sites(work)[0])
+            plain_gemms(work, self._sites(work, settings.rules)[0])
             inner.drop_facts()
-        sites, skipped = self._sites(work)
+        sites, skipped = self._sites(work, settings.rules)
         asked = Help(self.equalize, self.smooth, self.bias_correction, self.rounding, self.outliers)
+        if settings.rules.integers_only and have_few_values(work, sites):
+            settings, asked = replace(settings, per_channel=False), replace(asked, equalize=False, smooth=False)
+            ctx.log.info("quant: weights have few values each and keep them: one scale a tensor, no channel is scaled")
         adjusted = adjust_floats(work, inner, sites, settings, self.mode, asked)
-        sites, skipped = self._sites(work)
+        sites, skipped = self._sites(work, settings.rules)
         why = "no calibration data" if ctx.calibration is None and self.mode == "auto" else ""
         if settings.dynamic:
             note_ranks(work, sites, inner.fact(SHAPES))
@@ -297,7 +320,7 @@ class Quant(Pass):
         decisions = guard_layers(bench, decisions)
         bench = judge_products(bench, decisions)
         adjusted += adjust_integers(bench, decisions, asked)
-        return bench, decisions, (*adjusted, *told_before(skipped, bench))
+        return bench, decisions, (*adjusted, *told_before(skipped, bench, decisions))
 
     def revertible(self, model: ir.Model, sites: Sequence[str]) -> tuple[str, ...]:
         """Layers whose weights are stored in integers; with `dtype`, nodes."""
@@ -341,15 +364,19 @@ class Quant(Pass):
         """The same with these layers among `skip`."""
         return replace(self, skip=(*self.skip, *map(glob.escape, sites)))
 
-    def _sites(self, model: ir.Model) -> tuple[tuple[Site, ...], tuple[Change, ...]]:
-        chosen, skipped = self._choose(model)
+    def _sites(self, model: ir.Model, rules: IntegerRules) -> tuple[tuple[Site, ...], tuple[Change, ...]]:
+        chosen, skipped = self._choose(model, rules)
         kept, shared = usable(model, chosen)
         return kept, (*skipped, *shared)
 
-    def _choose(self, model: ir.Model) -> tuple[tuple[Site, ...], tuple[Change, ...]]:
-        """Find the sites that `only` and `skip` leave; the patterns may name products of activations if asked for."""
+    def _choose(self, model: ir.Model, rules: IntegerRules) -> tuple[tuple[Site, ...], tuple[Change, ...]]:
+        """Find the sites that `only` and `skip` leave.
+
+        The patterns may name products of activations if asked for, and all nodes where all are to compute on integers.
+        """
         wanted, (sites, skipped) = PRODUCTS & frozenset(self.also), find_sites(model)
-        others = tuple(node.name or "" for node in model.graph.all_nodes() if node.op_type in wanted)
+        nodes = (node for node in model.graph.all_nodes() if rules.integers_only or node.op_type in wanted)
+        others = tuple(node.name or "" for node in nodes)
         kept, left = choose(sites, self.only, self.skip, others)
         return kept, (*skipped, *left)
 
@@ -370,18 +397,10 @@ class Quant(Pass):
             calibrator=self.calibrator,
             per_channel=per_channel and opset >= PER_CHANNEL_SINCE,
             bits=rules.weight_bits,
-            min_sqnr=self.min_sqnr,
-            min_output_sqnr=self.min_output_sqnr,
+            min_sqnr=limit_of(self.min_sqnr, LAYER_SQNR, rules),
+            min_output_sqnr=limit_of(self.min_output_sqnr, OUTPUT_SQNR, rules),
             dynamic=self.mode in ("auto", "dynamic") and opset >= DYNAMIC_SINCE and not rules.static_only,
             weight_only=not rules.static_only,
             rules=rules,
             dynamic_convs=self.dynamic_convs,
         )
-
-
-def _metrics(decisions: Sequence[Decision], quality: dict[str, float]) -> dict[str, int | float | str | bool]:
-    counts = {kind: sum(d.kind == kind for d in decisions) for kind in ("static", "dynamic", "weight", "float")}
-    found: dict[str, int | float | str | bool] = {f"layers_{kind}": count for kind, count in counts.items()}
-    if quality:
-        found["output_sqnr_db"] = round(min(quality.values()), 1)
-    return found

@@ -12,7 +12,8 @@ from graphopt.analyses.lifting import steady_dimensions, why_hidden
 from graphopt.pass_base import Context
 from graphopt_passes.quant.audit import sample_feeds
 from graphopt_passes.quant.decide import Decision, Settings, Workbench, fall_back
-from graphopt_passes.quant.plan import make_plan, result_of
+from graphopt_passes.quant.plan import result_of
+from graphopt_passes.quant.planning import plan_for
 from graphopt_passes.quant.sites import Site, keyed_nodes
 
 __all__ = ["hidden_layers", "with_data", "workbench"]
@@ -42,9 +43,9 @@ def workbench(
     """Calibrate what the static layers among the decisions and the products touch."""
     shapes, static = inner.fact(SHAPES), [d.site for d in decisions if d.kind == "static"]
     bench = Workbench(work, inner, shapes, None, sample_feeds(inner, _FEEDS), settings, products=products)
-    if not static and not bench.allowed_products:
+    if inner.calibration is None or not (static or bench.allowed_products or settings.rules.integers_only):
         return bench
-    touched = make_plan(work, static, shapes, settings.rules, bench.allowed_products).touched(work)
+    touched = plan_for(work, static, shapes, settings.rules, bench.allowed_products).touched(work)
     return replace(bench, ranges=inner.fact(RangesAnalysis(values=touched)))
 
 

@@ -25,6 +25,7 @@ __all__ = [
     "choose",
     "find_sites",
     "graph_of",
+    "keep_named",
     "key_of",
     "keyed_nodes",
     "tell_apart",
@@ -197,6 +198,13 @@ def usable(model: ir.Model, sites: Sequence[Site]) -> tuple[tuple[Site, ...], tu
 def _is_finite(tensor: ir.TensorProtocol | None) -> bool:
     array = np.zeros(1, np.float32) if tensor is None else np.asarray(tensor.numpy())
     return bool(np.isfinite(array.min()) and np.isfinite(array.max()))  # one pass each, and no copy
+
+
+def keep_named(model: ir.Model, patterns: Sequence[str]) -> None:
+    """Mark all nodes whose names match one of the shell patterns of the option `skip` as nodes that stay float."""
+    for node in model.graph.all_nodes():
+        if any(fnmatch.fnmatchcase(node.name or "", pattern) for pattern in patterns):
+            node.meta[KEPT] = "named by skip"
 
 
 def choose(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
 
 import numpy as np
 import onnx_ir as ir
@@ -14,10 +13,11 @@ from graphopt.targets import IntegerRules
 from graphopt_passes.quant._maths import Grid, activation_grid, bias_floor, quantize_bias
 from graphopt_passes.quant.adjust.bias import shift_bias
 from graphopt_passes.quant.adjust.prepared import prepared_bias
+from graphopt_passes.quant.biases import Bias, bias_of
 from graphopt_passes.quant.borders import existing_grid
 from graphopt_passes.quant.builder import Builder
 from graphopt_passes.quant.plan import Plan
-from graphopt_passes.quant.sites import Site, bias_place, graph_of, key_of, tensor_of
+from graphopt_passes.quant.sites import Site, graph_of, key_of, tensor_of
 from graphopt_passes.quant.weight import saved_bytes
 
 __all__ = ["adds_pairs", "apply_plan", "integer_inputs", "make_grids", "scale_axis", "why_not_static"]
@@ -30,7 +30,7 @@ def why_not_static(site: Site, node: ir.Node, rules: IntegerRules, per_channel: 
     weight = site.weights[0]
     if site.operator not in rules.operators or site.operator == "Gather" or len(site.weights) > 1:
         return f"{site.operator} has no integer form on the target"
-    bias = _bias(node, site)
+    bias = bias_of(node, site)
     if (
         saved_bytes(weight, per_channel=per_channel, bias=bias.tensor.size if bias is not None else 0) <= 0
         and not rules.static_only
@@ -110,22 +110,43 @@ def apply_plan(
             if value is not None:
                 grid = grids[plan.grid_of(value.name or "")]
                 node.replace_input_with(index, builder.pair(value, grid, graph_of(node)))
+        for index, grid in plan.constants.get(key, {}).items():
+            _round_operand(builder, node, index, grid)
     for name in sorted(plan.results):
         rounded = builder.pair(values[name], grids[plan.grid_of(name)])
         quantizer = rounded.producer().inputs[0].producer()  # type: ignore[union-attr]
         for user, index in tuple(values[name].uses()):
             if user is not quantizer:
                 user.replace_input_with(index, rounded)
-        _hand_out(builder.model, values[name], rounded)
+        _hand_out(builder, plan, values[name], rounded)
     return quality
 
 
-def _hand_out(model: ir.Model, value: ir.Value, rounded: ir.Value) -> None:
-    """Let a subgraph hand out the rounded form of a value: no runtime rounds a result that is also needed in float."""
+def _round_operand(builder: Builder, node: ir.Node, index: int, grid: Grid) -> None:
+    value = node.inputs[index]
+    tensor = tensor_of(value)
+    if value is not None and tensor is not None:
+        node.replace_input_with(index, builder.operand(value, tensor, grid, graph_of(node)))
+        builder.discard(value)
+
+
+def _hand_out(builder: Builder, plan: Plan, value: ir.Value, rounded: ir.Value) -> None:
+    """Let a graph hand out the rounded form of a value: a subgraph, and the model where nothing is made in float.
+
+    No runtime rounds a result of a subgraph that is also needed in float.
+    """
     graph = value.graph
-    if value.is_graph_output() and isinstance(graph, ir.Graph) and graph is not model.graph:
-        rounded.type, rounded.shape = value.type, value.shape
-        graph.outputs[:] = [rounded if output is value else output for output in graph.outputs]
+    if not value.is_graph_output() or not isinstance(graph, ir.Graph):
+        return
+    if graph is builder.model.graph:
+        if not plan.to_outputs or rounded.is_graph_output():
+            return
+        rounded.name, value.name = value.name, builder.name(f"{value.name}_exact")
+        rounded.doc_string, value.doc_string = value.doc_string, None
+        rounded.metadata_props.update(value.metadata_props)
+        value.metadata_props.clear()
+    rounded.type, rounded.shape = value.type, value.shape
+    graph.outputs[:] = [rounded if output is value else output for output in graph.outputs]
 
 
 def integer_inputs(
@@ -150,7 +171,7 @@ def integer_inputs(
         shift_bias(builder, node, shift)
     source = node.inputs[plan.inputs[site.key][0]]
     grid = grids[plan.grid_of(source.name or "" if source is not None else "")]
-    bias, least = _bias(node, site), None
+    bias, least = bias_of(node, site), None
     if bias is not None:
         least = bias_floor(bias.tensor.numpy(), grid.scale, weight.channels if axis is not None else 1)
     product = site.operator == "Gemm" or (site.operator == "MatMul" and bias is not None)  # a Gemm to ONNX Runtime
@@ -182,35 +203,7 @@ def adds_pairs(site: Site, node: ir.Node) -> bool:
     return site.operator in ("Conv", "Gemm", "MatMul") and not depthwise
 
 
-@dataclass(frozen=True)
-class _Bias:
-    """A constant bias, [channels], and the input of a node that it is."""
-
-    node: ir.Node
-    index: int
-    tensor: ir.TensorProtocol
-
-
-def _bias(node: ir.Node, site: Site) -> _Bias | None:
-    """Constant bias of a convolution, of a Gemm (see `plain_gemms`), or in an Add behind a MatMul.
-
-    ONNX Runtime makes a Gemm of MatMul and Add, and computes a Gemm on integers only if its bias is integer too.
-    """
-    holder, index = node, 2
-    if site.operator == "MatMul":
-        place = bias_place(node) if site.weights[0].index == 1 and len(site.weights[0].shape) == 2 else None
-        if place is None:
-            return None
-        holder, index = place
-    tensor = tensor_of(holder.inputs[index]) if index < len(holder.inputs) else None
-    if tensor is None or tensor.dtype != ir.DataType.FLOAT or len(tensor.shape) != 1:
-        return None
-    if site.operator in ("Gemm", "MatMul") and tensor.size != site.weights[0].channels:
-        return None
-    return _Bias(holder, index, tensor)
-
-
-def _round_bias(builder: Builder, bias: _Bias, grid: Grid, weight_scale: ir.Value) -> None:
+def _round_bias(builder: Builder, bias: Bias, grid: Grid, weight_scale: ir.Value) -> None:
     value = bias.node.inputs[bias.index]
     if value is None or weight_scale.const_value is None:
         return

@@ -40,6 +40,7 @@ _NOTE = (
     "{stored:.1f} kB in the file stand for {resident:.1f} kB of weights; ONNX Runtime computes the lookups when it "
     "loads the model, so that there memory and speed are those of float weights"
 )
+_IN_PLACE = "weights stay weights, of few values each; the compiler of the target codes them by how often each occurs"
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,7 @@ class Plan:
         only: Patterns of the layers to take, all if empty.
         skip: Patterns of layers to leave alone.
         bias_correction: Take changed means out of biases.
+        in_place: Weights stay weights, of few values: the target's own compiler codes them.
     """
 
     method: Method
@@ -61,6 +63,7 @@ class Plan:
     only: Sequence[str] = ()
     skip: Sequence[str] = ()
     bias_correction: bool = True
+    in_place: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -114,7 +117,7 @@ def share_weights(model: ir.Model, ctx: Context, plan: Plan) -> PassResult:
     if not chosen:
         return PassResult(False, (*skipped, *left))
     work = model.clone()
-    refusal = _lift(work, plan, ctx)
+    refusal = "" if plan.in_place else _lift(work, plan, ctx)
     bench = _bench(work, replace(ctx, model=work.clone(), _facts={}), plan)
     found, skipped = find_tensors(work)
     chosen, left = choose(found, plan.only, plan.skip)
@@ -130,11 +133,12 @@ def share_weights(model: ir.Model, ctx: Context, plan: Plan) -> PassResult:
     if not figures.weights:
         return PassResult(False, tuple(changes))
     drop_unread(work)
-    grown = grown_file(model, work)
+    grown = "" if plan.in_place else grown_file(model, work)
     if grown:
         return PassResult(False, tuple(Change.skipped(c.site, grown) if c.done else c for c in changes))
     model.graph, model.ir_version = work.graph, work.ir_version
-    return PassResult(True, tuple(changes), metrics=figures.metrics(), notes=(figures.note(),))
+    note = _IN_PLACE if plan.in_place else figures.note()
+    return PassResult(True, tuple(changes), metrics=figures.metrics(), notes=(note,))
 
 
 @dataclass
@@ -271,7 +275,10 @@ def _share(bench: _Bench, tensor: WeightTensor, moments: Mapping[str, LayerMomen
     shared, shifts = _fitted(bench, tensor, first, method, moments)
     stored = _counted(bench, tensor, cut, method, figures)
     _release(tensor)
-    bench.store.put(tensor.value, shared, cut, int8=method.int8)
+    if bench.plan.in_place:
+        bench.store.put_values(tensor.value, shared, cut)
+    else:
+        bench.store.put(tensor.value, shared, cut, int8=method.int8)
     for site, shift in shifts.items():
         _shift_bias(bench.nodes[site.key], shift)
     changes: list[Change] = []

@@ -39,7 +39,8 @@ class Share(Pass):
     computes the lookups when it loads the model, so that memory and speed are those of float weights there.
 
     Codes of 3 bits take 4 in the file, and those of 5 to 7 take 8. The opset is raised to what the codes need: 21 for 4
-    bits, 25 for 2.
+    bits, 25 for 2. For a target that computes on integers alone, weights stay weights, of few values each: its own
+    compiler codes what often occurs in few bits.
 
     Leaves alone, with the reason: weights that are computed, quantized already or replaceable by the caller, outputs of
     the model, vectors, and tensors so small that a codebook would cost more than it saves.
@@ -87,7 +88,7 @@ class Share(Pass):
 
     def run(self, model: ir.Model, ctx: Context) -> PassResult:
         """Rewrite a copy and, if it is smaller, let its graph replace the model's."""
-        return share_weights(model, ctx, self._plan())
+        return share_weights(model, ctx, self._plan(in_place=ctx.target.integers.integers_only))
 
     def revertible(self, model: ir.Model, sites: Sequence[str]) -> tuple[str, ...]:
         """Layers with weights."""
@@ -104,6 +105,14 @@ class Share(Pass):
         """The same step with these layers among `skip`."""
         return replace(self, skip=(*self.skip, *map(glob.escape, sites)))
 
-    def _plan(self) -> Plan:
+    def _plan(self, *, in_place: bool = False) -> Plan:
         method = Method(self.entries or 2**self.bits, self.algorithm, self.damping, self.int8)
-        return Plan(method, self.channels, self.width, self.only, self.skip, bias_correction=self.bias_correction)
+        return Plan(
+            method,
+            self.channels,
+            self.width,
+            self.only,
+            self.skip,
+            bias_correction=self.bias_correction,
+            in_place=in_place,
+        )

@@ -102,6 +102,19 @@ class CodeStore:
             use.node.replace_input_with(use.idx, real)
         self._builder.discard(value)
 
+    def put_values(self, value: ir.Value, shared: Shared, cut: Cut) -> None:
+        """Let all that reads a weight read the entries that its codes stand for, as a weight like any other."""
+        tensor = tensor_of(value)
+        if tensor is None:
+            raise TypeError(f"{value.name!r} is not constant")
+        graph, uses = self._builder.place(value), tuple(value.uses())
+        array = shared.real(cut).astype(tensor.dtype.numpy())
+        new = self._builder.constant(f"{value.name or 'weight'}_shared", array, graph)
+        new.metadata_props.update(value.metadata_props)
+        for use in uses:
+            use.node.replace_input_with(use.idx, new)
+        self._builder.discard(value)
+
     def _lookup(
         self, name: str, shared: Shared, cut: Cut, graph: ir.Graph, dtype: ir.DataType, *, int8: bool
     ) -> list[ir.Node]:

@@ -1,0 +1,1 @@
+"""Arm Ethos-U: integer graphs lowered to TOSA, checked on its reference model, compiled by Vela."""

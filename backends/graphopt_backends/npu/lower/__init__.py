@@ -1,0 +1,1 @@
+"""How operators on integers become TOSA, one module for each family."""
